@@ -1,0 +1,308 @@
+"""Delta and compressed model folders: safetensors and JSON only, content hashes, no pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressft.errors import UserError
+from compressft.model import resize, resolve, shapes
+from compressft.modules.attention import TRAINING, register
+from compressft.modules.linear import CompressedLinear
+from compressft.modules.structure import describe, rebuild
+
+MANIFEST = "compressft.json"
+WEIGHTS = "model.safetensors"
+EXTRA = "compressft.safetensors"
+DELTA = "delta.safetensors"
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def content_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes, in name order: the identity of a base model."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return "sha256:" + digest.hexdigest()
+
+
+def write_atomically(folder: Path, write: Any) -> None:
+    """Call `write(temporary folder)`, fsync what it wrote, then rename it to `folder` (replacing an older one)."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    try:
+        write(staging)
+        sync(staging)
+        if folder.exists():
+            old = folder.with_name(f".{folder.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+            staging.rename(folder)
+            shutil.rmtree(old)
+        else:
+            staging.rename(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def sync(folder: Path) -> None:
+    """Flush every file below a folder, and the folder, to the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """Hash of every file of a folder but the manifest, by relative path."""
+    return {
+        str(path.relative_to(folder)): file_hash(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+
+
+def verify_files(folder: Path, hashes: Mapping[str, str]) -> None:
+    """Compare a folder's files with their recorded hashes.
+
+    Raises:
+        UserError: a file is missing or has changed; the message names it.
+    """
+    for name, expected in hashes.items():
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{path}: is missing; the folder is incomplete")
+        if file_hash(path) != expected:
+            raise UserError(f"{path}: its hash is not the recorded one: truncated or changed; restore or delete the folder")
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """`compressft.json` of a folder.
+
+    Raises:
+        UserError: there is none, or it is broken.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise UserError(f"{folder}: has no {MANIFEST}; give a folder that compressft wrote (model/, delta/ or onnx/)")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise UserError(f"{path}: is not JSON: truncated or changed") from None
+
+
+def plain_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(weights under the plain model's names and layouts, tensors that only our modules have); tied copies dropped."""
+    plain: dict[str, Tensor] = {}
+    extra: dict[str, Tensor] = {}
+    transposed = {
+        f"{path}.weight" for path, m in model.named_modules() if isinstance(m, CompressedLinear) and m.transposed
+    }
+    seen: dict[tuple[int, tuple[int, ...]], str] = {}
+    for name, tensor in model.state_dict().items():
+        key = (tensor.data_ptr(), tuple(tensor.shape))
+        if tensor.numel() > 1 and key in seen:
+            continue
+        seen[key] = name
+        ours = any(part in ("quantizer", "adapter") for part in name.split("."))
+        name = name.replace(".inner.", ".")
+        value = tensor.detach().cpu()
+        (extra if ours else plain)[name] = (value.t() if name in transposed else value).contiguous()
+    return plain, extra
+
+
+def save_compressed(model: nn.Module, tokenizer: Any, folder: Path, info: Mapping[str, Any]) -> None:
+    """Write a `model/` folder: Hugging Face layout with the real shapes, what only we know in files of our own.
+
+    Args:
+        info: recorded in the manifest (task, labels, ...), so that the folder can be evaluated on its own.
+    """
+    from safetensors.torch import save_file
+
+    def write(target: Path) -> None:
+        plain, extra = plain_state(model)
+        save_file(plain, target / WEIGHTS, metadata={"format": "pt"})
+        if extra:
+            save_file(extra, target / EXTRA, metadata={"format": "pt"})
+        uniform_config(model).save_pretrained(target)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(target)
+        manifest = {
+            "format": 1,
+            "kind": "model",
+            "architecture": type(model).__name__,
+            "shapes": shapes(model),
+            "modules": describe(model),
+            **info,
+            "files": hash_files(target),
+        }
+        (target / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+
+    write_atomically(folder, write)
+
+
+def uniform_config(model: nn.Module) -> Any:
+    """A copy of the model's configuration that states its FFN width and heads where they are equal in all layers.
+
+    Plain `from_pretrained` can then load the folder as far as the family's configuration can express the shape: FFN
+    width always; heads only where the family has a `head_dim` of its own.
+    """
+    import copy
+
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    present = shapes(model)
+    if all(shape["ffn"] == present[0]["ffn"] for shape in present):
+        for name in ("intermediate_size", "hidden_dim", "n_inner"):
+            if hasattr(config, name) and name in config.to_dict():
+                setattr(config, name, present[0]["ffn"])
+    if all(shape["heads"] == present[0]["heads"] for shape in present) and getattr(config, "head_dim", None):
+        config.num_attention_heads = present[0]["heads"]
+        if getattr(config, "num_key_value_heads", None):
+            config.num_key_value_heads = present[0]["kv_heads"]
+    return config
+
+
+def load_compressed(folder: str | Path, verify: bool = True) -> Any:
+    """Load a `model/` folder of ours: rebuilt from its per-layer shapes, in eval mode, on the CPU in fp32.
+
+    Raises:
+        UserError: the folder is incomplete, or a file is not what was written (by hash).
+    """
+    from safetensors.torch import load_file
+    from transformers import AutoConfig
+
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    if verify:
+        verify_files(folder, manifest["files"])
+    config = AutoConfig.from_pretrained(folder)
+    model = _empty(config, manifest["architecture"], manifest["shapes"])
+    tensors = load_file(folder / WEIGHTS)
+    if (folder / EXTRA).is_file():
+        tensors |= load_file(folder / EXTRA)
+    _fill(model, manifest["modules"], tensors)
+    return model.eval()
+
+
+def _empty(config: Any, architecture: str, target: list[dict[str, int]]) -> Any:
+    import transformers
+
+    register()
+    model = getattr(transformers, architecture)._from_config(config, attn_implementation=TRAINING, dtype=torch.float32)
+    resize(model, target)
+    return model
+
+
+def _fill(model: nn.Module, modules: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    rebuild(model, modules)
+    own = model.state_dict(keep_vars=True)
+    transposed = {f"{p}.weight" for p, m in model.named_modules() if isinstance(m, CompressedLinear) and m.transposed}
+    with torch.no_grad():
+        for name, target in own.items():
+            source = tensors.get(name.replace(".inner.", "."))
+            if source is None:
+                # A tied copy is stored once, under its first name.
+                if any(target.data_ptr() == other.data_ptr() for key, other in own.items() if key in tensors):
+                    continue
+                raise UserError(f"model: tensor {name!r} is not in the folder")
+            source = source.t() if name in transposed else source
+            if source.shape != target.shape:
+                raise UserError(f"model: tensor {name!r} has shape {tuple(source.shape)}, wants {tuple(target.shape)}")
+            target.copy_(source)
+
+
+def save_delta(model: nn.Module, base: Mapping[str, Tensor], folder: Path, info: Mapping[str, Any]) -> None:
+    """Write a `delta/` folder: only the tensors that differ from the base (by value or shape), and the base's hash.
+
+    Args:
+        base: `base_tensors` of the model that training started from.
+        info: recorded in the manifest; "model" names the base for `load_delta`.
+    """
+    from safetensors.torch import save_file
+
+    def write(target: Path) -> None:
+        plain, extra = plain_state(model)
+        changed = {
+            name: tensor
+            for name, tensor in (plain | extra).items()
+            if name not in base or base[name].shape != tensor.shape or not torch.equal(base[name], tensor)
+        }
+        save_file(changed, target / DELTA, metadata={"format": "pt"})
+        manifest = {
+            "format": 1,
+            "kind": "delta",
+            "architecture": type(model).__name__,
+            "base_hash": content_hash(base),
+            "config": json.loads(uniform_config(model).to_json_string(use_diff=False)),
+            "shapes": shapes(model),
+            "modules": describe(model),
+            **info,
+            "files": hash_files(target),
+        }
+        (target / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+
+    write_atomically(folder, write)
+
+
+def load_delta(folder: str | Path, base: str | None = None) -> Any:
+    """Rebuild the task's model from its base and a `delta/` folder.
+
+    Args:
+        base: where the base is now (default: where the recipe found it).
+
+    Raises:
+        UserError: a file is damaged, or the base is not the one the delta was made on.
+    """
+    from safetensors.torch import load_file
+    from transformers import AutoConfig
+
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    verify_files(folder, manifest["files"])
+    name = base or manifest["model"]
+    tensors = base_tensors(name)
+    if content_hash(tensors) != manifest["base_hash"]:
+        raise UserError(f"{folder}: was made on another base than {name!r} (content hashes differ); give the right base")
+    values = dict(manifest["config"])
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    model = _empty(config, manifest["architecture"], manifest["shapes"])
+    _fill(model, manifest["modules"], {**tensors, **load_file(folder / DELTA)})
+    return model.eval()
+
+
+def base_tensors(name: str) -> dict[str, Tensor]:
+    """The pretrained tensors of a base model under the names they have inside a model with a head.
+
+    Tensors that the checkpoint lacks (and transformers would draw at random) are left out.
+    """
+    source = resolve(name)
+    if (Path(source) / MANIFEST).is_file():
+        plain, extra = plain_state(load_compressed(source))
+        return plain | extra
+    register()
+    from transformers import AutoModel
+
+    model, loading = AutoModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+    missing = set(loading["missing_keys"])
+    prefix = model.base_model_prefix
+    return {f"{prefix}.{key}": value for key, value in plain_state(model)[0].items() if key not in missing}

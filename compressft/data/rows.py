@@ -1,0 +1,123 @@
+"""Read rows from JSON Lines, CSV and Parquet files and from hub data sets; every complaint names file and line."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from compressft.errors import UserError, nearest
+
+Row = dict[str, Any]
+ROW_KEY = "__row__"
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """All rows of a file, each with its place ("file:line") under `ROW_KEY`.
+
+    Raises:
+        UserError: the file is missing, of an unknown kind, empty, not UTF-8, or a row is broken.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        beside = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
+        raise UserError(f"data: file {str(path)!r} does not exist{nearest(path.name, beside)}")
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise UserError(f"data: {path}: unknown kind {path.suffix!r}; allowed: {', '.join(READERS)}")
+    rows = reader(path)
+    if not rows:
+        raise UserError(f"data: {path}: has no rows")
+    return rows
+
+
+def _text(path: Path) -> str:
+    raw = path.read_bytes()
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise UserError(f"data: {path}:{line}: is not UTF-8 (byte {error.start}); save the file as UTF-8") from None
+
+
+def _jsonl(path: Path) -> list[Row]:
+    rows = []
+    for number, line in enumerate(_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"data: {path}:{number}: is not JSON: {error.msg} (column {error.colno})") from None
+        if not isinstance(row, dict):
+            raise UserError(f"data: {path}:{number}: wants one JSON object per line; got {type(row).__name__}")
+        rows.append(row | {ROW_KEY: f"{path}:{number}"})
+    return rows
+
+
+def _csv(path: Path) -> list[Row]:
+    reader = csv.DictReader(_text(path).splitlines(keepends=True), delimiter="\t" if path.suffix == ".tsv" else ",")
+    rows = []
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                raise UserError(f"data: {path}:{reader.line_num}: has another number of columns than the header")
+            rows.append(dict(row) | {ROW_KEY: f"{path}:{reader.line_num}"})
+    except csv.Error as error:
+        raise UserError(f"data: {path}:{reader.line_num}: is not CSV: {error}") from None
+    return rows
+
+
+def _parquet(path: Path) -> list[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"data: {path}: is not Parquet: {error}") from None
+    return [row | {ROW_KEY: f"{path}:{number}"} for number, row in enumerate(table.to_pylist(), 1)]
+
+
+READERS: dict[str, Callable[[Path], list[Row]]] = {
+    ".jsonl": _jsonl,
+    ".json": _jsonl,
+    ".csv": _csv,
+    ".tsv": _csv,
+    ".parquet": _parquet,
+}
+
+
+def sample_files(name: str) -> dict[str, str]:
+    """Files of a data set shipped inside the package, by split."""
+    root = Path(str(files("compressft"))) / "samples"
+    known = sorted(p.name for p in root.iterdir() if p.is_dir())
+    if name not in known:
+        raise UserError(f"data.sample: {name!r} is not shipped; allowed: {', '.join(known)}{nearest(name, known)}")
+    return {p.stem: str(p) for p in sorted((root / name).glob("*.jsonl"))}
+
+
+def hub_rows(dataset: str) -> dict[str, list[Row]]:
+    """All splits of a hub data set; class labels become their names.
+
+    Raises:
+        UserError: it cannot be loaded (no such id, or no network).
+    """
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(dataset)
+    except Exception as error:
+        raise UserError(f"data.dataset: {dataset!r} could not be loaded: {str(error).splitlines()[0]}") from error
+    result: dict[str, list[Row]] = {}
+    for split, table in loaded.items():
+        names = {key: f.names for key, f in table.features.items() if isinstance(f, datasets.ClassLabel)}
+        result[str(split)] = [
+            {key: names[key][v] if key in names and v >= 0 else v for key, v in row.items()}
+            | {ROW_KEY: f"{dataset}/{split}:{number}"}
+            for number, row in enumerate(table, 1)
+        ]
+    return result

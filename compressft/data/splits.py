@@ -1,0 +1,146 @@
+"""Train, validation and test rows of a recipe: loaded, checked, stratified, seeded."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from compressft.data.rows import ROW_KEY, Row, hub_rows, read_rows, sample_files
+from compressft.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from compressft.data.tasks import Fields
+    from compressft.recipe import DataConfig
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Rows with canonical keys (`text`, `label`, ...). `test` may be empty: the report then uses validation."""
+
+    train: list[Row]
+    validation: list[Row]
+    test: list[Row]
+
+    @property
+    def report_split(self) -> str:
+        """The split that the report's quality figures are measured on."""
+        return "test" if self.test else "validation"
+
+
+def load_splits(config: DataConfig, fields: Fields) -> Splits:
+    """Load and check all splits of a recipe.
+
+    Args:
+        fields: the task's required and optional fields.
+
+    Raises:
+        UserError: a file, column, row or label is wrong.
+    """
+    raw = _raw(config)
+    splits = {name: canonical_rows(rows, config.columns, fields) for name, rows in raw.items()}
+    train, validation, test = splits["train"], splits.get("validation", []), splits.get("test", [])
+    if not validation:
+        train, validation = carve(train, config.validation_fraction, fields.label, config.seed)
+    if fields.label:
+        known = {row[fields.label] for row in train}
+        for row in (*validation, *test):
+            if row[fields.label] not in known:
+                raise UserError(f"data: {row[ROW_KEY]}: label {row[fields.label]!r} does not occur in train")
+    if config.per_class and fields.label:
+        train = balanced(train, config.per_class, fields.label, config.seed)
+    if config.limit:
+        train, validation, test = (_limited(rows, config.limit, config.seed) for rows in (train, validation, test))
+        if fields.label:
+            # A few rows cannot hold all labels; those of the validation and test rows must still be known.
+            known = {row[fields.label] for row in train}
+            validation = [row for row in validation if row[fields.label] in known] or train[: config.limit // 4]
+            test = [row for row in test if row[fields.label] in known]
+    return Splits(train, validation, test)
+
+
+def _raw(config: DataConfig) -> dict[str, list[Row]]:
+    if config.dataset:
+        rows = hub_rows(config.dataset)
+        if "train" not in rows:
+            raise UserError(f"data.dataset: {config.dataset!r} has no split 'train'; splits: {', '.join(rows)}")
+        return rows
+    paths = sample_files(config.sample) if config.sample else {}
+    for name in ("train", "validation", "test"):
+        if getattr(config, name):
+            paths[name] = getattr(config, name)
+    return {name: read_rows(path) for name, path in paths.items() if name in ("train", "validation", "test")}
+
+
+def canonical_rows(rows: Sequence[Row], columns: dict[str, str], fields: Fields) -> list[Row]:
+    """Rename columns to the task's field names and check that every row has what the task needs.
+
+    Raises:
+        UserError: an unknown field in the mapping, a column that is not there (with the nearest match), or a value
+        of the wrong type (with its place).
+    """
+    unknown = set(columns) - set(fields.all)
+    if unknown:
+        name = sorted(unknown)[0]
+        raise UserError(f"data.columns: {name!r} is no field of this task; allowed: {', '.join(fields.all)}{nearest(name, fields.all)}")
+    present = [key for key in rows[0] if key != ROW_KEY]
+    mapping = {name: columns.get(name, name) for name in fields.all}
+    for name in fields.all:
+        if (name in fields.required or name in columns) and mapping[name] not in present:
+            raise UserError(
+                f"data: {rows[0][ROW_KEY]}: no column {mapping[name]!r} for {name!r}; columns: {', '.join(present)}"
+                f"{nearest(mapping[name], present)}; map it with data.columns.{name}"
+            )
+    used = {name: column for name, column in mapping.items() if column in present}
+    result = []
+    for row in rows:
+        new = {ROW_KEY: row[ROW_KEY]}
+        for name, column in used.items():
+            if row.get(column) is None:
+                if name in fields.required:
+                    raise UserError(f"data: {row[ROW_KEY]}: column {column!r} is empty")
+                continue
+            new[name] = fields.convert(name, row[column], row[ROW_KEY])
+        result.append(new)
+    return result
+
+
+def carve(rows: list[Row], fraction: float, label: str | None, seed: int) -> tuple[list[Row], list[Row]]:
+    """Split off a validation set, stratified by `label` where there is one; the order of rows is kept.
+
+    Every class keeps at least one training row; a class with a single row gives none to validation.
+    """
+    generator = random.Random(seed)
+    groups: dict[object, list[int]] = defaultdict(list)
+    for index, row in enumerate(rows):
+        groups[row[label] if label else None].append(index)
+    chosen: set[int] = set()
+    for _, indices in sorted(groups.items(), key=lambda item: str(item[0])):
+        generator.shuffle(indices)
+        wanted = min(max(round(len(indices) * fraction), 1), len(indices) - 1)
+        chosen.update(indices[:wanted])
+    if not chosen:
+        raise UserError("data: too few rows to carve a validation split out of train; give data.validation")
+    return [r for i, r in enumerate(rows) if i not in chosen], [r for i, r in enumerate(rows) if i in chosen]
+
+
+def balanced(rows: list[Row], per_class: int, label: str, seed: int) -> list[Row]:
+    """At most `per_class` rows of each class, drawn with the seed; the order of rows is kept."""
+    generator = random.Random(seed)
+    groups: dict[str, list[int]] = defaultdict(list)
+    for index, row in enumerate(rows):
+        groups[row[label]].append(index)
+    chosen: set[int] = set()
+    for _, indices in sorted(groups.items()):
+        generator.shuffle(indices)
+        chosen.update(indices[:per_class])
+    return [row for i, row in enumerate(rows) if i in chosen]
+
+
+def _limited(rows: list[Row], limit: int, seed: int) -> list[Row]:
+    if len(rows) <= limit:
+        return rows
+    chosen = set(random.Random(seed).sample(range(len(rows)), limit))
+    return [row for i, row in enumerate(rows) if i in chosen]

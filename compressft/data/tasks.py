@@ -1,0 +1,280 @@
+"""Typed tasks: which fields a row has, how it becomes features and batches, which metric counts."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compressft.data.rows import ROW_KEY, Row
+from compressft.errors import UserError
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Fields of a task's rows. `label` names the class field that splits are stratified by."""
+
+    required: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+    label: str | None = None
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        """Required, then optional."""
+        return self.required + self.optional
+
+    def convert(self, name: str, value: Any, place: str) -> Any:
+        """Bring a value to its field's type; UserError where it cannot be."""
+        if name == "score":
+            try:
+                number = float(value)
+            except (TypeError, ValueError):
+                number = math.nan
+            if not math.isfinite(number):
+                raise UserError(f"data: {place}: score {value!r} is not a number")
+            return number
+        if name in ("tokens", "tags"):
+            if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+                raise UserError(f"data: {place}: {name} wants a list of strings; got {value!r}")
+            return value
+        if isinstance(value, dict | list):
+            raise UserError(f"data: {place}: {name} wants a string; got {type(value).__name__}")
+        return str(value)
+
+
+class Task(ABC):
+    """Rows to features (dicts of lists), features to batches, outputs to a metric. Knows tokenizer, labels, length."""
+
+    type: ClassVar[str]
+    fields: ClassVar[Fields]
+    auto_class: ClassVar[str]
+    metric: ClassVar[str]
+    greater_is_better: ClassVar[bool] = True
+
+    def __init__(self, tokenizer: Any, max_length: int, labels: Sequence[str] = ()) -> None:
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.labels = tuple(labels)
+        self.label_ids = {name: i for i, name in enumerate(self.labels)}
+
+    @classmethod
+    def labels_of(cls, rows: Sequence[Row]) -> tuple[str, ...]:
+        """The label names that occur, sorted."""
+        return tuple(sorted({row["label"] for row in rows})) if cls.fields.label else ()
+
+    def model_arguments(self) -> dict[str, Any]:
+        """Arguments of `from_pretrained` that give the model its head."""
+        return {
+            "num_labels": len(self.labels),
+            "id2label": dict(enumerate(self.labels)),
+            "label2id": dict(self.label_ids),
+        }
+
+    @abstractmethod
+    def encode(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        """Features of rows: token ids without padding, and `labels` where rows have them."""
+
+    @abstractmethod
+    def score(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """Metrics of logits (rows, ...) against labels; the key `self.metric` is the one that counts."""
+
+    def predictions(self, logits: np.ndarray) -> np.ndarray:
+        """What a user would read off the logits; compared for label agreement."""
+        return logits.argmax(-1)
+
+    def collate(self, features: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """Pad on the right to the longest row: int64 tensors (B, T), `labels` as the task needs them."""
+        width = max(len(f["input_ids"]) for f in features)
+        batch: dict[str, Tensor] = {}
+        for key in features[0]:
+            if key == "labels":
+                batch[key] = self._collate_labels([f[key] for f in features], width)
+                continue
+            fill = self.tokenizer.pad_token_id if key == "input_ids" else 0
+            batch[key] = torch.tensor([f[key] + [fill] * (width - len(f[key])) for f in features])
+        return batch
+
+    def _collate_labels(self, labels: list[Any], width: int) -> Tensor:
+        return torch.tensor(labels)
+
+    def _label(self, row: Row, name: str, value: str) -> int:
+        if value not in self.label_ids:
+            raise UserError(f"data: {row[ROW_KEY]}: {name} {value!r} does not occur in train")
+        return self.label_ids[value]
+
+    def _tokenise(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        pairs = [row["text_b"] for row in rows] if rows and "text_b" in rows[0] else None
+        encoded = self.tokenizer(
+            [row["text"] for row in rows], pairs, truncation=True, max_length=self.max_length, padding=False
+        )
+        return [{key: list(encoded[key][i]) for key in encoded} for i in range(len(rows))]
+
+
+class SequenceClassification(Task):
+    """One label per text or pair of texts; accuracy."""
+
+    type = "sequence-classification"
+    fields = Fields(("text", "label"), ("text_b",), label="label")
+    auto_class = "AutoModelForSequenceClassification"
+    metric = "accuracy"
+
+    def encode(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        features = self._tokenise(rows)
+        for feature, row in zip(features, rows, strict=True):
+            if "label" in row:
+                feature["labels"] = self._label(row, "label", row["label"])
+        return features
+
+    def score(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        from sklearn.metrics import accuracy_score, f1_score
+
+        predicted = logits.argmax(-1)
+        return {
+            "accuracy": float(accuracy_score(labels, predicted)),
+            "f1_macro": float(f1_score(labels, predicted, average="macro", zero_division=0.0)),
+        }
+
+
+class Regression(Task):
+    """One number per text or pair of texts; Pearson correlation (0 where the predictions are constant)."""
+
+    type = "regression"
+    fields = Fields(("text", "score"), ("text_b",))
+    auto_class = "AutoModelForSequenceClassification"
+    metric = "pearson"
+
+    def model_arguments(self) -> dict[str, Any]:
+        return {"num_labels": 1, "problem_type": "regression"}
+
+    def encode(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        features = self._tokenise(rows)
+        for feature, row in zip(features, rows, strict=True):
+            if "score" in row:
+                feature["labels"] = row["score"]
+        return features
+
+    def _collate_labels(self, labels: list[Any], width: int) -> Tensor:
+        return torch.tensor(labels, dtype=torch.float32)
+
+    def predictions(self, logits: np.ndarray) -> np.ndarray:
+        return logits.reshape(len(logits))
+
+    def score(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        from scipy.stats import pearsonr, spearmanr
+
+        predicted = logits.reshape(len(logits)).astype(np.float64)
+        if np.ptp(predicted) == 0 or np.ptp(labels) == 0 or len(labels) < 2:
+            return {"pearson": 0.0, "spearman": 0.0}
+        return {
+            "pearson": float(pearsonr(predicted, labels).statistic),
+            "spearman": float(spearmanr(predicted, labels).statistic),
+        }
+
+
+class TokenClassification(Task):
+    """One tag per word, carried by its first piece; span F1 (seqeval) for BIO tags, token accuracy otherwise."""
+
+    type = "token-classification"
+    fields = Fields(("tokens", "tags"))
+    auto_class = "AutoModelForTokenClassification"
+    metric = "f1"
+
+    @classmethod
+    def labels_of(cls, rows: Sequence[Row]) -> tuple[str, ...]:
+        return tuple(sorted({tag for row in rows for tag in row["tags"]}))
+
+    def encode(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        encoded = self.tokenizer(
+            [row["tokens"] for row in rows], is_split_into_words=True, truncation=True, max_length=self.max_length
+        )
+        features = []
+        for i, row in enumerate(rows):
+            feature = {key: list(encoded[key][i]) for key in encoded}
+            if "tags" in row:
+                if len(row["tags"]) != len(row["tokens"]):
+                    raise UserError(
+                        f"data: {row[ROW_KEY]}: {len(row['tags'])} tags for {len(row['tokens'])} tokens"
+                    )
+                feature["labels"] = self._align(encoded.word_ids(i), row)
+            features.append(feature)
+        return features
+
+    def _align(self, words: list[int | None], row: Row) -> list[int]:
+        previous, labels = None, []
+        for word in words:
+            first = word is not None and word != previous
+            labels.append(self._label(row, "tag", row["tags"][word]) if first and word is not None else IGNORE)
+            previous = word
+        return labels
+
+    def _collate_labels(self, labels: list[Any], width: int) -> Tensor:
+        return torch.tensor([row + [IGNORE] * (width - len(row)) for row in labels])
+
+    def score(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        predicted = logits.argmax(-1)
+        keep = labels != IGNORE
+        accuracy = float((predicted[keep] == labels[keep]).mean()) if keep.any() else 0.0
+        if not all(name == "O" or name[:2] in ("B-", "I-") for name in self.labels):
+            return {"f1": accuracy, "accuracy": accuracy}
+        from seqeval.metrics import f1_score
+
+        truth = [[self.labels[i] for i in row[m]] for row, m in zip(labels, keep, strict=True)]
+        guess = [[self.labels[i] for i in row[m]] for row, m in zip(predicted, keep, strict=True)]
+        return {"f1": float(f1_score(truth, guess, zero_division=0)), "accuracy": accuracy}
+
+
+class CausalLM(Task):
+    """Next-token prediction on running text, packed into blocks of `max_length` tokens; perplexity."""
+
+    type = "causal-lm"
+    fields = Fields(("text",))
+    auto_class = "AutoModelForCausalLM"
+    metric = "perplexity"
+    greater_is_better = False
+
+    def model_arguments(self) -> dict[str, Any]:
+        return {}
+
+    def encode(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        end = self.tokenizer.eos_token_id
+        stream: list[int] = []
+        for row in rows:
+            stream += self.tokenizer(row["text"], add_special_tokens=False)["input_ids"]
+            if end is not None:
+                stream.append(end)
+        blocks = [stream[i : i + self.max_length] for i in range(0, len(stream), self.max_length)]
+        blocks = [block for block in blocks if len(block) > 1]
+        if not blocks:
+            raise UserError("data: the text has fewer than two tokens")
+        return [{"input_ids": b, "attention_mask": [1] * len(b), "labels": list(b)} for b in blocks]
+
+    def _collate_labels(self, labels: list[Any], width: int) -> Tensor:
+        return torch.tensor([row + [IGNORE] * (width - len(row)) for row in labels])
+
+    def score(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        total, tokens = 0.0, 0
+        for row, target in zip(logits, labels, strict=True):
+            keep = target[1:] != IGNORE
+            scores = torch.from_numpy(row[:-1][keep]).float()
+            goal = torch.from_numpy(target[1:][keep]).long()
+            total += float(torch.nn.functional.cross_entropy(scores, goal, reduction="sum"))
+            tokens += int(keep.sum())
+        return {"perplexity": math.exp(min(total / max(tokens, 1), 80.0))}
+
+
+TASKS: dict[str, type[Task]] = {
+    task.type: task for task in (SequenceClassification, Regression, TokenClassification, CausalLM)
+}
+
+
+def make_task(name: str, tokenizer: Any, max_length: int, labels: Sequence[str] = ()) -> Task:
+    """The task of a recipe, ready to encode rows."""
+    return TASKS[name](tokenizer, max_length, labels)

@@ -1,0 +1,18 @@
+"""The one exception that stands for a user's mistake, and the nearest-match helper its messages use."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake in a recipe, a file or a command: one line with what, where and the fix. The command line exits with 2."""
+
+
+class VerificationError(RuntimeError):
+    """The exported file does not do what the trained model does. The command line exits with 1."""
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """Return " (did you mean 'x'?)" for the closest allowed name, or an empty string."""
+    match = difflib.get_close_matches(str(name), [str(a) for a in allowed], n=1, cutoff=0.5)
+    return f" (did you mean {match[0]!r}?)" if match else ""

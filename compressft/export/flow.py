@@ -1,0 +1,195 @@
+"""The export of a run: fold, write, verify, measure."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from compressft.checkpoint import MANIFEST, hash_files, load_compressed, read_manifest, save_compressed, write_atomically
+from compressft.data import Splits, Task, make_task
+from compressft.errors import VerificationError
+from compressft.export.fold import fold
+from compressft.export.fuse import fuse_qattention
+from compressft.export.locate import diverging_layer
+from compressft.export.onnx import save, to_graph
+from compressft.export.session import open_session
+from compressft.export.verify import Check, metric, model_logits, verify
+from compressft.measure import hardware, latencies, versions
+from compressft.model import count, load_model, load_tokenizer, shapes
+from compressft.modules.structure import describe
+from compressft.recipe import Recipe
+
+
+def export(recipe: Recipe, root: Path, splits: Splits, console: Console) -> dict[str, Any]:
+    """Export `root/model` to `root/onnx`, prove it and measure it.
+
+    Returns:
+        the report's quality, parity, verification, size_bytes, parameters, latency_ms, shapes, versions and hardware.
+
+    Raises:
+        VerificationError: the file misses the recipe's tolerances; it is kept as `onnx.failed/`.
+    """
+    manifest = read_manifest(root / "model")
+    tokenizer = load_tokenizer(str(root / "model"))
+    task = make_task(recipe.task, tokenizer, recipe.data.max_length, manifest["labels"])
+    model = load_compressed(root / "model")
+    baseline = baseline_folder(recipe, root)
+    encoded = {name: task.encode(rows) for name, rows in vars(splits).items() if name != "train" and rows}
+    report = describe_run(recipe, root, model, baseline)
+    split = splits.report_split
+    quality = {"metric": task.metric, "split": split, "baseline": None, "torch": None, "onnx": None}
+    if baseline is not None:
+        dense = load_compressed(baseline, verify=False)
+        quality["baseline"] = metric(task, model_logits(dense, task, encoded[split]), encoded[split])
+    if not recipe.export.enabled:
+        quality["torch"] = metric(task, model_logits(model, task, encoded[split]), encoded[split])
+        return {**report, "quality": quality}
+    folder = root / "onnx"
+    write_atomically(folder, lambda target: write_onnx(model, tokenizer, task, encoded, recipe, manifest, target))
+    console.print(f"exported {folder / 'model.onnx'}; verifying", highlight=False)
+    session = open_session(folder / "model.onnx")
+    checks = verify(session, model, task, encoded, recipe.export.batch, recipe.export)
+    failed = [check for check in checks if check.failure]
+    if failed and not recipe.smoke:
+        raise VerificationError(blame(folder, model, task, encoded, failed[0]))
+    chosen = [check for check in checks if check.split == split]
+    quality |= {"torch": chosen[0].torch, "onnx": min((c.onnx for c in chosen), key=_badness(task))}
+    agreements = [c.label_agreement for c in chosen if c.label_agreement is not None]
+    report["parity"] = {
+        "split": split,
+        "max_abs_error": max(c.max_abs_error for c in chosen),
+        "label_agreement": min(agreements) if agreements else None,
+    }
+    report["verification"] = [check.row() for check in checks]
+    report["quality"] = quality
+    measure(recipe, root, task, encoded, baseline, report, console)
+    return report
+
+
+def _badness(task: Task) -> Any:
+    return (lambda value: value) if task.greater_is_better else (lambda value: -value)
+
+
+def describe_run(recipe: Recipe, root: Path, model: nn.Module, baseline: Path | None) -> dict[str, Any]:
+    """What is known without running anything: parameters, shapes, versions, hardware, bytes of the torch folders."""
+    stages = [read_manifest(root / "stages" / stage.name)["stage"] for stage in recipe.stages]
+    counted = count(model)
+    return {
+        "parameters": {
+            "base": stages[0]["base"]["parameters"],
+            "total": counted["total"],
+            "trainable": stages[-1]["trainable"],
+            "nonzero": counted["nonzero"],
+        },
+        "size_bytes": {
+            "base_onnx": None,
+            "onnx": None,
+            "model": weight_bytes(root / "model"),
+            "delta": weight_bytes(root / "delta"),
+        },
+        "shapes": {"base": stages[0]["base"]["shapes"], "kept": shapes(model)},
+        "latency_ms": [],
+        "parity": None,
+        "versions": versions(),
+        "hardware": hardware(),
+    }
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of a folder's safetensors files."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def baseline_folder(recipe: Recipe, root: Path) -> Path | None:
+    """The dense model trained in the same run: the first stage without passes, if any."""
+    for stage in recipe.stages:
+        if not stage.passes:
+            return root / "stages" / stage.name
+    return None
+
+
+def write_onnx(
+    model: nn.Module,
+    tokenizer: Any,
+    task: Task,
+    encoded: Mapping[str, list[dict[str, Any]]],
+    recipe: Recipe,
+    manifest: Mapping[str, Any],
+    target: Path,
+) -> None:
+    """Write `model.onnx`, tokenizer, configuration and manifest into a folder."""
+    graph = to_graph(fold(model), sample_batch(task, encoded))
+    if recipe.export.attention == "qattention":
+        fuse_qattention(graph)
+    save(graph, target / "model.onnx")
+    tokenizer.save_pretrained(target)
+    model.config.save_pretrained(target)  # type: ignore[union-attr, operator]
+    keys = ("task", "labels", "max_length", "columns", "metric", "model")
+    info = {"format": 1, "kind": "onnx", **{key: manifest[key] for key in keys}, "shapes": shapes(model)}
+    info |= {"modules": sorted({entry["kind"] for entry in describe(model).values()}), "files": hash_files(target)}
+    (target / MANIFEST).write_text(json.dumps(info, indent=1), encoding="utf-8")
+
+
+def sample_batch(task: Task, encoded: Mapping[str, list[dict[str, Any]]]) -> dict[str, torch.Tensor]:
+    """Two padded rows to trace with."""
+    rows = next(iter(encoded.values()))[:2]
+    rows = rows if len(rows) > 1 else rows * 2
+    return task.collate([{k: v for k, v in row.items() if k != "labels"} for row in rows])
+
+
+def blame(
+    folder: Path, model: nn.Module, task: Task, encoded: Mapping[str, list[dict[str, Any]]], check: Check
+) -> str:
+    """Why the export failed and where it diverged; the file is moved aside so that nobody ships it."""
+    where = diverging_layer(folder / "model.onnx", model, sample_batch(task, encoded))
+    aside = folder.with_name("onnx.failed")
+    if aside.exists():
+        import shutil
+
+        shutil.rmtree(aside)
+    folder.rename(aside)
+    return f"export: {check.failure} ({check.split}, batch {check.batch}); {where}; the file is kept in {aside}"
+
+
+def measure(
+    recipe: Recipe,
+    root: Path,
+    task: Task,
+    encoded: Mapping[str, list[dict[str, Any]]],
+    baseline: Path | None,
+    report: dict[str, Any],
+    console: Console,
+) -> None:
+    """Latency and bytes against the uncompressed model: its fp32 ONNX as transformers exports it, and torch eager."""
+    console.print("measuring latency", highlight=False)
+    with tempfile.TemporaryDirectory(dir=root) as scratch:
+        dense_folder = baseline or Path(scratch) / "dense"
+        if baseline is None:
+            dense = load_model(recipe.model, task.auto_class, **task.model_arguments())
+            save_compressed(dense, None, dense_folder, {})
+        dense = load_compressed(dense_folder, verify=False)
+        dense.config._attn_implementation = "sdpa"
+        base_file = Path(scratch) / "base.onnx"
+        save(to_graph(dense, sample_batch(task, encoded)), base_file)
+        models = {
+            ("onnxruntime", "compressed"): root / "onnx" / "model.onnx",
+            ("onnxruntime", "base_fp32"): base_file,
+            ("torch", "base_fp32"): dense_folder,
+        }
+        options = recipe.export
+        report["latency_ms"] = latencies(models, options.latency_shapes, options.threads, options.latency_rounds)
+        report["size_bytes"]["base_onnx"] = onnx_bytes(base_file)
+    report["size_bytes"]["onnx"] = onnx_bytes(root / "onnx" / "model.onnx")
+
+
+def onnx_bytes(path: Path) -> int:
+    """Bytes of an ONNX file and its data file."""
+    data = path.with_name(path.name + ".data")
+    return path.stat().st_size + (data.stat().st_size if data.is_file() else 0)

@@ -1,0 +1,77 @@
+"""Find the first layer at which the exported graph and the trained model part ways."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from compressft.anatomy import anatomy
+
+SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+def diverging_layer(path: Path, model: nn.Module, batch: Mapping[str, Tensor], limit: float = 0.05) -> str:
+    """Run one batch through both with every layer's output exposed.
+
+    Args:
+        limit: relative error (of the layer output's standard deviation) from which a layer counts as diverged.
+
+    Returns:
+        a sentence naming the first layer beyond the limit and its error, or saying that only the head differs.
+    """
+    layers = anatomy(model).layers
+    expected: dict[str, np.ndarray] = {}
+    hooks = [
+        layer.module.register_forward_hook(_keeper(expected, layer.name))
+        for layer in layers
+    ]
+    try:
+        with torch.no_grad():
+            model.eval()(**batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    actual = _layer_outputs(path, [layer.name for layer in layers], batch)
+    for layer in layers:
+        if layer.name not in actual:
+            return f"layer {layer.name} has no node of its own in the graph"
+        want, got = expected[layer.name], actual[layer.name]
+        error = float(np.abs(want - got).max() / max(float(want.std()), 1e-12))
+        if not error <= limit:
+            return f"the first layer that diverges is {layer.name} (largest error {error:.3g} of its standard deviation)"
+    return f"all {len(layers)} layers agree within {limit} of their standard deviation; the head after them differs"
+
+
+def _keeper(store: dict[str, np.ndarray], name: str) -> Any:
+    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+        store[name] = (output[0] if isinstance(output, tuple) else output).float().cpu().numpy()
+
+    return hook
+
+
+def _layer_outputs(path: Path, names: list[str], batch: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    import onnx
+    import onnxruntime
+
+    model = onnx.load(str(path))
+    last: dict[str, str] = {}
+    for node in model.graph.node:
+        scopes = {p.key: p.value for p in node.metadata_props}.get(SCOPES)
+        for name in ast.literal_eval(scopes) if scopes else ():
+            if name in names:
+                last[name] = node.output[0]
+    for output in last.values():
+        model.graph.output.append(onnx.helper.make_empty_tensor_value_info(output))
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    wanted = {value.name for value in session.get_inputs()}
+    feed = {name: tensor.numpy() for name, tensor in batch.items() if name in wanted}
+    results = session.run(list(last.values()), feed)
+    return dict(zip(last, results, strict=True))

@@ -1,0 +1,70 @@
+"""Write a folded model as one ONNX file through transformers' exporter, and tidy the graph."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressft.errors import UserError
+
+
+def to_graph(model: nn.Module, inputs: dict[str, Tensor]) -> Any:
+    """Export with dynamic batch and length to an `onnx_ir.Model`.
+
+    Args:
+        inputs: sample batch (B, T) with B and T above 1, so that neither is taken for a constant.
+
+    Raises:
+        UserError: this transformers has no complete exporter (before 5.20).
+    """
+    try:
+        from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+    except ImportError:
+        import transformers
+
+        raise UserError(f"export: needs transformers >= 5.20 for its ONNX exporter; this is {transformers.__version__}") from None
+    from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
+
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        exported = OnnxExporter().export(copy.deepcopy(model), dict(inputs), config=OnnxConfig(dynamic=True))
+    graph: Any = exported.program
+    merge_scalars(graph)
+    # q, k and v quantise the same input with the same range: after this they share one node.
+    CommonSubexpressionEliminationPass()(graph)
+    RemoveUnusedNodesPass()(graph)
+    return graph
+
+
+def merge_scalars(model: Any) -> None:
+    """Let equal one-element initialisers be one value, so that equal nodes are recognised as equal."""
+    first: dict[tuple[Any, ...], Any] = {}
+    for value in list(model.graph.initializers.values()):
+        tensor = value.const_value
+        if tensor is None or tensor.size > 1:
+            continue
+        key = (tensor.dtype, tuple(tensor.shape), tensor.tobytes())
+        if key in first:
+            value.replace_all_uses_with(first[key])
+            del model.graph.initializers[value.name]
+        else:
+            first[key] = value
+
+
+def save(model: Any, path: Path) -> None:
+    """One self-contained file, or `model.onnx.data` beside it where the weights pass protobuf's 2 GB."""
+    import onnx_ir
+
+    total = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    onnx_ir.save(model, str(path), external_data=f"{path.name}.data" if total > 1_900_000_000 else None)
+
+
+def operators(model: Any) -> Counter[str]:
+    """How often each operator occurs."""
+    return Counter(node.op_type for node in model.graph)

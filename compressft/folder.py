@@ -1,0 +1,192 @@
+"""The run directory: its lock, its recipe, its resumable checkpoints and its metrics log."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from compressft.checkpoint import MANIFEST, hash_files, read_manifest, sync, verify_files
+from compressft.errors import UserError
+from compressft.recipe import Recipe, parse_recipe
+
+FREE_SPACE_FACTOR = 8
+
+
+class RunFolder:
+    """A run directory, held exclusively while a run writes to it.
+
+    Args:
+        root: the directory; created where it does not exist.
+        recipe: what runs there.
+        resume: go on with what is there; without it a directory that holds a run is refused.
+
+    Raises:
+        UserError: in use by another run, not empty, not writable, or of another recipe.
+    """
+
+    def __init__(self, root: str | Path, recipe: Recipe, resume: bool) -> None:
+        self.root = Path(root).expanduser()
+        self.recipe = recipe
+        self._lock: Any = None
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.root / ".lock").open("a")
+        except OSError as error:
+            raise UserError(f"--output {str(self.root)!r}: cannot be written to: {error.strerror or error}") from None
+        try:
+            self._hold()
+            self._claim(resume)
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._lock.close()
+
+    def _hold(self) -> None:
+        try:
+            import fcntl
+        except ImportError:
+            # Windows: no advisory locks; the claim below still refuses a directory that holds a run.
+            return
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"--output {str(self.root)!r}: another run is writing there; wait for it or choose another") from None
+
+    def _claim(self, resume: bool) -> None:
+        saved = self.root / "recipe.yaml"
+        if saved.is_file():
+            if not resume:
+                raise UserError(
+                    f"--output {str(self.root)!r}: holds a run already; add --resume to go on with it or choose another directory"
+                )
+            import yaml
+
+            before = parse_recipe(yaml.safe_load(saved.read_text(encoding="utf-8")), str(saved))
+            if before.hash != self.recipe.hash:
+                raise UserError(f"{saved}: --resume wants the recipe of the run ({before.hash[:19]}); this one is {self.recipe.hash[:19]}")
+            return
+        others = [p.name for p in self.root.iterdir() if p.name != ".lock"]
+        if others:
+            raise UserError(f"--output {str(self.root)!r}: is not empty ({others[0]!r}); choose an empty directory")
+        staging = self.root / ".recipe.tmp"
+        staging.write_text(self.recipe.to_yaml(), encoding="utf-8")
+        staging.rename(saved)
+
+    def check_space(self, model_bytes: int) -> None:
+        """Refuse to start what cannot be saved: checkpoints hold weights and two optimiser moments, twice for a while.
+
+        Raises:
+            UserError: less is free than that.
+        """
+        free = shutil.disk_usage(self.root).free
+        wanted = FREE_SPACE_FACTOR * model_bytes
+        if free < wanted:
+            raise UserError(
+                f"--output {str(self.root)!r}: {free / 1e9:.2f} GB free, checkpoints need about {wanted / 1e9:.2f} GB; free some space"
+            )
+
+    # Finished stages: a compressed model folder each.
+
+    def stage(self, name: str) -> Path:
+        """Folder of a finished stage's model."""
+        return self.root / "stages" / name
+
+    def finished(self, name: str) -> dict[str, Any] | None:
+        """What was recorded of a finished stage, None before."""
+        return read_manifest(self.stage(name))["stage"] if (self.stage(name) / MANIFEST).is_file() else None
+
+    # Resumable checkpoints.
+
+    @property
+    def staging(self) -> Path:
+        """Where the Trainer writes; what is left here after a crash is worthless."""
+        return self.root / "checkpoints" / ".writing"
+
+    def publish(self, written: Path, step: int, info: dict[str, Any], keep: int) -> Path:
+        """Hash, flush and rename a checkpoint to `checkpoints/step-N`, then drop the older ones.
+
+        Args:
+            step: cumulative over stages.
+            info: recorded beside the hashes (stage, seconds).
+        """
+        manifest = {"format": 1, "kind": "checkpoint", "step": step, **info, "files": hash_files(written)}
+        (written / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        sync(written)
+        final = self.root / "checkpoints" / f"step-{step}"
+        shutil.rmtree(final, ignore_errors=True)
+        written.rename(final)
+        sync_directory(final.parent)
+        for older in self.checkpoints()[:-keep]:
+            shutil.rmtree(older, ignore_errors=True)
+        return final
+
+    def checkpoints(self) -> list[Path]:
+        """All published checkpoints, oldest first."""
+        found = (self.root / "checkpoints").glob("step-*")
+        return sorted(found, key=lambda p: int(re.sub(r"\D", "", p.name) or 0))
+
+    def newest(self, stage: str) -> tuple[Path, dict[str, Any]] | None:
+        """The newest checkpoint of a stage, its files compared with their hashes.
+
+        Raises:
+            UserError: it is truncated or changed; the message names the file.
+        """
+        shutil.rmtree(self.staging, ignore_errors=True)
+        for path in reversed(self.checkpoints()):
+            manifest = read_manifest(path)
+            if manifest.get("stage") == stage:
+                verify_files(path, manifest["files"])
+                return path, manifest
+        return None
+
+    def drop_checkpoints(self) -> None:
+        """A finished stage needs none."""
+        shutil.rmtree(self.root / "checkpoints", ignore_errors=True)
+
+    # Metrics.
+
+    @property
+    def metrics(self) -> Path:
+        """metrics.jsonl."""
+        return self.root / "metrics.jsonl"
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Append one row."""
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Forget rows after a cumulative step: a resumed run writes them again."""
+        if not self.metrics.is_file():
+            return
+        kept = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                # A kill can tear the last line.
+                continue
+            if row["step"] <= step:
+                kept.append(line)
+        staging = self.root / ".metrics.tmp"
+        staging.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        staging.rename(self.metrics)
+
+
+def sync_directory(path: Path) -> None:
+    """Make a rename inside a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,166 @@
+"""Timing, size and memory: used by export, report and every benchmark. Each model is timed in a process of its own."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+Shape = tuple[int, int]
+
+
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def timed(call: Callable[[], Any], warmup: int = 5, least: int = 15, budget: float = 1.0) -> list[float]:
+    """Milliseconds of single calls: `warmup` untimed ones, then at least `least` and up to `budget` seconds."""
+    for _ in range(warmup):
+        call()
+    samples: list[float] = []
+    end = time.perf_counter() + budget
+    while len(samples) < least or time.perf_counter() < end:
+        start = time.perf_counter()
+        call()
+        samples.append(1e3 * (time.perf_counter() - start))
+    return samples
+
+
+def quantiles(samples: Sequence[float]) -> dict[str, float]:
+    """p50 and p90."""
+    import numpy as np
+
+    p50, p90 = np.percentile(samples, [50, 90])
+    return {"p50": float(p50), "p90": float(p90)}
+
+
+def latencies(
+    models: Mapping[tuple[str, str], Path], shapes: Sequence[Shape], threads: int | None = None, rounds: int = 3
+) -> list[dict[str, Any]]:
+    """Latency rows of report.json.
+
+    Args:
+        models: (runtime, name) -> path; runtime "onnxruntime" takes a file, "torch" a `model/` folder.
+        shapes: (batch, length) pairs.
+        rounds: the processes are interleaved this many times and their samples pooled, because these machines drift.
+    """
+    threads = threads or usable_cores()
+    pooled: dict[tuple[str, str, Shape], list[float]] = {}
+    for _ in range(rounds):
+        for (runtime, name), path in models.items():
+            command = [sys.executable, "-m", "compressft.measure", runtime, str(path), str(threads), json.dumps(shapes)]
+            done = subprocess.run(command, capture_output=True, text=True, env=_environment())
+            if done.returncode:
+                raise RuntimeError(f"measuring {path} failed:\n{done.stderr[-2000:]}")
+            for shape, samples in json.loads(done.stdout.splitlines()[-1]):
+                pooled.setdefault((runtime, name, tuple(shape)), []).extend(samples)
+    return [
+        {"runtime": runtime, "model": name, "batch": shape[0], "length": shape[1], **quantiles(samples), "threads": threads}
+        for (runtime, name, shape), samples in pooled.items()
+    ]
+
+
+def _environment() -> dict[str, str]:
+    # The child must find the same compressft, also from a source tree that is not installed.
+    paths = [p for p in sys.path if p]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONWARNINGS": "ignore"}
+
+
+def _inputs(names: Sequence[str], batch: int, length: int) -> dict[str, Any]:
+    import numpy as np
+
+    ids = np.random.default_rng(0).integers(10, 400, (batch, length))
+    values = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+    return {name: values[name] for name in names if name in values}
+
+
+def _onnx_calls(path: str, threads: int) -> Callable[[int, int], Callable[[], Any]]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    names = [value.name for value in session.get_inputs()]
+
+    def build(batch: int, length: int) -> Callable[[], Any]:
+        feed = _inputs(names, batch, length)
+        return lambda: session.run(None, feed)
+
+    return build
+
+
+def _torch_calls(path: str, threads: int) -> Callable[[int, int], Callable[[], Any]]:
+    import torch
+
+    from compressft.checkpoint import load_compressed
+
+    torch.set_num_threads(threads)
+    model = load_compressed(path, verify=False)
+
+    def build(batch: int, length: int) -> Callable[[], Any]:
+        feed = {k: torch.from_numpy(v) for k, v in _inputs(["input_ids", "attention_mask"], batch, length).items()}
+
+        def call() -> Any:
+            with torch.inference_mode():
+                return model(**feed)
+
+        return call
+
+    return build
+
+
+def hardware() -> dict[str, Any]:
+    """CPU, cores, memory, and the GPU where there is one."""
+    import psutil
+    import torch
+
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        name = models[0] if models else name
+    found = {"cpu": name, "cores": usable_cores(), "memory_bytes": psutil.virtual_memory().total}
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+PACKAGES = (
+    "compressft", "torch", "triton", "transformers", "accelerate", "bitsandbytes", "optimum", "onnx", "onnxscript", "onnxruntime",
+)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that matter; those not installed are left out."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _child() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("runtime", choices=("onnxruntime", "torch"))
+    parser.add_argument("path")
+    parser.add_argument("threads", type=int)
+    parser.add_argument("shapes", type=json.loads)
+    arguments = parser.parse_args()
+    calls = {"onnxruntime": _onnx_calls, "torch": _torch_calls}[arguments.runtime](arguments.path, arguments.threads)
+    print(json.dumps([[shape, timed(calls(*shape))] for shape in arguments.shapes]))
+
+
+if __name__ == "__main__":
+    _child()

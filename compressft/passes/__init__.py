@@ -1,0 +1,10 @@
+"""Passes: what gets smaller. One file and one row here adds one."""
+
+from compressft.passes.int8 import Int8
+from compressft.passes.structured import Structured
+from compressft.transform import Transform
+
+PASSES: dict[str, type[Transform]] = {
+    "structured": Structured,
+    "int8": Int8,
+}

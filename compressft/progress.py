@@ -1,0 +1,147 @@
+"""What a run tells while it works: a rich display on a terminal, plain lines elsewhere, and rows in metrics.jsonl."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+from compressft.data.tasks import Task
+from compressft.folder import RunFolder
+
+
+class Interrupted(Exception):
+    """Training stopped by SIGINT after a checkpoint was published."""
+
+
+class Reporter(TrainerCallback):
+    """Shows and records loss, metric, sparsity and bit width (now and target); publishes checkpoints; heeds SIGINT.
+
+    Args:
+        offset: steps of the stages before this one, so that steps are cumulative.
+        spent: seconds this stage trained before a resume.
+    """
+
+    def __init__(
+        self, folder: RunFolder, stage: str, task: Task, keep: int, offset: int, spent: float, console: Console
+    ) -> None:
+        self.folder = folder
+        self.stage = stage
+        self.task = task
+        self.keep = keep
+        self.offset = offset
+        self.spent = spent
+        self.console = console
+        self.trainer: Any = None
+        self.interrupted = False
+        self.evaluations: list[dict[str, float]] = []
+        self._progress: Progress | None = None
+        self._line = 0.0
+        self._previous: Any = None
+        self._text = ""
+
+    @property
+    def seconds(self) -> float:
+        """Training time of this stage so far, resumed parts included."""
+        return self.spent + time.perf_counter() - self._start
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._start = time.perf_counter()
+        self._previous = _on_sigint(self._stop)
+        if self.console.is_terminal:
+            columns = (TextColumn("[bold]{task.fields[stage]}"), BarColumn(), MofNCompleteColumn(),
+                       TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.description}"))
+            self._progress = Progress(*columns, console=self.console)
+            self._bar = self._progress.add_task("", total=state.max_steps, completed=state.global_step, stage=self.stage)
+            self._progress.start()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._progress is not None:
+            self._progress.update(self._bar, completed=state.global_step)
+        if self.interrupted:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_log(self, args, state, control, logs=None, model=None, **kwargs):
+        if not logs or "loss" not in logs:
+            return
+        progress = state.global_step / state.max_steps
+        status = {t.type: t.status(model, progress) for t in self.trainer.transforms}
+        status = {name: value for name, value in status.items() if value}
+        row = {
+            "kind": "train", "stage": self.stage, "step": self.offset + state.global_step, "epoch": logs.get("epoch"),
+            "progress": progress, "loss": logs["loss"], "learning_rate": logs.get("learning_rate"),
+            "grad_norm": logs.get("grad_norm"), "terms": self.trainer.drain_terms(), "status": status,
+        }
+        self.folder.log(row)
+        shown = "  ".join(
+            f"{name} {_amount(name, v['now'])}→{_amount(name, v['target'])}"
+            for values in status.values() for name, v in values.items()
+        )
+        self._text = f"loss {logs['loss']:.3f}  {shown}"
+        self._show(state)
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        values = {k.removeprefix("eval_"): v for k, v in (metrics or {}).items()}
+        wanted = ("loss", *(k for k in values if not k.startswith(("runtime", "samples", "steps", "loss", "epoch"))))
+        row = {name: float(values[name]) for name in wanted if name in values}
+        self.evaluations.append(row)
+        self.folder.log({"kind": "eval", "stage": self.stage, "step": self.offset + state.global_step,
+                         "split": "validation", "metrics": row})
+        if self.task.metric in row:
+            self.console.print(
+                f"{self.stage}: step {state.global_step}/{state.max_steps}, validation {self.task.metric} "
+                f"{row[self.task.metric]:.4f}", highlight=False,
+            )
+
+    def on_save(self, args, state, control, **kwargs):
+        written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        info = {"stage": self.stage, "stage_step": state.global_step, "seconds": self.seconds}
+        self.folder.publish(written, self.offset + state.global_step, info, self.keep)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.close()
+
+    def close(self) -> None:
+        """Stop the display and give SIGINT back; harmless when called twice."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+            self._previous = None
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        self.console.print("interrupted: saving after this step (again to stop at once)", highlight=False)
+
+    def _show(self, state: Any) -> None:
+        if self._progress is not None:
+            self._progress.update(self._bar, description=self._text)
+        elif time.perf_counter() - self._line > 10:
+            self._line = time.perf_counter()
+            left = (self.seconds - self.spent) / max(state.global_step, 1) * (state.max_steps - state.global_step)
+            self.console.print(
+                f"{self.stage}: step {state.global_step}/{state.max_steps}  {self._text}  ETA {left:.0f} s", highlight=False
+            )
+
+
+def _amount(name: str, value: float) -> str:
+    return f"{value:.0f}" if name == "bits" else f"{100 * value:.0f}%"
+
+
+def _on_sigint(handler: Callable[[int, FrameType | None], None]) -> Any:
+    """Install a handler; None where this is not the main thread."""
+    try:
+        return signal.signal(signal.SIGINT, handler)
+    except ValueError:
+        return None

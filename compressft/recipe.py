@@ -1,0 +1,361 @@
+"""Recipes: one YAML file says what is trained, what gets smaller and what is exported; read, validated, written back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
+
+from compressft.errors import UserError, nearest
+from compressft.methods import METHODS
+from compressft.methods.full import Full
+from compressft.objectives import OBJECTIVES
+from compressft.passes import PASSES
+from compressft.transform import Transform
+
+TaskType = Literal["sequence-classification", "regression", "token-classification", "causal-lm"]
+
+
+class Part(BaseModel):
+    """Base of the recipe's parts: unknown fields are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataConfig(Part):
+    """Where the rows come from. Give `sample` (shipped), `train` (files) or `dataset` (a hub id).
+
+    Without a validation split, the fraction `validation_fraction` of train is carved out, stratified by label and
+    seeded. `per_class` keeps a balanced sample of the training rows; `limit` the first rows after shuffling.
+    `columns` maps the task's fields (text, text_b, label, score, tokens, tags) to column names.
+    """
+
+    sample: str | None = None
+    dataset: str | None = None
+    train: str | None = None
+    validation: str | None = None
+    test: str | None = None
+    columns: dict[str, str] = Field(default_factory=dict)
+    max_length: int = Field(default=128, ge=4)
+    validation_fraction: float = Field(default=0.1, gt=0, lt=1)
+    per_class: int | None = Field(default=None, ge=2)
+    limit: int | None = Field(default=None, ge=2)
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataConfig:
+        given = [name for name in ("sample", "dataset", "train") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of sample, dataset and train; got {given or 'none'}")
+        return self
+
+
+class TrainConfig(Part):
+    """How a stage trains. `precision` "auto" is bf16 autocast where the hardware computes in it, else fp32."""
+
+    epochs: float = Field(default=3.0, gt=0)
+    max_steps: int = Field(default=-1, ge=-1)
+    batch_size: int = Field(default=32, ge=1)
+    eval_batch_size: int = Field(default=64, ge=1)
+    gradient_accumulation: int = Field(default=1, ge=1)
+    learning_rate: float = Field(default=5e-5, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    warmup: float = Field(default=0.1, ge=0, lt=1)
+    scheduler: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
+    optimizer: Literal["adamw_torch_fused", "adamw_torch", "adamw_8bit", "paged_adamw_8bit"] = "adamw_torch_fused"
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    gradient_checkpointing: bool = False
+    save: Literal["epoch", "no"] | int = "epoch"
+    keep_checkpoints: int = Field(default=1, ge=1)
+    seed: int = 0
+
+
+class Stage(Part):
+    """One training run: a method, any objectives, any passes."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
+    method: SerializeAsAny[Transform] = Field(default_factory=Full)
+    objectives: tuple[SerializeAsAny[Transform], ...] = ()
+    passes: tuple[SerializeAsAny[Transform], ...] = ()
+    train: TrainConfig = Field(default_factory=TrainConfig)
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _method(cls, value: Any) -> Transform:
+        return _transform(value, METHODS, "method")
+
+    @field_validator("objectives", mode="before")
+    @classmethod
+    def _objectives(cls, value: Any) -> tuple[Transform, ...]:
+        return tuple(_transform(item, OBJECTIVES, "objective") for item in _listed(value))
+
+    @field_validator("passes", mode="before")
+    @classmethod
+    def _passes(cls, value: Any) -> tuple[Transform, ...]:
+        return tuple(_transform(item, PASSES, "pass") for item in _listed(value))
+
+    @property
+    def transforms(self) -> tuple[Transform, ...]:
+        """Method, objectives, passes, in this order."""
+        return (self.method, *self.objectives, *self.passes)
+
+    @model_validator(mode="after")
+    def _compatible(self) -> Stage:
+        for kind in ("objectives", "passes"):
+            names = [t.type for t in getattr(self, kind)]
+            double = {name for name in names if names.count(name) > 1}
+            if double:
+                raise ValueError(f"{kind}: {sorted(double)} given twice; keep one")
+        for one in self.transforms:
+            reason = one.conflict([other for other in self.transforms if other is not one])
+            if reason:
+                raise ValueError(reason)
+        return self
+
+
+class ExportConfig(Part):
+    """The ONNX file, and how far it may be from the trained model before the run fails.
+
+    `label_agreement`: least fraction of rows with the trained model's label. `metric_drop`: largest loss of the task's
+    metric against the trained model. `max_abs_error`: largest logit difference (regression; no limit when None).
+    """
+
+    enabled: bool = True
+    attention: Literal["fused", "qattention"] = "qattention"
+    label_agreement: float = Field(default=0.99, ge=0, le=1)
+    metric_drop: float = Field(default=0.005, ge=0)
+    max_abs_error: float | None = Field(default=None, gt=0)
+    batch: int = Field(default=32, ge=1)
+    threads: int | None = Field(default=None, ge=1)
+    latency_shapes: tuple[tuple[int, int], ...] = ((1, 32), (1, 128), (8, 128))
+    latency_rounds: int = Field(default=3, ge=1)
+
+
+class Recipe(Part):
+    """A whole run."""
+
+    name: str
+    description: str = ""
+    model: str
+    task: TaskType = "sequence-classification"
+    data: DataConfig
+    stages: tuple[Stage, ...] = Field(min_length=1)
+    export: ExportConfig = Field(default_factory=ExportConfig)
+    smoke: bool = False
+
+    @model_validator(mode="after")
+    def _stages(self) -> Recipe:
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) != len(names):
+            raise ValueError(f"stages: names must differ; got {names}")
+        if "self" in names:
+            raise ValueError("stages: the name 'self' is taken by the distillation teacher")
+        for position, stage in enumerate(self.stages):
+            for objective in stage.objectives:
+                teacher = getattr(objective, "teacher", None)
+                if teacher in names[position:]:
+                    raise ValueError(
+                        f"stages.{position}: objective {objective.type!r} takes stage {teacher!r} as its teacher, which "
+                        "has not run by then; name an earlier stage"
+                    )
+        return self
+
+    def to_yaml(self) -> str:
+        """The fully resolved recipe."""
+        return yaml.safe_dump(json.loads(self.model_dump_json()), sort_keys=False, allow_unicode=True, width=110)
+
+    @property
+    def hash(self) -> str:
+        """Content hash, "sha256:..."; equal recipes have equal hashes."""
+        payload = json.dumps(json.loads(self.model_dump_json()), sort_keys=True)
+        return "sha256:" + hashlib.sha256(payload.encode()).hexdigest()
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    if value is None:
+        return ()
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"wants a list; got {value!r}")
+    return value
+
+
+def _transform(value: Any, registry: Mapping[str, type[Transform]], kind: str) -> Transform:
+    if isinstance(value, Transform):
+        return value
+    if isinstance(value, str):
+        value = {"type": value}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{kind} wants a name or a mapping with `type`; got {value!r}")
+    name = value.get("type")
+    if name not in registry:
+        allowed = ", ".join(sorted(registry))
+        raise ValueError(f"{kind} {name!r} is not known; allowed: {allowed}{nearest(str(name), registry)}")
+    try:
+        return registry[name].model_validate(dict(value))
+    except ValidationError as error:
+        raise ValueError(_explain(error, registry[name], f"{kind} {name}")) from None
+
+
+def _explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
+    """One line for the first problem: path, value and what is allowed."""
+    first = error.errors(include_url=False)[0]
+    path = ".".join(str(p) for p in first["loc"])
+    at = f"{where}.{path}" if path and where else (path or where)
+    rest = len(error.errors()) - 1
+    more = f" (and {rest} more)" if rest else ""
+    if first["type"] == "extra_forbidden":
+        allowed = _fields_at(model, first["loc"][:-1])
+        name = str(first["loc"][-1])
+        return f"{at}: unknown field; allowed: {', '.join(allowed)}{nearest(name, allowed)}{more}"
+    message = str(first["msg"]).removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return f"{at}: {message}{more}" if at else f"{message}{more}"
+    return f"{at}: {message} (got {first.get('input')!r}){more}" if first["type"] != "missing" else f"{at}: is required{more}"
+
+
+def _fields_at(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
+    current: Any = model
+    for step in location:
+        if isinstance(step, int):
+            continue
+        annotation = current.model_fields[step].annotation
+        arguments = [a for a in (annotation, *getattr(annotation, "__args__", ())) if isinstance(a, type)]
+        current = next(a for a in arguments if issubclass(a, BaseModel))
+    return sorted(current.model_fields)
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Names and files of the recipes inside the package."""
+    folder = Path(str(files("compressft"))) / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe by shipped name or YAML path, follow `extends:`, apply `a.b=c` overrides, validate.
+
+    Overrides take YAML values; list items are addressed by position or, for stages, by name
+    (`stages.student.train.epochs=2`).
+
+    Raises:
+        UserError: file, field or value is wrong; the message has the path, the value and what is allowed.
+    """
+    document = _read(source, ())
+    for override in overrides:
+        _apply(document, override)
+    return parse_recipe(document, str(source))
+
+
+def parse_recipe(document: Mapping[str, Any], where: str = "recipe") -> Recipe:
+    """Validate a recipe given as plain data."""
+    try:
+        return Recipe.model_validate(document)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_explain(error, Recipe, '')}") from None
+
+
+def _read(source: str | Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    shipped = shipped_recipes()
+    path = shipped[str(source)] if str(source) in shipped else Path(source)
+    if not path.is_file():
+        raise UserError(
+            f"recipe: {str(source)!r} is neither a file nor a shipped recipe; shipped: "
+            f"{', '.join(shipped)}{nearest(str(source), shipped)}"
+        )
+    if path.resolve() in seen:
+        raise UserError(f"{path}: `extends` leads back to this file; remove it")
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(document, dict):
+        raise UserError(f"{path}: wants a mapping of fields; got {type(document).__name__}")
+    base_name = document.pop("extends", None)
+    if base_name is None:
+        return document
+    beside = path.parent / str(base_name)
+    base = _read(beside if beside.is_file() else str(base_name), (*seen, path.resolve()))
+    return _merge(base, document)
+
+
+def _merge(base: Any, new: Any) -> Any:
+    """Mappings merge; stages merge by name; anything else is replaced."""
+    if isinstance(base, dict) and isinstance(new, dict):
+        merged = dict(base)
+        for key, value in new.items():
+            if key == "stages" and key in base:
+                merged[key] = _merge_stages(base[key], value)
+            else:
+                merged[key] = _merge(base[key], value) if key in base else value
+        return merged
+    return new
+
+
+def _merge_stages(base: Any, new: Any) -> Any:
+    if not isinstance(base, list) or not isinstance(new, list) or not all(isinstance(s, dict) for s in [*base, *new]):
+        return new
+    by_name = {stage.get("name"): stage for stage in new}
+    merged = [_merge(stage, by_name.pop(stage.get("name"), {})) for stage in base]
+    return merged + [stage for stage in new if stage.get("name") in by_name]
+
+
+def _apply(document: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise UserError(f"--set {override!r}: wants PATH=VALUE, such as stages.student.train.epochs=2")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"--set {override!r}: the value is not YAML") from None
+    node: Any = document
+    steps = path.split(".")
+    for i, step in enumerate(steps[:-1]):
+        node = _child(node, step, override, ".".join(steps[: i + 1]))
+    last = steps[-1]
+    if isinstance(node, list):
+        node[_position(node, last, override)] = value
+    else:
+        node[last] = value
+
+
+def _child(node: Any, step: str, override: str, path: str) -> Any:
+    if isinstance(node, list):
+        child = node[_position(node, step, override)]
+        if isinstance(child, str):
+            child = {"type": child}
+            node[_position(node, step, override)] = child
+    else:
+        child = node.setdefault(step, {})
+    if isinstance(child, str) and step == "method":
+        child = node[step] = {"type": child}
+    if not isinstance(child, dict | list):
+        raise UserError(f"--set {override!r}: {path} is {child!r}, which has no fields")
+    return child
+
+
+def _position(items: list[Any], step: str, override: str) -> int:
+    if step.lstrip("-").isdigit() and -len(items) <= int(step) < len(items):
+        return int(step)
+    names = [str(i.get("name", i.get("type"))) if isinstance(i, dict) else str(i) for i in items]
+    if step in names:
+        return names.index(step)
+    raise UserError(f"--set {override!r}: no item {step!r}; items: {', '.join(names)}{nearest(step, names)}")
+
+
+def smoke(recipe: Recipe) -> Recipe:
+    """The same recipe on a few rows: every step of the run, in under a minute; tolerances do not apply to noise."""
+    document = json.loads(recipe.model_dump_json())
+    document["smoke"] = True
+    document["data"] |= {"limit": 96, "max_length": min(32, recipe.data.max_length)}
+    for stage in document["stages"]:
+        stage["train"] |= {"epochs": 1, "max_steps": 4, "batch_size": min(8, stage["train"]["batch_size"])}
+    document["export"] |= {"latency_rounds": 1, "latency_shapes": [[1, 32]]}
+    return parse_recipe(document)

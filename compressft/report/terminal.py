@@ -1,0 +1,80 @@
+"""The final table on the terminal; fits 80 columns."""
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from compressft.report import numbers
+from compressft.report.summary import Summary, part, summarise
+
+
+def terminal_table(report: dict) -> RenderableType:
+    """A rich renderable with quality, size, parameters, latency, parity and training time of one report."""
+    summary = summarise(report)
+    title = Text(" \N{MIDDLE DOT} ".join(str(report[key]) for key in ("name", "model", "task") if report.get(key)))
+    title.no_wrap, title.overflow = True, "ellipsis"
+    title.stylize("bold")
+    return Group(title, _before_after(report, summary), _latency(summary), *_lines(report))
+
+
+def _before_after(report: dict, summary: Summary) -> Table:
+    quality, sizes, parameters = (part(report, key) for key in ("quality", "size_bytes", "parameters"))
+    metric = summary.metric
+    table = _table("", "base", "compressed", "change")
+    for place, key, difference in (
+        ("torch", "torch", summary.torch_difference),
+        ("ONNX", "onnx", summary.onnx_difference),
+    ):
+        table.add_row(
+            _cell(f"{numbers.metric_title(metric)}, {summary.split}, {place}"),
+            _cell(numbers.score(metric, quality.get("baseline"))),
+            _cell(numbers.score(metric, quality.get(key))),
+            _cell(numbers.score_difference(metric, difference)),
+        )
+    for label, write, before, after, change in (
+        ("ONNX file", numbers.size, sizes.get("base_onnx"), sizes.get("onnx"), summary.size_change),
+        ("parameters", numbers.count, parameters.get("base"), parameters.get("total"), summary.parameter_change),
+    ):
+        table.add_row(_cell(label), _cell(write(before)), _cell(write(after)), _cell(numbers.change(change)))
+    return table
+
+
+def _latency(summary: Summary) -> RenderableType:
+    if not summary.latencies:
+        return Text(f" latency: {numbers.MISSING}")
+    table = _table("latency, p50", "torch base", "ONNX base", "compressed", "vs ONNX", "vs torch")
+    for row in summary.latencies:
+        times = (numbers.milliseconds(value) for value in (row.torch, row.base, row.compressed))
+        ratios = (numbers.ratio(value) for value in (row.speed_up, row.speed_up_torch))
+        table.add_row(_cell(row.label), *(_cell(text) for text in (*times, *ratios)))
+    return table
+
+
+def _lines(report: dict) -> list[Text]:
+    parity, training = part(report, "parity"), part(report, "training")
+    agreement = parity.get("label_agreement")
+    lines = [f"parity: largest output difference torch to ONNX {numbers.error(parity.get('max_abs_error'))}"]
+    if agreement is not None:
+        lines.append(f"parity: same label for {numbers.percent(agreement)} of {parity.get('split') or 'test'} rows")
+    lines.append(f"training: {numbers.duration(training.get('seconds'))}")
+    for key, write in (
+        ("examples_per_second", lambda value: numbers.rate(value, "examples")),
+        ("peak_memory_bytes", lambda value: f"peak memory {numbers.size(value)}"),
+    ):
+        if training.get(key) is not None:
+            lines[-1] += ", " + write(training[key])
+    return [Text(" " + line) for line in lines]
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=True)
+    table.add_column(first, overflow="fold")
+    for name in others:
+        table.add_column(name, justify="right", overflow="fold")
+    return table
+
+
+def _cell(text: str) -> Text:
+    # Text, not str: rich would read "[bold]" in a name as markup.
+    return Text(text, style="dim") if text == numbers.MISSING else Text(text)

@@ -1,0 +1,212 @@
+"""The flow of a run, top-down: load, train each stage, save, export, report."""
+
+from __future__ import annotations
+
+
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import nn
+
+from compressft.checkpoint import base_tensors, load_compressed, save_compressed, save_delta
+from compressft.data import TASKS, Splits, Task, load_splits, make_task
+from compressft.errors import UserError
+from compressft.folder import RunFolder
+from compressft.model import count, load_model, load_tokenizer, shapes
+from compressft.recipe import Recipe, Stage
+from compressft.transform import Context
+
+INFO_KEYS = ("task", "labels", "max_length", "columns", "metric")
+
+
+def run(recipe: Recipe, output: str | Path, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
+    """Run a recipe into a directory.
+
+    Args:
+        output: the run directory (layout: README).
+        resume: go on with an interrupted run of the same recipe.
+        console: where progress goes; standard error by default.
+
+    Returns:
+        the report (the content of `report/report.json`).
+
+    Raises:
+        UserError: a mistake in recipe, data or directory.
+        VerificationError: the exported file misses the recipe's tolerances.
+        Interrupted: stopped by SIGINT; a checkpoint was published.
+    """
+    from compressft.export import export
+    from compressft.report import load_metrics, write_report
+
+    console = console or Console(stderr=True)
+    quiet_libraries()
+    with RunFolder(output, recipe, resume) as folder:
+        tokenizer = load_tokenizer(recipe.model)
+        task, splits = load_task(recipe, tokenizer)
+        console.print(
+            f"{recipe.name}: {len(splits.train)} training, {len(splits.validation)} validation, {len(splits.test)} test rows",
+            highlight=False,
+        )
+        model, stages = train_stages(recipe, folder, task, splits, console)
+        info = model_info(recipe, task)
+        save_compressed(model, tokenizer, folder.root / "model", info)
+        save_delta(model, base_tensors(recipe.model), folder.root / "delta", info)
+        report = export(recipe, folder.root, splits, console)
+        report = {"name": recipe.name, "model": recipe.model, "task": recipe.task, **report, "stages": stages}
+        report["training"] = training_figures(stages)
+        report |= {"recipe_hash": recipe.hash, "recipe": recipe.to_yaml()}
+        write_report(report, load_metrics(folder.metrics), folder.root / "report")
+        return report
+
+
+def load_task(recipe: Recipe, tokenizer: Any) -> tuple[Task, Splits]:
+    """The recipe's rows, and its task with the labels that occur in train."""
+    kind = TASKS[recipe.task]
+    splits = load_splits(recipe.data, kind.fields)
+    return make_task(recipe.task, tokenizer, recipe.data.max_length, kind.labels_of(splits.train)), splits
+
+
+def model_info(recipe: Recipe, task: Task) -> dict[str, Any]:
+    """What a shipped folder must know to be evaluated on its own."""
+    values = (recipe.task, list(task.labels), recipe.data.max_length, dict(recipe.data.columns), task.metric)
+    return {"model": recipe.model, **dict(zip(INFO_KEYS, values, strict=True))}
+
+
+def train_stages(
+    recipe: Recipe, folder: RunFolder, task: Task, splits: Splits, console: Console
+) -> tuple[nn.Module, list[dict[str, Any]]]:
+    """Train all stages one after the other, each from the weights of the one before."""
+    import torch
+    from transformers import set_seed
+
+    set_seed(recipe.stages[0].train.seed)
+    model = load_model(recipe.model, task.auto_class, **task.model_arguments())
+    folder.check_space(sum(p.numel() * p.element_size() for p in model.parameters()))
+    if torch.cuda.is_available():
+        model = model.cuda()
+    base = {"shapes": shapes(model), "parameters": count(model)["total"]}
+    features = (task.encode(splits.train), task.encode(splits.validation))
+    records: list[dict[str, Any]] = []
+    for stage in recipe.stages:
+        record = folder.finished(stage.name)
+        if record is None:
+            record = train_stage(stage, model, recipe, folder, task, features, sum(r["steps"] for r in records), console)
+            record["base"] = base
+            info = {**model_info(recipe, task), "stage": record}
+            save_compressed(model, None, folder.stage(stage.name), info)
+            folder.drop_checkpoints()
+        else:
+            model = load_compressed(folder.stage(stage.name))
+        records.append(record)
+    return model.cpu().eval(), records
+
+
+def train_stage(
+    stage: Stage,
+    model: nn.Module,
+    recipe: Recipe,
+    folder: RunFolder,
+    task: Task,
+    features: tuple[list[dict[str, Any]], list[dict[str, Any]]],
+    offset: int,
+    console: Console,
+) -> dict[str, Any]:
+    """Train one stage in place, from its newest checkpoint where there is one; returns its record."""
+    from transformers import set_seed
+
+    from compressft.progress import Interrupted, Reporter
+    from compressft.trainer import CompressionTrainer
+
+    set_seed(stage.train.seed)
+    context = Context(stage.transforms, {}, teacher_loader(recipe, folder, task, model), stage.train.seed)
+    for transform in stage.transforms:
+        transform.prepare(model, context)
+    if stage.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    found = folder.newest(stage.name)
+    checkpoint, manifest = found if found else (None, {"seconds": 0.0, "step": offset})
+    folder.rewind(manifest["step"])
+    reporter = Reporter(folder, stage.name, task, stage.train.keep_checkpoints, offset, manifest["seconds"], console)
+    trainer = CompressionTrainer(model, task, stage.train, context, *features, folder.staging, [reporter])
+    reporter.trainer = trainer
+    trainable = count(model)["trainable"]
+    with closing(reporter):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if reporter.interrupted and trainer.state.global_step < trainer.state.max_steps:
+        raise Interrupted(f"stopped at step {trainer.state.global_step} of stage {stage.name!r}; saved")
+    for transform in stage.transforms:
+        transform.finalize(model)
+    trained = trainer.state.global_step - manifest.get("stage_step", 0)
+    seconds = reporter.seconds - manifest["seconds"]
+    return {
+        "name": stage.name,
+        "seconds": reporter.seconds,
+        "steps": trainer.state.global_step,
+        "trainable": trainable,
+        "examples_per_second": trained * stage.train.batch_size * stage.train.gradient_accumulation / seconds,
+        "tokens_per_second": trainer.tokens / seconds,
+        "peak_memory_bytes": peak_memory(),
+        "validation": reporter.evaluations[-1] if reporter.evaluations else {},
+        "dense": not stage.passes,
+    }
+
+
+def teacher_loader(recipe: Recipe, folder: RunFolder, task: Task, model: nn.Module) -> Callable[[str], nn.Module]:
+    """Loads a teacher: a finished stage by name, else a folder or hub id trained for the same labels."""
+
+    def load(name: str) -> nn.Module:
+        if any(stage.name == name for stage in recipe.stages):
+            teacher: Any = load_compressed(folder.stage(name), verify=False)
+        else:
+            teacher = load_model(name, task.auto_class)
+            if getattr(teacher.config, "num_labels", None) != getattr(model.config, "num_labels", None):
+                raise UserError(f"objective distill.teacher: {name!r} has {teacher.config.num_labels} labels, the task has {len(task.labels)}")
+        return teacher.to(next(model.parameters()).device)
+
+    return load
+
+
+def training_figures(stages: list[dict[str, Any]]) -> dict[str, Any]:
+    """The report's `training` key: totals over stages, rates weighted by time."""
+    seconds = sum(s["seconds"] for s in stages)
+
+    def rate(key: str) -> float:
+        return sum(s[key] * s["seconds"] for s in stages) / seconds
+
+    return {
+        "seconds": seconds,
+        "examples_per_second": rate("examples_per_second"),
+        "tokens_per_second": rate("tokens_per_second"),
+        "peak_memory_bytes": max(s["peak_memory_bytes"] for s in stages),
+    }
+
+
+def peak_memory() -> int:
+    """Peak bytes of this process so far: allocated on the GPU where there is one, else resident."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import psutil
+
+    info = psutil.Process().memory_info()
+    try:
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    except ImportError:
+        return getattr(info, "peak_wset", info.rss)
+
+
+def quiet_libraries() -> None:
+    """transformers' own bars and loading tables would hide ours."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+

@@ -1,0 +1,235 @@
+"""A thin subclass of transformers.Trainer that calls the Transforms; distribution, precision, resume and logging are its."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import EvalPrediction
+
+from compressft.data.tasks import Task
+from compressft.errors import UserError
+from compressft.recipe import TrainConfig
+from compressft.transform import TASK_LOSS, Context, Transform
+
+
+def computes_in_bf16(device: str) -> bool:
+    """Whether the hardware itself multiplies bf16 (emulation is slower than fp32)."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device == "cpu" and bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
+
+
+def autocast_dtype(precision: str, device: str) -> torch.dtype | None:
+    """The autocast dtype of a recipe's `precision`, None for fp32.
+
+    Raises:
+        UserError: fp16 is asked for without a GPU.
+    """
+    if precision == "fp16" and device != "cuda":
+        raise UserError("train.precision: 'fp16' needs a CUDA device; use bf16, fp32 or auto")
+    if precision == "auto":
+        # GPUs before compute capability 8.0 multiply fp16 only.
+        return torch.bfloat16 if computes_in_bf16(device) else (torch.float16 if device == "cuda" else None)
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """Shuffles, then sorts by length inside chunks of 50 batches, then shuffles the batches: little padding.
+
+    The order is a pure function of seed and epoch, which is what makes a resumed run see the same batches.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths = lengths
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the data loader before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        chunk = 50 * self.batch_size
+        batches: list[list[int]] = []
+        for start in range(0, len(order), chunk):
+            ordered = sorted(order[start : start + chunk], key=lambda i: self.lengths[i], reverse=True)
+            batches += [ordered[i : i + self.batch_size] for i in range(0, len(ordered), self.batch_size)]
+        # A short batch stays last: the loader cuts the flat order into batches again.
+        short = [b for b in batches if len(b) < self.batch_size]
+        full = [b for b in batches if len(b) == self.batch_size]
+        for position in torch.randperm(len(full), generator=generator).tolist():
+            yield from full[position]
+        for batch in short:
+            yield from batch
+
+
+class Hooks(TrainerCallback):
+    """Calls `after_step` of every Transform: once at the start, then after each optimiser step."""
+
+    def __init__(self, transforms: Sequence[Transform]) -> None:
+        self.transforms = transforms
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self._follow(model, state.global_step / max(state.max_steps, 1))
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        # The Trainer counts the step after this call; gradients are still there now.
+        self._follow(model, (state.global_step + 1) / max(state.max_steps, 1))
+
+    def _follow(self, model: nn.Module, progress: float) -> None:
+        for transform in self.transforms:
+            transform.after_step(model, progress)
+
+
+class CompressionTrainer(Trainer):
+    """transformers.Trainer with the Transforms' loss terms, parameter groups and hooks."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        config: TrainConfig,
+        context: Context,
+        train_features: Sequence[dict[str, Any]],
+        eval_features: Sequence[dict[str, Any]],
+        output: Path,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
+        self.context = context
+        self.transforms = list(context.transforms)
+        self.terms: dict[str, float] = defaultdict(float)
+        self.tokens = 0
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.autocast_dtype = autocast_dtype(config.precision, device)
+        args = training_arguments(config, output, device, self.autocast_dtype)
+        super().__init__(
+            model=model,  # type: ignore[arg-type]
+            args=args,
+            data_collator=task.collate,
+            train_dataset=train_features,  # type: ignore[arg-type]
+            eval_dataset=eval_features,  # type: ignore[arg-type]
+            compute_metrics=_metrics(task),
+            callbacks=[Hooks(self.transforms), *callbacks],
+        )
+        self.remove_callback(PrinterCallback)
+        # The loss below is a mean over the batch; the Trainer divides it by the accumulation steps.
+        self.model_accepts_loss_kwargs = False
+        self.loss_is_scaled_for_ga = False
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
+        """bf16 autocast around student and teacher alike, without wrapping the model's forward."""
+        if self.autocast_dtype is not torch.bfloat16:
+            return super().autocast_smart_context_manager(cache_enabled)
+        return torch.autocast(self.args.device.type, dtype=torch.bfloat16, cache_enabled=bool(cache_enabled))
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Task loss times the objectives' factors, plus their terms; outside training the task loss alone."""
+        training = model.training
+        hidden = training and any(t.needs_hidden_states for t in self.transforms)
+        outputs = model(**inputs, output_hidden_states=True) if hidden else model(**inputs)
+        loss = outputs["loss"]
+        if training:
+            terms: dict[str, Tensor] = {TASK_LOSS: loss * math.prod(t.task_weight for t in self.transforms)}
+            for transform in self.transforms:
+                terms |= transform.loss(model, inputs, outputs, self.context)
+            loss = torch.stack([term.float() for term in terms.values()]).sum()
+            if not math.isfinite(loss.item()):
+                raise UserError(
+                    f"train: the loss became {loss.item()} at step {self.state.global_step + 1}; lower "
+                    f"train.learning_rate (now {self.args.learning_rate:g}) or set train.precision to fp32"
+                )
+            for name, term in terms.items():
+                self.terms[name] += float(term.detach())
+            self.terms["steps"] += 1
+            self.tokens += int(inputs["attention_mask"].sum())
+        return (loss, outputs) if return_outputs else loss
+
+    def drain_terms(self) -> dict[str, float]:
+        """Mean of each loss term since the last call."""
+        steps = self.terms.pop("steps", 0)
+        means = {name: value / steps for name, value in self.terms.items()} if steps else {}
+        self.terms.clear()
+        return means
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The Trainer's optimiser, with the Transforms' own groups taken out of the common ones."""
+        if self.optimizer is None:
+            target = self.model if model is None else model
+            own = [group for t in self.transforms for group in t.param_groups(target, self.context)]
+            super().create_optimizer(model)
+            assert self.optimizer is not None
+            taken = {id(parameter) for group in own for parameter in group["params"]}
+            for group in self.optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if id(p) not in taken]
+            for group in own:
+                self.optimizer.add_param_group(group)
+        return self.optimizer  # type: ignore[return-value]
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of similar length, in an order that depends on seed and epoch alone."""
+        features: Any = self.train_dataset
+        batch_size = self.args.train_batch_size
+        sampler = LengthGroupedSampler([len(f["input_ids"]) for f in features], batch_size, self.args.seed)
+        loader = DataLoader(features, batch_size=batch_size, sampler=sampler, collate_fn=self.data_collator)
+        return self.accelerator.prepare(loader)
+
+
+def training_arguments(
+    config: TrainConfig, output: Path, device: str, dtype: torch.dtype | None
+) -> TrainingArguments:
+    """Translate a recipe's train part; checkpoints go below `output`, everything is logged through our callbacks."""
+    every = config.save if isinstance(config.save, int) else 500
+    return TrainingArguments(
+        output_dir=str(output),
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.eval_batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        warmup_steps=config.warmup,
+        lr_scheduler_type=config.scheduler,
+        optim=config.optimizer,
+        max_grad_norm=config.max_grad_norm,
+        fp16=dtype is torch.float16,
+        save_strategy="steps" if isinstance(config.save, int) else config.save,
+        save_steps=every,
+        eval_strategy="epoch",
+        logging_steps=10,
+        logging_nan_inf_filter=False,
+        seed=config.seed,
+        data_seed=config.seed,
+        use_cpu=device == "cpu",
+        dataloader_pin_memory=device == "cuda",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to=[],
+        label_names=["labels"],
+    )
+
+
+def _metrics(task: Task) -> Callable[[EvalPrediction], Mapping[str, float]]:
+    def compute(prediction: EvalPrediction) -> Mapping[str, float]:
+        logits = prediction.predictions
+        if isinstance(logits, tuple):
+            logits = logits[0]
+        return task.score(logits, prediction.label_ids)  # type: ignore[arg-type]
+
+    return compute

@@ -1,0 +1,9 @@
+"""Packages live in two source roots: the repository's and `kernels/` (a plain folder: a package of that name would shadow Hugging Face's)."""
+
+from setuptools import find_packages, setup
+
+setup(
+    packages=find_packages(include=["compressft", "compressft.*"]) + find_packages("kernels"),
+    package_dir={"compressft_kernels": "kernels/compressft_kernels"},
+    package_data={"compressft": ["recipes/*.yaml", "samples/*/*"]},
+)

@@ -1,0 +1,50 @@
+"""The table on the terminal."""
+# ruff: noqa: RUF001 (the report prints true minus and multiplication signs)
+
+import io
+
+import pytest
+from rich.console import Console
+
+from compressft.report import numbers, terminal_table
+
+
+def _text(report, width=80) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(terminal_table(report))
+    return console.export_text()
+
+
+def test_figures_are_there_and_fit(report):
+    text = _text(report)
+    assert max(map(len, text.splitlines())) <= 80
+    for figure in ("92.10%", "91.80%", "−0.30 points", "91.70%", "−0.40 points", "−82.5%", "22.7 M", "15.0 M", "6.19×",
+                   "8.87×", "14.2 ms", "0.0312", "99.80%", "4 min 0 s"):  # fmt: skip
+        assert figure in text, figure
+    # Nothing was folded: one line per row.
+    assert sum(line.strip().startswith(("1×32", "1×128", "8×128")) and "ms" in line for line in text.splitlines()) == 3
+    assert len(text.splitlines()) <= 24
+
+
+def test_large_figures_still_fit_on_one_line(report):
+    for row in report["latency_ms"]:
+        row["p50"] = row["p50"] * 1000
+        row["batch"], row["length"] = row["batch"] * 16, row["length"] * 8
+    text = _text(report)
+    assert max(map(len, text.splitlines())) <= 80
+    assert any(line.count(" ms") == 3 and line.count("×") == 3 for line in text.splitlines())
+
+
+@pytest.mark.parametrize("report", [{}, {"latency_ms": None, "quality": None}])
+def test_nothing_measured(report):
+    text = _text(report)
+    assert numbers.MISSING in text
+    assert "None" not in text
+
+
+def test_names_are_not_read_as_markup(report):
+    report |= {"name": "[bold]x[/bold]" + "y" * 100}
+    report["quality"]["split"] = "[red]t[/red]"
+    text = _text(report)
+    assert "[bold]x[/bold]" in text
+    assert max(map(len, text.splitlines())) <= 80
