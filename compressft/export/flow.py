@@ -177,7 +177,7 @@ def measure(
         dense = load_compressed(dense_folder, verify=False)
         dense.config._attn_implementation = "sdpa"
         base_file = Path(scratch) / "base.onnx"
-        save(to_graph(dense, sample_batch(task, encoded)), base_file)
+        save(to_graph(dense, sample_batch(task, encoded), tidy=False), base_file)
         models = {
             ("onnxruntime", "compressed"): root / "onnx" / "model.onnx",
             ("onnxruntime", "base_fp32"): base_file,

@@ -6,6 +6,7 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from compressft.model import replace
 from compressft.modules.attention import EXPORT
@@ -62,7 +63,8 @@ class Int8Embedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         assert isinstance(self.weight, Tensor) and isinstance(self.scale, Tensor)
-        return self.weight[ids].to(torch.float32) * self.scale[ids]
+        # F.embedding becomes Gather; indexing would become the slower GatherND.
+        return F.embedding(ids, self.weight).to(torch.float32) * F.embedding(ids, self.scale)
 
 
 class AdaptedInt8(nn.Module):

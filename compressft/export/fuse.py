@@ -88,8 +88,3 @@ def _replace(model: Any, node: Any, sources: list[Any]) -> None:
     new.outputs[0].name = f"{node.outputs[0].name}_fused"
     model.graph.insert_before(node, new)
     node.outputs[0].replace_all_uses_with(new.outputs[0])
-    for source in sources:
-        for index in (1, 3, 6):
-            value = source.inputs[index]
-            if len(value.uses()) <= 1 and value.name in model.graph.initializers:
-                continue
