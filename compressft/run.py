@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,20 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
-from compressft.checkpoint import base_tensors, load_compressed, save_compressed, save_delta
+from compressft.checkpoint import MANIFEST, base_tensors, load_compressed, read_manifest, save_compressed, save_delta
 from compressft.data import TASKS, Splits, Task, load_splits, make_task
-from compressft.errors import UserError
+from compressft.errors import UserError, VerificationError
+from compressft.export.verify import model_logits
 from compressft.folder import RunFolder
+from compressft.memory import keep_freed_memory
 from compressft.model import count, load_model, load_tokenizer, shapes
-from compressft.recipe import Recipe, Stage
+from compressft.recipe import Recipe, Stage, load_recipe
 from compressft.transform import Context
 
+# Rows, and share of the logits' standard deviation, for the checks around finalize and save. One flipped int8 rounding
+# moves a logit by about 1 %; a lost mask or range by more than all of it.
+SETTLE_ROWS = 64
+SETTLE_LIMIT = 0.1
 INFO_KEYS = ("task", "labels", "max_length", "columns", "metric")
 
 
@@ -43,6 +50,7 @@ def run(recipe: Recipe, output: str | Path, resume: bool = False, console: Conso
 
     console = console or Console(stderr=True)
     quiet_libraries()
+    keep_freed_memory()
     with RunFolder(output, recipe, resume) as folder:
         tokenizer = load_tokenizer(recipe.model)
         task, splits = load_task(recipe, tokenizer)
@@ -53,13 +61,84 @@ def run(recipe: Recipe, output: str | Path, resume: bool = False, console: Conso
         model, stages = train_stages(recipe, folder, task, splits, console)
         info = model_info(recipe, task)
         save_compressed(model, tokenizer, folder.root / "model", info)
+        sample = task.encode(splits.validation[:SETTLE_ROWS])
+        loaded = load_compressed(folder.root / "model")
+        unchanged("saving and loading model/", model_logits(model, task, sample), model_logits(loaded, task, sample))
         save_delta(model, base_tensors(recipe.model), folder.root / "delta", info)
-        report = export(recipe, folder.root, splits, console)
-        report = {"name": recipe.name, "model": recipe.model, "task": recipe.task, **report, "stages": stages}
-        report["training"] = training_figures(stages)
-        report |= {"recipe_hash": recipe.hash, "recipe": recipe.to_yaml()}
+        report = complete(export(recipe, folder.root, splits, console), recipe, stages)
         write_report(report, load_metrics(folder.metrics), folder.root / "report")
         return report
+
+
+def export_again(root: str | Path, overrides: Sequence[str], console: Console | None = None) -> dict[str, Any]:
+    """Export a trained run once more, with overrides below `export.`; the run's recipe file is left as it is.
+
+    Raises:
+        UserError: not a finished run, or an override of something else than export.
+        VerificationError: as `run`.
+    """
+    from compressft.export import export
+    from compressft.report import load_metrics, write_report
+
+    other = [o for o in overrides if not o.startswith("export.")]
+    if other:
+        raise UserError(f"--set {other[0]!r}: training is done; only export.* can be set here")
+    quiet_libraries()
+    folder = finished_run(root)
+    recipe = load_recipe(folder / "recipe.yaml", overrides)
+    _, splits = load_task(recipe, load_tokenizer(str(folder / "model")))
+    stages = [read_manifest(folder / "stages" / stage.name)["stage"] for stage in recipe.stages]
+    report = complete(export(recipe, folder, splits, console or Console(stderr=True)), recipe, stages)
+    write_report(report, load_metrics(folder / "metrics.jsonl"), folder / "report")
+    return report
+
+
+def report_again(root: str | Path) -> dict[str, Any]:
+    """Write a run's report files once more from report.json and metrics.jsonl."""
+    from compressft.report import load_metrics, write_report
+
+    folder = finished_run(root)
+    path = folder / "report" / "report.json"
+    if not path.is_file():
+        raise UserError(f"{path}: does not exist; the run has not been exported: compressft export {folder}")
+    report = json.loads(path.read_text(encoding="utf-8"))
+    write_report(report, load_metrics(folder / "metrics.jsonl"), folder / "report")
+    return report
+
+
+def finished_run(root: str | Path) -> Path:
+    """A run directory whose training is done.
+
+    Raises:
+        UserError: it is none.
+    """
+    folder = Path(root)
+    if not (folder / "recipe.yaml").is_file():
+        raise UserError(f"{str(root)!r}: is no run directory (it has no recipe.yaml)")
+    if not (folder / "model" / MANIFEST).is_file():
+        raise UserError(f"{str(root)!r}: its training is not finished; go on with: compressft run ... --output {root} --resume")
+    return folder
+
+
+def complete(exported: dict[str, Any], recipe: Recipe, stages: list[dict[str, Any]]) -> dict[str, Any]:
+    """The whole report: what export measured, what training recorded, which recipe it was."""
+    head = {"name": recipe.name, "model": recipe.model, "task": recipe.task}
+    tail = {"stages": stages, "training": training_figures(stages), "recipe_hash": recipe.hash, "recipe": recipe.to_yaml()}
+    return head | exported | tail
+
+
+def unchanged(step: str, before: Sequence[Any], after: Sequence[Any]) -> None:
+    """Compare per-row logits around a step that must not change them.
+
+    Raises:
+        VerificationError: they moved by more than rounding (`SETTLE_LIMIT` of their standard deviation).
+    """
+    import numpy as np
+
+    error = max(float(np.abs(a - b).max()) for a, b in zip(before, after, strict=True))
+    spread = max(float(np.concatenate([np.ravel(a) for a in before]).std()), 1e-6)
+    if not error <= SETTLE_LIMIT * spread:
+        raise VerificationError(f"{step} changed the logits by up to {error:.3g} (their standard deviation is {spread:.3g})")
 
 
 def load_task(recipe: Recipe, tokenizer: Any) -> tuple[Task, Splits]:
@@ -137,8 +216,11 @@ def train_stage(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if reporter.interrupted and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(f"stopped at step {trainer.state.global_step} of stage {stage.name!r}; saved")
+    sample = features[1][:SETTLE_ROWS]
+    masked = model_logits(model, task, sample)
     for transform in stage.transforms:
         transform.finalize(model)
+    unchanged(f"stage {stage.name!r}: finalize", masked, model_logits(model, task, sample))
     trained = trainer.state.global_step - manifest.get("stage_step", 0)
     seconds = reporter.seconds - manifest["seconds"]
     return {

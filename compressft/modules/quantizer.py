@@ -43,13 +43,13 @@ class _QuantisedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, x_scale, zero_point, dtype):
-        q = torch.round(x.float() / x_scale) + zero_point
-        clipped = (q < 0) | (q > QMAX)
-        q = q.clamp_(0.0, QMAX)
+        q = torch.round(x.float() / x_scale).add_(zero_point)
+        level = q.clamp(0.0, QMAX)
+        clipped = q != level
         w_scale = weight_scale(weight)
         q_weight = quantise_weight(weight, w_scale).to(dtype)
         scale = x_scale * w_scale
-        centred = (q - zero_point).to(dtype)
+        centred = level.sub(zero_point).to(dtype)
         if dtype is torch.float16:
             # Sums of integer products overflow fp16; powers of two keep them exact.
             acc = (centred * 2.0**-8) @ (q_weight * 2.0**-7).t()
@@ -58,8 +58,8 @@ class _QuantisedLinear(torch.autograd.Function):
             acc = centred @ q_weight.t()
         y = acc.float() * scale
         if bias is not None:
-            y = y + bias
-        ctx.save_for_backward(q.to(torch.uint8), clipped, q_weight, w_scale, x_scale, zero_point)
+            y += bias
+        ctx.save_for_backward(level.to(torch.uint8), clipped, q_weight, w_scale, x_scale, zero_point)
         ctx.has_bias = bias is not None
         ctx.dtype = dtype
         ctx.x_dtype = x.dtype
@@ -129,10 +129,12 @@ class Int8Quantizer(nn.Module):
     @torch.no_grad()
     def observe(self, x: Tensor, columns: Tensor | None) -> None:
         """Move the range towards x (..., in); inputs of gated-off columns (in,) do not count."""
-        low, high = torch.aminmax(x.detach().reshape(-1, x.shape[-1]), dim=0)
-        if columns is not None:
-            low, high = low * columns, high * columns
-        low, high = low.amin().float(), high.amax().float()
+        if columns is None:
+            low, high = torch.aminmax(x.detach())
+        else:
+            low, high = torch.aminmax(x.detach().reshape(-1, x.shape[-1]), dim=0)
+            low, high = (low * columns).amin(), (high * columns).amax()
+        low, high = low.float(), high.float()
         momentum = self.momentum if int(self.batches) else 0.0
         self.low.mul_(momentum).add_(low * (1.0 - momentum))
         self.high.mul_(momentum).add_(high * (1.0 - momentum))

@@ -1,0 +1,95 @@
+"""What `compressft benchmark` measures; works from an installed wheel."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from compressft.errors import UserError
+from compressft.measure import Shape, latencies
+from compressft.recipe import Recipe
+
+
+def parse_shape(text: str) -> Shape:
+    """"8x128" -> (8, 128)."""
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if match is None:
+        raise UserError(f"--shape {text!r}: wants BATCHxLENGTH, such as 1x128")
+    return int(match[1]), int(match[2])
+
+
+def edge(models: Sequence[Path], shapes: Sequence[str], threads: int | None, rounds: int) -> list[dict[str, Any]]:
+    """Latency rows of ONNX files (or folders with one)."""
+    files = {}
+    for path in models:
+        file = path / "model.onnx" if path.is_dir() else path
+        if not file.is_file():
+            raise UserError(f"benchmark edge: {str(file)!r} does not exist; give an ONNX file or a folder with model.onnx")
+        files[("onnxruntime", str(path))] = file
+    return latencies(files, [parse_shape(s) for s in shapes], threads, rounds)
+
+
+def training(recipe: Recipe, steps: int) -> list[dict[str, Any]]:
+    """Step time of every stage on its own data, freshly initialised; teachers are the untrained model."""
+    import torch
+    from transformers import set_seed
+
+    from compressft.memory import keep_freed_memory
+    from compressft.model import count, load_model, load_tokenizer
+    from compressft.run import load_task, peak_memory, quiet_libraries
+    from compressft.trainer import LengthGroupedSampler, autocast_dtype
+    from compressft.transform import Context
+
+    quiet_libraries()
+    keep_freed_memory()
+    tokenizer = load_tokenizer(recipe.model)
+    task, splits = load_task(recipe, tokenizer)
+    features = task.encode(splits.train)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows = []
+    for stage in recipe.stages:
+        set_seed(stage.train.seed)
+
+        def fresh(name: str = "") -> Any:
+            return load_model(recipe.model, task.auto_class, **task.model_arguments()).to(device)
+
+        model: Any = fresh()
+        context = Context(stage.transforms, {}, fresh, stage.train.seed)
+        for transform in stage.transforms:
+            transform.prepare(model, context)
+            transform.after_step(model, 0.0)
+        model.train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
+        size = stage.train.batch_size
+        order = list(LengthGroupedSampler([len(f["input_ids"]) for f in features], size, 0))
+        batches = [task.collate([features[i] for i in order[k : k + size]]) for k in range(0, len(order) - size + 1, size)]
+        hidden = any(t.needs_hidden_states for t in stage.transforms)
+        dtype = autocast_dtype(stage.train.precision, device)
+        start, tokens, warmup = 0.0, 0, 3
+        for step in range(steps + warmup):
+            if step == warmup:
+                start, tokens = time.perf_counter(), 0
+            batch = {name: value.to(device) for name, value in batches[step % len(batches)].items()}
+            with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
+                outputs = model(**batch, output_hidden_states=hidden)
+                terms = [outputs.loss]
+                for transform in stage.transforms:
+                    terms += transform.loss(model, batch, outputs, context).values()
+            torch.stack([t.float() for t in terms]).sum().backward()
+            optimizer.step()
+            for transform in stage.transforms:
+                transform.after_step(model, step / (steps + warmup))
+            optimizer.zero_grad()
+            tokens += int(batch["attention_mask"].sum())
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        rows.append({
+            "stage": stage.name, "step_ms": 1e3 * seconds / steps, "examples_per_second": steps * size / seconds,
+            "tokens_per_second": tokens / seconds, "trainable": count(model)["trainable"],
+            "peak_memory_mib": peak_memory() / 2**20,
+        })
+    return rows

@@ -1,0 +1,193 @@
+"""The command line: typer commands without logic. Exit code 0 success, 2 a user's mistake, 1 a fault of ours."""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from compressft.errors import UserError, VerificationError
+
+app = typer.Typer(
+    help="Fine-tune a transformer while it is compressed, and ship a verified ONNX file.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override a field of the recipe.")]
+Output = Annotated[Path | None, typer.Option(help="Run directory (default: runs/RECIPE).")]
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name or a YAML file.")]
+RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run directory.")]
+
+
+@app.command()
+def run(
+    recipe: RecipeName,
+    output: Output = None,
+    set: Set = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Everything on a few rows, in under a minute.")] = False,
+) -> None:
+    """Train, compress, export, verify, measure and report."""
+    from compressft.progress import Interrupted
+    from compressft.recipe import load_recipe
+    from compressft.recipe import smoke as few_rows
+    from compressft.report import terminal_table
+    from compressft.run import run as run_recipe
+
+    loaded = load_recipe(recipe, set or ())
+    if smoke:
+        loaded = few_rows(loaded)
+    folder = output or Path("runs") / loaded.name
+    try:
+        report = run_recipe(loaded, folder, resume, err)
+    except Interrupted as stop:
+        options = "".join(f" --set {s}" for s in set or ()) + (" --smoke" if smoke else "")
+        err.print(f"{stop}. Go on with: compressft run {recipe} --output {folder}{options} --resume", soft_wrap=True)
+        raise typer.Exit(130) from None
+    out.print(terminal_table(report))
+    out.print(f"Report: {folder / 'report' / 'report.html'}   ONNX: {folder / 'onnx' / 'model.onnx'}", soft_wrap=True)
+
+
+@app.command()
+def recipes() -> None:
+    """List the shipped recipes."""
+    from compressft.recipe import load_recipe, shipped_recipes
+
+    table = Table(box=None, show_header=False)
+    for name in shipped_recipes():
+        table.add_row(name, load_recipe(name).description)
+    out.print(table)
+
+
+@app.command()
+def evaluate(
+    source: Annotated[str, typer.Argument(metavar="DIR|model.onnx", help="Run directory, model/, onnx/ or model.onnx.")],
+    data: Annotated[Path, typer.Option(help="JSONL, CSV or Parquet file.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> None:
+    """Score a torch checkpoint or an ONNX file with the same metrics."""
+    from compressft.evaluate import evaluate as score
+    from compressft.run import quiet_libraries
+
+    quiet_libraries()
+    result = score(source, data)
+    if as_json:
+        print(json.dumps(result))
+        return
+    for name, value in result.items():
+        out.print(f"{name:12} {value:.4f}" if isinstance(value, float) else f"{name:12} {value}")
+
+
+@app.command()
+def export(run_dir: RunDir, set: Set = None) -> None:
+    """Export, verify and measure a trained run again, with other export settings."""
+    from compressft.report import terminal_table
+    from compressft.run import export_again
+
+    out.print(terminal_table(export_again(run_dir, set or (), err)))
+
+
+@app.command()
+def report(run_dir: RunDir) -> None:
+    """Print a run's final table and write its report files again."""
+    from compressft.report import terminal_table
+    from compressft.run import report_again
+
+    out.print(terminal_table(report_again(run_dir)))
+
+
+@app.command()
+def plan(
+    recipe: RecipeName,
+    memory: Annotated[str | None, typer.Option(help="Budget, such as 8GiB: says whether the run fits.")] = None,
+    set: Set = None,
+) -> None:
+    """Predict peak memory and time before anything is run."""
+    from compressft.plan import plan as predict
+    from compressft.recipe import load_recipe
+
+    prediction = predict(load_recipe(recipe, set or ()), memory)
+    for line in prediction.lines():
+        out.print(line, soft_wrap=True)
+
+
+benchmark = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
+app.add_typer(benchmark, name="benchmark")
+Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the rows to a file.")]
+
+
+@benchmark.command()
+def edge(
+    models: Annotated[list[Path], typer.Argument(help="ONNX files or folders with a model.onnx.")],
+    shape: Annotated[list[str] | None, typer.Option(help="BATCHxLENGTH, repeatable (default 1x32, 1x128, 8x128).")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads (default: all usable cores).")] = None,
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds.")] = 3,
+    json_file: Json = None,
+) -> None:
+    """Latency of ONNX files, each in a process of its own, interleaved."""
+    from compressft.benchmark import edge as measure_edge
+
+    _rows(measure_edge(models, shape or ["1x32", "1x128", "8x128"], threads, rounds), json_file)
+
+
+@benchmark.command()
+def training(
+    recipe: RecipeName,
+    steps: Annotated[int, typer.Option(help="Timed steps per stage.")] = 20,
+    set: Set = None,
+    json_file: Json = None,
+) -> None:
+    """Step time, tokens per second and peak memory of every stage of a recipe."""
+    from compressft.benchmark import training as measure_training
+    from compressft.recipe import load_recipe
+
+    _rows(measure_training(load_recipe(recipe, set or ()), steps), json_file)
+
+
+def _rows(rows: list[dict[str, Any]], json_file: Path | None) -> None:
+    table = Table(*rows[0], box=None)
+    for row in rows:
+        table.add_row(*(f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values()))
+    out.print(table)
+    if json_file is not None:
+        json_file.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+
+
+@app.command()
+def env() -> None:
+    """Versions, device, and which kernels will be used and why."""
+    from compressft.environment import lines
+
+    for line in lines():
+        out.print(line, soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point: turns exceptions into one line and an exit code."""
+    try:
+        app()
+    except UserError as error:
+        err.print(f"error: {error}", soft_wrap=True, markup=False)
+        sys.exit(2)
+    except VerificationError as error:
+        err.print(f"not verified: {error}", soft_wrap=True, markup=False)
+        sys.exit(1)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            err.print(f"error: no space left on disk ({error.filename or 'while writing'}); free some and use --resume")
+            sys.exit(2)
+        raise
+
+
+if __name__ == "__main__":
+    main()

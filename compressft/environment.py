@@ -1,0 +1,22 @@
+"""What `compressft env` prints."""
+
+from __future__ import annotations
+
+import torch
+
+from compressft.measure import hardware, versions
+
+
+def lines() -> list[str]:
+    """Versions, device, precision and kernels of this machine, one line each."""
+    from compressft.trainer import autocast_dtype
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = autocast_dtype("auto", device)
+    found = [f"{name:14} {value}" for name, value in versions().items()]
+    found += [f"{name:14} {value}" for name, value in hardware().items()]
+    found.append(f"{'device':14} {device}")
+    reason = "the hardware multiplies it" if dtype is not None else "the hardware does not multiply bf16"
+    found.append(f"{'precision':14} {str(dtype or torch.float32).removeprefix('torch.')} ({reason})")
+    found.append(f"{'kernels':14} adapter: pure-torch twin (the only path in this version)")
+    return found

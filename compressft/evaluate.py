@@ -1,0 +1,51 @@
+"""Score a shipped folder (torch `model/`, `delta/` or ONNX) on a data file, with the task's own metrics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from compressft.checkpoint import load_compressed, load_delta, read_manifest
+from compressft.data import TASKS, make_task
+from compressft.data.rows import read_rows
+from compressft.data.splits import canonical_rows
+from compressft.errors import UserError
+from compressft.model import load_tokenizer
+
+
+def evaluate(source: str | Path, data: str | Path, batch: int = 32) -> dict[str, Any]:
+    """Metrics of a model on a file.
+
+    Args:
+        source: a run directory, a `model/`, `delta/` or `onnx/` folder, or a `model.onnx` file.
+        data: JSONL, CSV or Parquet with the columns of the recipe.
+
+    Returns:
+        {"runtime", "rows", metric name: value, ...}.
+
+    Raises:
+        UserError: nothing of ours at `source`, or a wrong file, column or label.
+    """
+    from compressft.export.session import open_session, session_logits
+    from compressft.export.verify import model_logits, stacked
+
+    path = Path(source)
+    if not path.exists():
+        raise UserError(f"evaluate: {str(path)!r} does not exist; give a run directory, model/, onnx/ or model.onnx")
+    folder = path.parent if path.suffix == ".onnx" else path
+    if (folder / "recipe.yaml").is_file():
+        folder = folder / "model"
+    manifest = read_manifest(folder)
+    if "task" not in manifest:
+        raise UserError(f"evaluate: {folder} does not say what task it was trained for; give model/, delta/ or onnx/")
+    source_of_tokens = manifest["model"] if manifest["kind"] == "delta" else str(folder)
+    task = make_task(manifest["task"], load_tokenizer(source_of_tokens), manifest["max_length"], manifest["labels"])
+    rows = canonical_rows(read_rows(data), manifest["columns"], TASKS[manifest["task"]].fields)
+    features = task.encode(rows)
+    if manifest["kind"] == "onnx":
+        file = path if path.suffix == ".onnx" else folder / "model.onnx"
+        runtime, logits = "onnxruntime", session_logits(open_session(file), task, features, batch)
+    else:
+        load = load_delta if manifest["kind"] == "delta" else load_compressed
+        runtime, logits = "torch", model_logits(load(folder), task, features, batch)
+    return {"runtime": runtime, "rows": len(rows), **task.score(*stacked(task, logits, features))}

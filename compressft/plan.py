@@ -1,0 +1,140 @@
+"""Predict a run's peak memory and time from its shapes, before anything is trained."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from compressft.anatomy import anatomy
+from compressft.data import TASKS, load_splits, make_task
+from compressft.errors import UserError
+from compressft.model import load_tokenizer, resolve
+from compressft.modules.attention import TRAINING, register
+from compressft.recipe import Recipe, Stage
+from compressft.transform import Context
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
+# Resident size of Python with torch, transformers and onnxruntime loaded, measured on Linux.
+PROCESS_BYTES = 650 * 2**20
+
+
+def parse_bytes(text: str) -> int:
+    """"8GiB" -> 8 * 2**30."""
+    match = re.fullmatch(r"\s*([\d.]+)\s*([KMG]i?)?B?\s*", text)
+    if match is None:
+        raise UserError(f"--memory {text!r}: wants a size such as 8GiB or 500MB")
+    return int(float(match[1]) * UNITS[match[2] or ""])
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Per stage: name, steps, bytes by part; and the budget asked about."""
+
+    stages: list[dict[str, Any]]
+    budget: int | None
+
+    @property
+    def peak(self) -> int:
+        """Largest stage."""
+        return max(sum(stage["bytes"].values()) for stage in self.stages)
+
+    def lines(self) -> list[str]:
+        """As printed."""
+        result = []
+        for stage in self.stages:
+            parts = ", ".join(f"{name} {value / 2**20:.0f}" for name, value in stage["bytes"].items())
+            total = sum(stage["bytes"].values())
+            result.append(
+                f"{stage['name']}: {stage['steps']} steps, {stage['trainable']:,} trainable, about {total / 2**20:.0f} MiB ({parts}), "
+                f"{stage['flops'] / 1e12:.1f} TFLOP"
+            )
+        result.append(f"peak: about {self.peak / 2**20:.0f} MiB")
+        if self.budget is not None:
+            fits = "fits" if self.peak <= self.budget else "does not fit; lower train.batch_size or set train.gradient_checkpointing"
+            result.append(f"budget {self.budget / 2**20:.0f} MiB: {fits}")
+        return result
+
+
+def plan(recipe: Recipe, memory: str | None = None) -> Prediction:
+    """Build the model's shapes without its weights and count.
+
+    Raises:
+        UserError: recipe, data or `memory` is wrong.
+    """
+    import transformers
+
+    budget = parse_bytes(memory) if memory else None
+    register()
+    tokenizer = load_tokenizer(recipe.model)
+    kind = TASKS[recipe.task]
+    splits = load_splits(recipe.data, kind.fields)
+    task = make_task(recipe.task, tokenizer, recipe.data.max_length, kind.labels_of(splits.train))
+    lengths = [len(feature["input_ids"]) for feature in task.encode(splits.train)]
+    config = transformers.AutoConfig.from_pretrained(resolve(recipe.model), **task.model_arguments())
+    stages = []
+    for stage in recipe.stages:
+        with torch.device("meta"):
+            model = getattr(transformers, task.auto_class)._from_config(config, attn_implementation=TRAINING)
+        stages.append(_stage(stage, model, lengths))
+    return Prediction(stages, budget)
+
+
+def _stage(stage: Stage, model: Any, lengths: list[int]) -> dict[str, Any]:
+    parameters = count_meta(model)
+    stage.method.prepare(model, Context(stage.transforms, {}, None, 0))
+    trainable = count_meta(model, trainable=True)
+    examples = len(lengths)
+    per_step = stage.train.batch_size * stage.train.gradient_accumulation
+    steps = stage.train.max_steps if stage.train.max_steps > 0 else math.ceil(stage.train.epochs * math.ceil(examples / per_step))
+    half = 2 if stage.train.precision in ("auto", "bf16", "fp16") else 4
+    longest = max(lengths)
+    tokens = stage.train.batch_size * longest
+    teachers = sum(1 for o in stage.objectives if getattr(o, "teacher", "self") != "self")
+    moments = {"adamw_8bit": 2, "paged_adamw_8bit": 2}.get(stage.train.optimizer, 8)
+    bytes_ = {
+        "weights": 4 * parameters * (1 + teachers),
+        "gradients": 4 * trainable,
+        "optimiser": moments * trainable,
+        "activations": activation_bytes(model, tokens, longest, half, stage),
+        "process": PROCESS_BYTES,
+    }
+    matrix = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and "embedding" not in n)
+    total_tokens = sum(lengths) / examples * per_step * steps
+    flops = total_tokens * matrix * (6 + 2 * teachers)
+    return {"name": stage.name, "steps": steps, "trainable": trainable, "bytes": bytes_, "flops": flops}
+
+
+def count_meta(model: Any, trainable: bool = False) -> int:
+    """Parameters of a model without data."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
+
+
+def activation_bytes(model: Any, tokens: int, length: int, width: int, stage: Stage) -> int:
+    """What one batch keeps for the backward pass.
+
+    Per token and layer: inputs of the projections, norms and residuals (about 14 values of the hidden width, 3 of the
+    FFN's); with checkpointing one hidden state per layer and one layer in full. int8 training keeps two more bytes per
+    projection input.
+    """
+    parts = anatomy(model)
+    hidden = model.config.hidden_size
+    quantised = any(p.type == "int8" for p in stage.passes)
+    layers = [(14 * hidden + 3 * layer.ffn) * width + (2 * (5 * hidden + layer.ffn) if quantised else 0) for layer in parts.layers]
+    if stage.train.gradient_checkpointing:
+        return tokens * (max(layers) + len(layers) * hidden * width)
+    trained = [size for layer, size in zip(parts.layers, layers, strict=True) if _has_graph(parts, layer.index)]
+    return tokens * (sum(trained) if trained else max(layers))
+
+
+def _has_graph(parts: Any, index: int) -> bool:
+    embeddings = any(
+        p.requires_grad for path in parts.family.embeddings for p in parts.backbone.get_submodule(path).parameters()
+    )
+    return embeddings or any(p.requires_grad for layer in parts.layers[: index + 1] for p in layer.module.parameters())
+
+
+
