@@ -65,6 +65,9 @@ def write_atomically(folder: Path, write: Any) -> None:
 def sync(folder: Path) -> None:
     """Flush every file below a folder, and the folder, to the disk."""
     for path in [*folder.rglob("*"), folder]:
+        if os.name == "nt" and path.is_dir():
+            # Windows cannot open directories.
+            continue
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)

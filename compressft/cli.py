@@ -63,10 +63,10 @@ def recipes() -> None:
     """List the shipped recipes."""
     from compressft.recipe import load_recipe, shipped_recipes
 
-    table = Table(box=None, show_header=False)
-    for name in shipped_recipes():
-        table.add_row(name, load_recipe(name).description)
-    out.print(table)
+    names = shipped_recipes()
+    width = max(map(len, names))
+    for name in names:
+        out.print(f"{name:{width}}  {load_recipe(name).description}", soft_wrap=True)
 
 
 @app.command()
@@ -182,9 +182,10 @@ def main() -> None:
     except VerificationError as error:
         err.print(f"not verified: {error}", soft_wrap=True, markup=False)
         sys.exit(1)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            err.print(f"error: no space left on disk ({error.filename or 'while writing'}); free some and use --resume")
+    except Exception as error:
+        # torch and safetensors report a full disk with exceptions of their own.
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
+            err.print("error: no space left on the disk; free some, then go on with the same command and --resume")
             sys.exit(2)
         raise
 

@@ -123,7 +123,10 @@ class RunFolder:
         (written / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         sync(written)
         final = self.root / "checkpoints" / f"step-{step}"
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():
+            # Saved at its step and again at the end of its epoch: the same state, and the only one if it were removed.
+            shutil.rmtree(written)
+            return final
         written.rename(final)
         sync_directory(final.parent)
         for older in self.checkpoints()[:-keep]:
@@ -149,10 +152,6 @@ class RunFolder:
                 return path, manifest
         return None
 
-    def drop_checkpoints(self) -> None:
-        """A finished stage needs none."""
-        shutil.rmtree(self.root / "checkpoints", ignore_errors=True)
-
     # Metrics.
 
     @property
@@ -165,8 +164,8 @@ class RunFolder:
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
-    def rewind(self, step: int) -> None:
-        """Forget rows after a cumulative step: a resumed run writes them again."""
+    def rewind(self, step: int, evaluated: bool = True) -> None:
+        """Forget rows after a cumulative step, and its own evaluation unless `evaluated`: a resumed run writes them again."""
         if not self.metrics.is_file():
             return
         kept = []
@@ -176,7 +175,8 @@ class RunFolder:
             except json.JSONDecodeError:
                 # A kill can tear the last line.
                 continue
-            if row["step"] <= step:
+            again = row["step"] == step and row["kind"] == "eval" and not evaluated
+            if row["step"] <= step and not again:
                 kept.append(line)
         staging = self.root / ".metrics.tmp"
         staging.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
@@ -184,7 +184,9 @@ class RunFolder:
 
 
 def sync_directory(path: Path) -> None:
-    """Make a rename inside a directory durable."""
+    """Make a rename inside a directory durable (where the system can)."""
+    if os.name == "nt":
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

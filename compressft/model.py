@@ -73,7 +73,11 @@ def load_model(name: str, auto_class: str = "AutoModel", **kwargs: Any) -> nn.Mo
     if (Path(source) / "compressft.json").is_file():
         from compressft.checkpoint import load_compressed
 
-        return load_compressed(source)
+        model = load_compressed(source)
+        wanted, has = kwargs.get("num_labels"), getattr(model.config, "num_labels", None)
+        if wanted is not None and wanted != has:
+            raise UserError(f"model: {name!r} was compressed for {has} labels, the data has {wanted}")
+        return model
     try:
         return getattr(transformers, auto_class).from_pretrained(
             source, attn_implementation=TRAINING, dtype=torch.float32, **kwargs
@@ -193,7 +197,7 @@ def _shrink_heads(layer: Layer, groups: Tensor) -> None:
 
 def _spans(groups: Tensor, size: int) -> Tensor:
     """Row indices of blocks of `size` rows."""
-    return (groups[:, None] * size + torch.arange(size)[None, :]).reshape(-1)
+    return (groups[:, None] * size + torch.arange(size, device=groups.device)[None, :]).reshape(-1)
 
 
 @torch.no_grad()

@@ -12,14 +12,21 @@ import torch
 from compressft.anatomy import anatomy
 from compressft.data import TASKS, load_splits, make_task
 from compressft.errors import UserError
+from compressft.measure import quantiles, timed
 from compressft.model import load_tokenizer, resolve
 from compressft.modules.attention import TRAINING, register
 from compressft.recipe import Recipe, Stage
 from compressft.transform import Context
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
-# Resident size of Python with torch, transformers and onnxruntime loaded, measured on Linux.
-PROCESS_BYTES = 650 * 2**20
+# Resident size of Python with torch and transformers loaded, and what fragmentation and checkpoint writing add to the
+# rest: measured on Linux with MiniLM-L6 at batch 32 (predicted 1731 and 1941 MiB, measured 1797 and 2182 MiB for a
+# dense stage and one with distillation, pruning and int8).
+PROCESS_BYTES = 570 * 2**20
+ALLOCATOR_SHARE = 0.25
+# Share of the plain matrix product's speed that a training step reaches, evaluation included.
+MATMUL_SHARE = 0.4
+QUANTISED_SHARE = 0.3
 
 
 def parse_bytes(text: str) -> int:
@@ -50,13 +57,29 @@ class Prediction:
             total = sum(stage["bytes"].values())
             result.append(
                 f"{stage['name']}: {stage['steps']} steps, {stage['trainable']:,} trainable, about {total / 2**20:.0f} MiB ({parts}), "
-                f"{stage['flops'] / 1e12:.1f} TFLOP"
+                f"{stage['flops'] / 1e12:.1f} TFLOP, about {stage['seconds']:.0f} s here"
             )
         result.append(f"peak: about {self.peak / 2**20:.0f} MiB")
         if self.budget is not None:
             fits = "fits" if self.peak <= self.budget else "does not fit; lower train.batch_size or set train.gradient_checkpointing"
             result.append(f"budget {self.budget / 2**20:.0f} MiB: {fits}")
         return result
+
+
+def matmul_rate(precision: str) -> float:
+    """FLOP/s of a matrix product of a small encoder's shape in the training precision, on this machine, now."""
+    from compressft.trainer import autocast_dtype
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = autocast_dtype(precision, device) or torch.float32
+    a, b = (torch.randn(*shape, device=device, dtype=dtype) for shape in ((512, 768), (768, 768)))
+
+    def call() -> None:
+        torch.mm(a, b)
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return 2 * 512 * 768 * 768 / (quantiles(timed(call, budget=0.2))["p50"] / 1e3)
 
 
 def plan(recipe: Recipe, memory: str | None = None) -> Prediction:
@@ -78,7 +101,7 @@ def plan(recipe: Recipe, memory: str | None = None) -> Prediction:
     stages = []
     for stage in recipe.stages:
         with torch.device("meta"):
-            model = getattr(transformers, task.auto_class)._from_config(config, attn_implementation=TRAINING)
+            model = getattr(transformers, task.auto_class).from_config(config, attn_implementation=TRAINING)
         stages.append(_stage(stage, model, lengths))
     return Prediction(stages, budget)
 
@@ -90,7 +113,6 @@ def _stage(stage: Stage, model: Any, lengths: list[int]) -> dict[str, Any]:
     examples = len(lengths)
     per_step = stage.train.batch_size * stage.train.gradient_accumulation
     steps = stage.train.max_steps if stage.train.max_steps > 0 else math.ceil(stage.train.epochs * math.ceil(examples / per_step))
-    half = 2 if stage.train.precision in ("auto", "bf16", "fp16") else 4
     longest = max(lengths)
     tokens = stage.train.batch_size * longest
     teachers = sum(1 for o in stage.objectives if getattr(o, "teacher", "self") != "self")
@@ -99,13 +121,18 @@ def _stage(stage: Stage, model: Any, lengths: list[int]) -> dict[str, Any]:
         "weights": 4 * parameters * (1 + teachers),
         "gradients": 4 * trainable,
         "optimiser": moments * trainable,
-        "activations": activation_bytes(model, tokens, longest, half, stage),
+        "activations": activation_bytes(model, tokens, stage),
         "process": PROCESS_BYTES,
     }
+    bytes_["allocator"] = int(ALLOCATOR_SHARE * sum(bytes_.values()))
     matrix = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and "embedding" not in n)
     total_tokens = sum(lengths) / examples * per_step * steps
     flops = total_tokens * matrix * (6 + 2 * teachers)
-    return {"name": stage.name, "steps": steps, "trainable": trainable, "bytes": bytes_, "flops": flops}
+    quantised = any(p.type == "int8" for p in stage.passes)
+    seconds = flops / (matmul_rate(stage.train.precision) * (QUANTISED_SHARE if quantised else MATMUL_SHARE))
+    return {
+        "name": stage.name, "steps": steps, "trainable": trainable, "bytes": bytes_, "flops": flops, "seconds": seconds,
+    }
 
 
 def count_meta(model: Any, trainable: bool = False) -> int:
@@ -113,19 +140,19 @@ def count_meta(model: Any, trainable: bool = False) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
 
 
-def activation_bytes(model: Any, tokens: int, length: int, width: int, stage: Stage) -> int:
+def activation_bytes(model: Any, tokens: int, stage: Stage) -> int:
     """What one batch keeps for the backward pass.
 
     Per token and layer: inputs of the projections, norms and residuals (about 14 values of the hidden width, 3 of the
-    FFN's); with checkpointing one hidden state per layer and one layer in full. int8 training keeps two more bytes per
-    projection input.
+    FFN's, four bytes each: under autocast the halved tensors are kept beside their fp32 sources); with checkpointing
+    one hidden state per layer and one layer in full. int8 training keeps two more bytes per projection input.
     """
     parts = anatomy(model)
     hidden = model.config.hidden_size
     quantised = any(p.type == "int8" for p in stage.passes)
-    layers = [(14 * hidden + 3 * layer.ffn) * width + (2 * (5 * hidden + layer.ffn) if quantised else 0) for layer in parts.layers]
+    layers = [4 * (14 * hidden + 3 * layer.ffn) + (2 * (5 * hidden + layer.ffn) if quantised else 0) for layer in parts.layers]
     if stage.train.gradient_checkpointing:
-        return tokens * (max(layers) + len(layers) * hidden * width)
+        return tokens * (max(layers) + 4 * len(layers) * hidden)
     trained = [size for layer, size in zip(parts.layers, layers, strict=True) if _has_graph(parts, layer.index)]
     return tokens * (sum(trained) if trained else max(layers))
 

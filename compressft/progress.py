@@ -42,6 +42,7 @@ class Reporter(TrainerCallback):
         self.trainer: Any = None
         self.interrupted = False
         self.evaluations: list[dict[str, float]] = []
+        self._start = time.perf_counter()
         self._progress: Progress | None = None
         self._line = 0.0
         self._previous: Any = None
@@ -68,6 +69,11 @@ class Reporter(TrainerCallback):
         if self.interrupted:
             control.should_save = True
             control.should_training_stop = True
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.interrupted and state.global_step < state.max_steps:
+            # The epoch is not over: it was saved at its step, and an evaluation would only delay the stop.
+            control.should_save = control.should_evaluate = False
 
     def on_log(self, args, state, control, logs=None, model=None, **kwargs):
         if not logs or "loss" not in logs:
@@ -98,12 +104,15 @@ class Reporter(TrainerCallback):
         if self.task.metric in row:
             self.console.print(
                 f"{self.stage}: step {state.global_step}/{state.max_steps}, validation {self.task.metric} "
-                f"{row[self.task.metric]:.4f}", highlight=False,
+                f"{row[self.task.metric]:.4f}", highlight=False, soft_wrap=True,
             )
 
     def on_save(self, args, state, control, **kwargs):
         written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        info = {"stage": self.stage, "stage_step": state.global_step, "seconds": self.seconds}
+        info = {
+            "stage": self.stage, "stage_step": state.global_step, "done": state.global_step >= state.max_steps,
+            "seconds": self.seconds, "tokens": self.trainer.tokens,
+        }
         self.folder.publish(written, self.offset + state.global_step, info, self.keep)
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -131,7 +140,7 @@ class Reporter(TrainerCallback):
             self._line = time.perf_counter()
             left = (self.seconds - self.spent) / max(state.global_step, 1) * (state.max_steps - state.global_step)
             self.console.print(
-                f"{self.stage}: step {state.global_step}/{state.max_steps}  {self._text}  ETA {left:.0f} s", highlight=False
+                f"{self.stage}: step {state.global_step}/{state.max_steps}  {self._text}  ETA {left:.0f} s", highlight=False, soft_wrap=True
             )
 
 

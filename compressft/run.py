@@ -176,7 +176,6 @@ def train_stages(
             record["base"] = base
             info = {**model_info(recipe, task), "stage": record}
             save_compressed(model, None, folder.stage(stage.name), info)
-            folder.drop_checkpoints()
         else:
             model = load_compressed(folder.stage(stage.name))
         records.append(record)
@@ -207,13 +206,18 @@ def train_stage(
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     found = folder.newest(stage.name)
     checkpoint, manifest = found if found else (None, {"seconds": 0.0, "step": offset})
-    folder.rewind(manifest["step"])
+    done = manifest.get("done", False)
+    folder.rewind(manifest["step"], evaluated=not done)
     reporter = Reporter(folder, stage.name, task, stage.train.keep_checkpoints, offset, manifest["seconds"], console)
     trainer = CompressionTrainer(model, task, stage.train, context, *features, folder.staging, [reporter])
     reporter.trainer = trainer
+    trainer.tokens = manifest.get("tokens", 0)
     trainable = count(model)["trainable"]
     with closing(reporter):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if checkpoint and done:
+            trainer.restore(checkpoint)
+        else:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if reporter.interrupted and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(f"stopped at step {trainer.state.global_step} of stage {stage.name!r}; saved")
     sample = features[1][:SETTLE_ROWS]
@@ -221,14 +225,13 @@ def train_stage(
     for transform in stage.transforms:
         transform.finalize(model)
     unchanged(f"stage {stage.name!r}: finalize", masked, model_logits(model, task, sample))
-    trained = trainer.state.global_step - manifest.get("stage_step", 0)
-    seconds = reporter.seconds - manifest["seconds"]
+    seconds = reporter.seconds
     return {
         "name": stage.name,
-        "seconds": reporter.seconds,
+        "seconds": seconds,
         "steps": trainer.state.global_step,
         "trainable": trainable,
-        "examples_per_second": trained * stage.train.batch_size * stage.train.gradient_accumulation / seconds,
+        "examples_per_second": trainer.state.global_step * stage.train.batch_size * stage.train.gradient_accumulation / seconds,
         "tokens_per_second": trainer.tokens / seconds,
         "peak_memory_bytes": peak_memory(),
         "validation": reporter.evaluations[-1] if reporter.evaluations else {},

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalPrediction
 
 from compressft.data.tasks import Task
@@ -159,6 +160,14 @@ class CompressionTrainer(Trainer):
             self.terms["steps"] += 1
             self.tokens += int(inputs["attention_mask"].sum())
         return (loss, outputs) if return_outputs else loss
+
+    def restore(self, checkpoint: Path) -> None:
+        """Take over a checkpoint of the last step and evaluate it (the Trainer's own resume would train one step more)."""
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        self._load_from_checkpoint(str(checkpoint), self.model)
+        for transform in self.transforms:
+            transform.after_step(self.model, 1.0)
+        self.evaluate()
 
     def drain_terms(self) -> dict[str, float]:
         """Mean of each loss term since the last call."""

@@ -94,12 +94,18 @@ def describe_run(recipe: Recipe, root: Path, model: nn.Module, baseline: Path | 
             "model": weight_bytes(root / "model"),
             "delta": weight_bytes(root / "delta"),
         },
-        "shapes": {"base": stages[0]["base"]["shapes"], "kept": shapes(model)},
+        "shapes": {"base": report_shapes(stages[0]["base"]["shapes"]), "kept": report_shapes(shapes(model))},
         "latency_ms": [],
         "parity": None,
         "versions": versions(),
         "hardware": hardware(),
     }
+
+
+def report_shapes(layers: list[dict[str, int]]) -> list[dict[str, int]]:
+    """Shapes as shown: KV heads only where they are not the heads."""
+    same = all(layer["heads"] == layer["kv_heads"] for layer in layers)
+    return [{k: v for k, v in layer.items() if not (same and k == "kv_heads")} for layer in layers]
 
 
 def weight_bytes(folder: Path) -> int:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import io
+import logging
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +36,11 @@ def to_graph(model: nn.Module, inputs: dict[str, Tensor], tidy: bool = True) -> 
         raise UserError(f"export: needs transformers >= 5.20 for its ONNX exporter; this is {transformers.__version__}") from None
     from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 
-    with warnings.catch_warnings(), torch.no_grad():
+    batch_and_length = dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC)
+    config = OnnxConfig(dynamic_shapes=dict.fromkeys(inputs, batch_and_length))
+    with warnings.catch_warnings(), torch.no_grad(), redirect_stdout(io.StringIO()), _quiet("torch.onnx"):
         warnings.simplefilter("ignore")
-        exported = OnnxExporter().export(copy.deepcopy(model), dict(inputs), config=OnnxConfig(dynamic=True))
+        exported = OnnxExporter().export(copy.deepcopy(model), dict(inputs), config=config)
     graph: Any = exported.program
     if not tidy:
         return graph
@@ -60,6 +66,18 @@ def merge_scalars(model: Any) -> None:
             del model.graph.initializers[value.name]
         else:
             first[key] = value
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Keep a library's logger to errors for a while."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def drop_round_trips(model: Any) -> None:

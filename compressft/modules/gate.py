@@ -41,7 +41,9 @@ class ColumnGate(nn.Module):
             score = self.mask.grad.detach().abs()
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 torch.distributed.all_reduce(score)
-            self.importance.mul_(momentum).add_(score * (1.0 - momentum))
+            # fp16 loss scaling skips steps whose gradients overflow; so does the average.
+            if torch.isfinite(score).all():
+                self.importance.mul_(momentum).add_(score * (1.0 - momentum))
             self.mask.grad = None
 
     @torch.no_grad()

@@ -115,11 +115,12 @@ class CompressedLinear(nn.Linear):
 
             with torch.device("meta"):
                 new: nn.Module = Conv1D(self.out_features, self.in_features)
-            new.weight = nn.Parameter(self.weight.detach().t().contiguous())
+            weight = self.weight.detach().t().contiguous()
+            new.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
         else:
             with torch.device("meta"):
                 new = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
             new.weight = self.weight
         if self.bias is not None:
             new.bias = self.bias
-        return new
+        return new.train(self.training)

@@ -1,0 +1,305 @@
+"""Int8 arithmetic: equal to onnxruntime's own kernels, straight-through gradients, ranges, and what bf16 keeps."""
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from compressft.modules.linear import CompressedLinear
+from compressft.modules.quantizer import (
+    Int8Quantizer,
+    activation_scale,
+    quantise_weight,
+    quantised_linear,
+    weight_scale,
+)
+
+
+def integers(weight):
+    """Independent of the source: int8 weight (in, out) and fp32 scales per output channel."""
+    peak = np.abs(weight).max(axis=1)
+    scale = np.where(peak > 0, peak / np.float32(127), np.float32(1)).astype(np.float32)
+    return np.rint(weight / scale[:, None]).astype(np.int8).T.copy(), scale
+
+
+def session(nodes, initialisers):
+    graph = helper.make_graph(
+        nodes,
+        "linear",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, None)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(value, name) for name, value in initialisers.items()],
+    )
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
+    return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+def run_static(x, weight, bias, x_scale, zero_point):
+    q, scale = integers(weight)
+    names = ["q", "w", "xs", "ws", "xz", "", "b"] if bias is not None else ["q", "w", "xs", "ws", "xz"]
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "xs", "xz"], ["q"]),
+        helper.make_node("MatMulIntegerToFloat", names, ["y"], domain="com.microsoft"),
+    ]
+    values = {"w": q, "ws": scale, "xs": np.float32(x_scale), "xz": np.uint8(zero_point)}
+    values = {name: np.asarray(value) for name, value in values.items()} | ({} if bias is None else {"b": bias})
+    return session(nodes, values).run(None, {"x": x})[0]
+
+
+def run_dynamic(x, weight, bias):
+    q, scale = integers(weight)
+    names = ["x", "w", "ws", ""] + (["b"] if bias is not None else [])
+    nodes = [helper.make_node("DynamicQuantizeMatMul", names, ["y"], domain="com.microsoft")]
+    return session(nodes, {"w": q, "ws": scale} | ({} if bias is None else {"b": bias})).run(None, {"x": x})[0]
+
+
+@pytest.fixture(scope="module")
+def exact_runtime():
+    """Without VNNI, onnxruntime's u8 x s8 kernel on x86 adds pairs of products in saturating 16 bits."""
+    x, weight = np.full((1, 64), 255, np.float32), np.full((4, 64), 127, np.float32)
+    if not np.array_equal(run_static(x, weight, None, 1.0, 0), np.full((1, 4), 255 * 127 * 64, np.float32)):
+        pytest.skip("this CPU's onnxruntime kernel saturates u8 x s8 products")
+
+
+def example(k, n, low, high, rows=(3, 5), seed=0, bias=True):
+    generator = np.random.default_rng(seed)
+    x = generator.uniform(low, high, (*rows, k)).astype(np.float32)
+    weight = (generator.standard_normal((n, k)) * generator.uniform(0.01, 2.0, (n, 1))).astype(np.float32)
+    return x, weight, generator.standard_normal(n).astype(np.float32) if bias else None
+
+
+def assert_equal_up_to_rescaling(got, want, bias):
+    """The integers agree, so only acc * scale + bias may round differently: two ulps of its larger term."""
+    shift = np.zeros(want.shape[-1], np.float32) if bias is None else bias
+    unit = np.spacing(np.maximum(np.abs(want - shift), np.abs(shift)).astype(np.float32))
+    assert (np.abs(got - want) <= 2 * unit).all()
+
+
+RANGES = {
+    "both signs": (-1.5, 2.5, -1.5, 2.5),
+    "positive, without 0": (2.0, 5.0, 2.0, 5.0),
+    "negative, without 0": (-5.0, -2.0, -5.0, -2.0),
+    "values beyond the range": (-9.0, 9.0, -1.0, 2.0),
+    "range far wider than the values": (-2.0, 2.0, -30.0, 50.0),
+}
+
+
+@pytest.mark.parametrize("name", RANGES)
+@pytest.mark.parametrize(("k", "n"), [(32, 48), (1536, 24), (7, 3)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_static_equals_onnxruntime(exact_runtime, name, k, n, bias):
+    low, high, range_low, range_high = RANGES[name]
+    x, weight, b = example(k, n, low, high, bias=bias)
+    weight[1] = 0.0
+    x[0, 0] = 0.0
+    scale, zero_point = activation_scale(torch.tensor(range_low), torch.tensor(range_high))
+    got = quantised_linear(*as_tensors(x, weight, b), scale, zero_point).numpy()
+    want = run_static(x, weight, b, scale.item(), zero_point.item())
+    assert np.ptp(want) > 0
+    assert_equal_up_to_rescaling(got, want, b)
+
+
+@pytest.mark.parametrize(("low", "high"), [(-1.5, 2.5), (2.0, 5.0), (-5.0, -2.0), (0.0, 0.0)])
+@pytest.mark.parametrize(("k", "n"), [(32, 48), (1536, 24), (7, 3)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_dynamic_equals_onnxruntime(exact_runtime, low, high, k, n, bias):
+    x, weight, b = example(k, n, low, high, bias=bias)
+    weight[1] = 0.0
+    quantizer = Int8Quantizer(dynamic=True)
+    tx, tw, tb = as_tensors(x, weight, b)
+    assert_equal_up_to_rescaling(
+        quantised_linear(tx, tw, tb, *quantizer.scale(tx)).numpy(), run_dynamic(x, weight, b), b
+    )
+
+
+def as_tensors(x, weight, bias):
+    return torch.from_numpy(x), torch.from_numpy(weight), None if bias is None else torch.from_numpy(bias)
+
+
+def exact(x, weight, bias, scale, zero_point):
+    """The same formula in float64, where every product and sum of the integers is exact."""
+    q = (torch.round(x / scale) + zero_point).clamp(0, 255).double() - zero_point.double()
+    w_scale = weight_scale(weight)
+    y = q @ quantise_weight(weight, w_scale).double().t() * (scale.double() * w_scale.double())
+    return y if bias is None else y + bias.double()
+
+
+@pytest.mark.parametrize("k", [33, 1536])
+def test_bf16_autocast_keeps_the_integers(k):
+    x, weight, _ = as_tensors(*example(k, 40, -1.0, 3.0, rows=(64,)))
+    scale, zero_point = activation_scale(torch.tensor(-1.0), torch.tensor(3.0))
+    want = exact(x, weight, None, scale, zero_point)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = quantised_linear(x, weight, None, scale, zero_point)
+    assert got.dtype is torch.bfloat16
+    relative = (got.double() - want).abs() / want.abs().clamp(min=1e-9)
+    # Half an ulp of bf16 is 2^-8: once for the accumulator, once for the result.
+    assert relative.max() <= (1 + 2**-8) ** 2 - 1 + 1e-6
+    # What rounding the dequantised operands to bf16 would give.
+    w_scale = weight_scale(weight)
+    x_bf16 = ((torch.round(x / scale) + zero_point).clamp(0, 255).sub(zero_point) * scale).bfloat16()
+    w_bf16 = (quantise_weight(weight, w_scale) * w_scale[:, None]).bfloat16()
+    naive = (x_bf16.double() @ w_bf16.double().t() - want).abs() / want.abs().clamp(min=1e-9)
+    assert naive.max() > 10 * relative.max()
+
+
+def test_bf16_bias_is_added_in_fp32():
+    x, weight, bias = as_tensors(*example(64, 16, -1.0, 1.0, rows=(32,)))
+    scale, zero_point = activation_scale(torch.tensor(-1.0), torch.tensor(1.0))
+    bare = exact(x, weight, None, scale, zero_point)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = quantised_linear(x, weight, bias, scale, zero_point).double()
+    want = bare + bias.double()
+    assert ((got - want).abs() <= 2**-8 * (bare.abs() + want.abs())).all()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradients_are_straight_through(bias):
+    x, weight, b = as_tensors(*example(24, 10, -2.0, 2.0, bias=bias))
+    scale, zero_point = activation_scale(torch.tensor(-1.0), torch.tensor(1.5))
+    leaves = [x.requires_grad_(), weight.requires_grad_()] + ([b.requires_grad_()] if bias else [])
+    y = quantised_linear(x, weight, b, scale, zero_point)
+    out = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
+    grads = torch.autograd.grad(y, leaves, out)
+    dy, s = out.double().reshape(-1, 10), scale.double()
+    w_scale = weight.detach().abs().amax(1).double() / 127
+    w_q = torch.round(weight.detach().double() / w_scale[:, None])
+    level = torch.round(x.detach().double() / s) + zero_point.double()
+    inside = (level >= 0) & (level <= 255)
+    assert 0 < inside.sum() < inside.numel()
+    x_q = (level.clamp(0, 255) - zero_point.double()) * s
+    want = [(dy @ (w_q * w_scale[:, None])).view_as(x) * inside, dy.t() @ x_q.reshape(-1, 24), dy.sum(0)]
+    for got, reference in zip(grads, want[: len(grads)], strict=True):
+        torch.testing.assert_close(got.double(), reference, atol=1e-5, rtol=1e-5)
+
+
+def test_bf16_gradients_are_near_the_fp32_ones():
+    x, weight, b = as_tensors(*example(64, 32, -1.0, 1.0))
+    scale, zero_point = activation_scale(torch.tensor(-1.0), torch.tensor(1.0))
+    out = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(2))
+    results = []
+    for on in (False, True):
+        leaves = [t.clone().requires_grad_() for t in (x, weight, b)]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=on):
+            y = quantised_linear(*leaves, scale, zero_point)
+        results.append(torch.autograd.grad(y, leaves, out.to(y.dtype)))
+    for fp32, bf16 in zip(*results, strict=True):
+        assert bf16.dtype is torch.float32
+        assert (fp32 - bf16).norm() <= 2**-6 * fp32.norm()
+
+
+def test_only_wanted_gradients():
+    x, weight, b = as_tensors(*example(8, 4, -1.0, 1.0))
+    y = quantised_linear(x.requires_grad_(), weight, b, *activation_scale(torch.tensor(-1.0), torch.tensor(1.0)))
+    y.sum().backward()
+    assert x.grad is not None and weight.grad is None and b.grad is None
+
+
+def test_saves_bytes_not_floats():
+    x, weight, b = as_tensors(*example(64, 8, -1.0, 1.0, rows=(50,)))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        quantised_linear(
+            x.requires_grad_(), weight.requires_grad_(), b, *activation_scale(torch.tensor(-1.0), torch.tensor(1.0))
+        )
+    assert sum(t.nbytes for t in saved if t.numel() == x.numel()) == 2 * x.numel()
+
+
+RANGE_CASES = [(-1.0, 2.0), (0.3, 0.9), (-7.0, -6.0), (-1e-6, 1e-6), (0.0, 0.0), (-1e4, 3e-2), (-3.0, 0.0)]
+
+
+@pytest.mark.parametrize(("low", "high"), RANGE_CASES)
+def test_zero_is_exact_and_error_is_within_half_a_step(low, high):
+    scale, zero_point = activation_scale(torch.tensor(low), torch.tensor(high))
+    assert scale > 0 and scale.isfinite() and 0 <= zero_point <= 255 and zero_point == zero_point.round()
+    eye = torch.eye(1)
+    points = torch.linspace(min(low, 0.0), max(high, 0.0), 257)[:, None]
+    # One weight of 1 is exact: 127 steps of 1 / 127.
+    back = quantised_linear(points, eye, None, scale, zero_point)
+    assert quantised_linear(torch.zeros(1, 1), eye, None, scale, zero_point).item() == 0.0
+    # The zero point is rounded too, so an end of the range may lie half a step outside.
+    assert (back - points).abs().max() <= scale * 1.001
+    assert (back - points).abs()[1:-1].max() <= scale * 0.501 or scale == 1
+
+
+def test_quantising_again_changes_nothing():
+    x, weight, _ = as_tensors(*example(16, 6, -1.0, 2.0))
+    scale, zero_point = activation_scale(torch.tensor(-1.0), torch.tensor(2.0))
+    w_scale = weight_scale(weight)
+    once = quantise_weight(weight, w_scale) * w_scale[:, None]
+    assert torch.equal(quantise_weight(once, weight_scale(once)), quantise_weight(weight, w_scale))
+    eye = torch.eye(16)
+    x_once = quantised_linear(x, eye, None, scale, zero_point)
+    torch.testing.assert_close(quantised_linear(x_once, eye, None, scale, zero_point), x_once, atol=0, rtol=0)
+
+
+def test_weight_integers_use_the_whole_symmetric_range():
+    weight = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    weight[2] = 0.0
+    q = quantise_weight(weight, weight_scale(weight))
+    assert torch.equal(q.abs().amax(1), torch.tensor([127.0, 127.0, 0.0, 127.0, 127.0]))
+    assert torch.equal(q, q.round())
+
+
+def test_ema_after_three_batches():
+    quantizer = Int8Quantizer(momentum=0.9)
+    assert not quantizer.ready
+    batches = [torch.tensor([-1.0, 3.0]), torch.tensor([-2.0, 2.0]), torch.tensor([0.5, 4.0])]
+    for batch in batches:
+        quantizer.observe(batch, None)
+    assert quantizer.ready and int(quantizer.batches) == 3
+    assert quantizer.low.item() == pytest.approx(0.9 * (0.9 * -1.0 + 0.1 * -2.0) + 0.1 * 0.5)
+    assert quantizer.high.item() == pytest.approx(0.9 * (0.9 * 3.0 + 0.1 * 2.0) + 0.1 * 4.0)
+
+
+def test_gated_off_columns_do_not_widen_the_range():
+    x = torch.tensor([[-1.0, 100.0, 2.0], [0.5, -100.0, 1.0]])
+    quantizer = Int8Quantizer()
+    quantizer.observe(x, torch.tensor([1.0, 0.0, 1.0]))
+    assert (quantizer.low.item(), quantizer.high.item()) == (-1.0, 2.0)
+
+
+def layer(**settings):
+    linear = CompressedLinear(16, 8)
+    torch.nn.init.normal_(linear.weight, generator=torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(linear.bias, generator=torch.Generator().manual_seed(1))
+    linear.quantizer = Int8Quantizer(**settings)
+    return linear
+
+
+@torch.no_grad()
+def test_float_until_a_batch_was_seen():
+    linear, x = layer(), torch.randn(4, 16, generator=torch.Generator().manual_seed(3))
+    plain = torch.nn.functional.linear(x, linear.weight, linear.bias)
+    assert torch.equal(linear.eval()(x), plain)
+    seen = linear.train()(x)
+    assert not torch.equal(seen, plain)
+    assert torch.equal(linear.eval()(x), seen)
+    linear.quantizer.active = False
+    assert torch.equal(linear(x), plain)
+
+
+@torch.no_grad()
+def test_ranges_move_only_in_training_and_while_observing():
+    linear = layer().train()
+    linear(torch.ones(2, 16))
+    linear.quantizer.observing = False
+    linear(torch.full((2, 16), 50.0))
+    linear.quantizer.observing = True
+    linear.eval()(torch.full((2, 16), 50.0))
+    assert int(linear.quantizer.batches) == 1 and linear.quantizer.high == 1.0
+
+
+@torch.no_grad()
+def test_static_rows_do_not_depend_on_their_batch():
+    linear, x = layer().train(), torch.randn(6, 16, generator=torch.Generator().manual_seed(3))
+    linear(x)
+    linear.eval()
+    outlier = torch.cat([x[:1], 1000.0 * x[1:]])
+    assert torch.equal(linear(x)[0], linear(x[:1])[0])
+    assert torch.equal(linear(outlier)[0], linear(x)[0])
+    # Dynamic ranges do depend on the batch: otherwise this test shows nothing.
+    dynamic = layer(dynamic=True).eval()
+    assert not torch.equal(dynamic(outlier)[0], dynamic(x)[0])

@@ -1,0 +1,113 @@
+"""Anatomy: every family's row leads to the parts that the model really has, in their real shapes."""
+
+from functools import partial
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from compressft.anatomy import FAMILIES, anatomy, family_of, linear_shape
+from compressft.errors import UserError
+from compressft.model import compress_linear, shrink
+from tests.tiny import SHAPE, TINY, batch_for, logits, random_keep, tiny
+
+
+def test_every_family_has_a_tiny_model():
+    assert set(TINY) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_shapes_are_the_configurations(family):
+    layers = anatomy(tiny(family)).layers
+    assert len(layers) == 2
+    for index, layer in enumerate(layers):
+        assert (layer.index, layer.heads, layer.kv_heads, layer.head_dim, layer.ffn) == (index, *SHAPE[family])
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_paths_lead_to_the_right_modules(family):
+    model = tiny(family)
+    parts = anatomy(model)
+    heads, kv_heads, dim, ffn = SHAPE[family]
+    for layer in parts.layers:
+        assert model.get_submodule(layer.name) is layer.module
+        widths = {path: linear_shape(layer.part(path)) for path in layer.linears}
+        row = layer.family
+        expected = {row.o: (heads * dim, 32), row.down: (ffn, 32)} | dict.fromkeys(row.up, (32, ffn))
+        if row.fused_qkv:
+            expected[row.fused_qkv] = (32, 3 * heads * dim)
+        else:
+            expected |= {row.q: (32, heads * dim), row.k: (32, kv_heads * dim), row.v: (32, kv_heads * dim)}
+        assert widths == expected
+        # Nothing that multiplies a matrix is left out.
+        matrices = {name for name, parameter in layer.module.named_parameters() if parameter.dim() == 2}
+        assert matrices == {f"{path}.weight" for path in layer.linears}
+        if row.ffn_norm is not None:
+            assert isinstance(layer.part(row.ffn_norm), nn.LayerNorm)
+    for path in parts.embedding_paths:
+        assert any(isinstance(m, nn.Embedding) for m in model.get_submodule(path).modules())
+    tables = {name for name, module in parts.backbone.named_modules() if isinstance(module, nn.Embedding)}
+    assert tables == set(parts.family.embedding_tables)
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_outputs_before_the_residual_add(family):
+    """Zeroing `attention_out` and `ffn_out` of all layers leaves what the embeddings (and norms) alone give."""
+    model = tiny(family)
+    parts = anatomy(model)
+    calls = []
+    for layer in parts.layers:
+        for path in (layer.family.attention_out, layer.family.ffn_out):
+            layer.part(path).register_forward_hook(lambda module, args, out: calls.append(1) or torch.zeros_like(out))
+        norm = layer.family.ffn_norm
+        if norm is None:
+            # Pre-norm: with both branches gone a layer is the identity.
+            layer.module.register_forward_hook(_is_identity)
+        else:
+            (first,) = (m for n, m in layer.module.named_modules() if isinstance(m, nn.LayerNorm) and n != norm)
+            layer.part(norm).register_forward_pre_hook(partial(_is_output_of, first))
+    logits(model, batch_for(family))
+    assert len(calls) == 4
+
+
+def _is_identity(module, args, out):
+    out = out[0] if isinstance(out, tuple) else out
+    assert torch.equal(out, args[0])
+
+
+def _is_output_of(first, module, args):
+    # Post-norm: the FFN's norm sees the attention norm's output alone.
+    normalised = (args[0] - first.bias) / first.weight
+    assert normalised.mean(-1).abs().max() < 1e-4 and (normalised.std(-1, correction=0) - 1).abs().max() < 1e-3
+
+
+def test_bare_backbone_has_no_prefix():
+    parts = anatomy(tiny("bert", architecture="BertModel"))
+    assert parts.prefix == "" and parts.layers[1].name == "encoder.layer.1"
+    assert parts.path("embeddings") == "embeddings"
+
+
+def test_shapes_follow_pruning_and_replacement():
+    model = tiny("llama")
+    keep = random_keep(model)
+    for layer in anatomy(model).layers:
+        compress_linear(model, f"{layer.name}.{layer.family.down}")
+    shrink(model, keep)
+    for layer, kept in zip(anatomy(model).layers, keep, strict=True):
+        assert (layer.kv_heads, layer.heads, layer.ffn) == (
+            len(kept["heads"]),
+            2 * len(kept["heads"]),
+            len(kept["ffn"]),
+        )
+
+
+def test_unknown_family_lists_the_known_ones():
+    config = transformers.AutoConfig.for_model(
+        "albert", vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64
+    )
+    with pytest.raises(UserError, match="'albert' is not known") as caught:
+        anatomy(transformers.AlbertModel(config))
+    assert all(family in str(caught.value) for family in FAMILIES)
+    with pytest.raises(UserError, match="known families"):
+        family_of(nn.Linear(2, 2))
