@@ -17,7 +17,7 @@ class Family:
     `fused_qkv` replaces q, k and v where one projection yields all three. `up` lists every projection into the FFN's
     hidden neurons (two for gated FFNs). `attention_out` and `ffn_out` are the modules whose output is added to the
     residual stream (after dropout, where the family has one). `ffn_norm` is the LayerNorm after the FFN's residual add
-    in post-norm families, None in pre-norm ones. `embedding_tables` are tables looked up by one index per token.
+    in post-norm families, None in pre-norm ones; these have a `final_norm` above the top layer instead. `embedding_tables` are tables looked up by one index per token.
     """
 
     layers: str
@@ -35,6 +35,7 @@ class Family:
     fused_qkv: str | None = None
     ffn_norm: str | None = None
     pooler: str | None = None
+    final_norm: str | None = None
     causal: bool = False
     head_size: str = "attention_head_size"
     # Attributes of the attention module that repeat its shape: (query heads, KV heads, head_dim) -> value.
@@ -91,6 +92,7 @@ _LLAMA = Family(
     down="mlp.down_proj",
     attention_out="self_attn.o_proj",
     ffn_out="mlp.down_proj",
+    final_norm="norm",
     causal=True,
     head_size="head_dim",
 )
@@ -105,6 +107,7 @@ _GPT2 = Family(
     down="mlp.c_proj",
     attention_out="attn.resid_dropout",
     ffn_out="mlp.dropout",
+    final_norm="ln_f",
     causal=True,
     head_size="head_dim",
     shape_attributes={

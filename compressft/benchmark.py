@@ -29,7 +29,11 @@ def edge(models: Sequence[Path], shapes: Sequence[str], threads: int | None, rou
         if not file.is_file():
             raise UserError(f"benchmark edge: {str(file)!r} does not exist; give an ONNX file or a folder with model.onnx")
         files[("onnxruntime", str(path))] = file
-    return latencies(files, [parse_shape(s) for s in shapes], threads, rounds)
+    wanted = [parse_shape(s) for s in shapes]
+    try:
+        return latencies(files, wanted, threads, rounds)
+    except RuntimeError as error:
+        raise UserError(f"benchmark edge: {str(error).strip().splitlines()[-1]}") from error
 
 
 def training(recipe: Recipe, steps: int) -> list[dict[str, Any]]:
@@ -63,7 +67,7 @@ def training(recipe: Recipe, steps: int) -> list[dict[str, Any]]:
             transform.after_step(model, 0.0)
         model.train()
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
-        size = stage.train.batch_size
+        size = min(stage.train.batch_size, len(features))
         order = list(LengthGroupedSampler([len(f["input_ids"]) for f in features], size, 0))
         batches = [task.collate([features[i] for i in order[k : k + size]]) for k in range(0, len(order) - size + 1, size)]
         hidden = any(t.needs_hidden_states for t in stage.transforms)

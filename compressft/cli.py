@@ -20,8 +20,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+# Names and paths are printed as they are: rich would read "[x]" and ":100:" as markup and emoji.
+out = Console(highlight=False, markup=False, emoji=False)
+err = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override a field of the recipe.")]
 Output = Annotated[Path | None, typer.Option(help="Run directory (default: runs/RECIPE).")]
@@ -55,7 +56,8 @@ def run(
         err.print(f"{stop}. Go on with: compressft run {recipe} --output {folder}{options} --resume", soft_wrap=True)
         raise typer.Exit(130) from None
     out.print(terminal_table(report))
-    out.print(f"Report: {folder / 'report' / 'report.html'}   ONNX: {folder / 'onnx' / 'model.onnx'}", soft_wrap=True)
+    shipped = f"   ONNX: {folder / 'onnx' / 'model.onnx'}" if loaded.export.enabled else ""
+    out.print(f"Report: {folder / 'report' / 'report.html'}{shipped}", soft_wrap=True)
 
 
 @app.command()
@@ -123,15 +125,26 @@ def plan(
 
 benchmark = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
 app.add_typer(benchmark, name="benchmark")
-Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the rows to a file.")]
+
+
+def _writable(path: Path | None) -> Path | None:
+    # Before measuring, which takes minutes.
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise UserError(f"--json {str(path)!r}: is no file in a folder that exists")
+    return path
+
+
+Json = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", callback=_writable, help="Also write the rows to a file.")
+]
 
 
 @benchmark.command()
 def edge(
     models: Annotated[list[Path], typer.Argument(help="ONNX files or folders with a model.onnx.")],
     shape: Annotated[list[str] | None, typer.Option(help="BATCHxLENGTH, repeatable (default 1x32, 1x128, 8x128).")] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads (default: all usable cores).")] = None,
-    rounds: Annotated[int, typer.Option(help="Interleaved rounds.")] = 3,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads (default: all usable cores).")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 3,
     json_file: Json = None,
 ) -> None:
     """Latency of ONNX files, each in a process of its own, interleaved."""
@@ -143,7 +156,7 @@ def edge(
 @benchmark.command()
 def training(
     recipe: RecipeName,
-    steps: Annotated[int, typer.Option(help="Timed steps per stage.")] = 20,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps per stage.")] = 20,
     set: Set = None,
     json_file: Json = None,
 ) -> None:
@@ -185,7 +198,8 @@ def main() -> None:
     except Exception as error:
         # torch and safetensors report a full disk with exceptions of their own.
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
-            err.print("error: no space left on the disk; free some, then go on with the same command and --resume")
+            fix = "free some, then go on with the same command and --resume"
+            err.print(f"error: no space left on the disk; {fix}", soft_wrap=True)
             sys.exit(2)
         raise
 

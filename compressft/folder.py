@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,6 +21,8 @@ FREE_SPACE_FACTOR = 8
 class RunFolder:
     """A run directory, held exclusively while a run writes to it.
 
+    A claim is given up again where a user's mistake ends the run before it wrote anything: the directory is as it was.
+
     Args:
         root: the directory; created where it does not exist.
         recipe: what runs there.
@@ -33,8 +36,11 @@ class RunFolder:
         self.root = Path(root).expanduser()
         self.recipe = recipe
         self._lock: Any = None
+        self._made = not self.root.exists()
+        self._claimed = False
         try:
             self.root.mkdir(parents=True, exist_ok=True)
+            self._refuse_others()
             self._lock = (self.root / ".lock").open("a")
         except OSError as error:
             raise UserError(f"--output {str(self.root)!r}: cannot be written to: {error.strerror or error}") from None
@@ -49,7 +55,25 @@ class RunFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._claimed and isinstance(error, UserError):
+            self._give_up()
         self._lock.close()
+
+    def _give_up(self) -> None:
+        recipe, lock = self.root / "recipe.yaml", self.root / ".lock"
+        if set(self.root.iterdir()) != {recipe, lock}:
+            return
+        recipe.unlink()
+        # Windows keeps a file that is open.
+        with suppress(OSError):
+            lock.unlink()
+            if self._made:
+                self.root.rmdir()
+
+    def _refuse_others(self) -> None:
+        names = sorted(path.name for path in self.root.iterdir() if path.name not in (".lock", ".recipe.tmp"))
+        if names and "recipe.yaml" not in names:
+            raise UserError(f"--output {str(self.root)!r}: is not empty ({names[0]!r}); choose an empty directory")
 
     def _hold(self) -> None:
         try:
@@ -75,12 +99,10 @@ class RunFolder:
             if before.hash != self.recipe.hash:
                 raise UserError(f"{saved}: --resume wants the recipe of the run ({before.hash[:19]}); this one is {self.recipe.hash[:19]}")
             return
-        others = [p.name for p in self.root.iterdir() if p.name != ".lock"]
-        if others:
-            raise UserError(f"--output {str(self.root)!r}: is not empty ({others[0]!r}); choose an empty directory")
         staging = self.root / ".recipe.tmp"
         staging.write_text(self.recipe.to_yaml(), encoding="utf-8")
         staging.rename(saved)
+        self._claimed = True
 
     def check_space(self, model_bytes: int) -> None:
         """Refuse to start what cannot be saved: checkpoints hold weights and two optimiser moments, twice for a while.
@@ -165,7 +187,7 @@ class RunFolder:
             file.write(json.dumps(row) + "\n")
 
     def rewind(self, step: int, evaluated: bool = True) -> None:
-        """Forget rows after a cumulative step, and its own evaluation unless `evaluated`: a resumed run writes them again."""
+        """Forget rows that a resumed run writes again: those after a step, and its evaluation if not `evaluated`."""
         if not self.metrics.is_file():
             return
         kept = []

@@ -86,6 +86,19 @@ def load_model(name: str, auto_class: str = "AutoModel", **kwargs: Any) -> nn.Mo
         raise UserError(f"model: {name!r} could not be loaded: {_first_line(error)}") from error
 
 
+def load_empty(name: str, auto_class: str, **kwargs: Any) -> nn.Module:
+    """A model's shapes on the meta device; no weight is read. Arguments and errors as `load_model`."""
+    import transformers
+
+    register()
+    try:
+        config = transformers.AutoConfig.from_pretrained(resolve(name), **kwargs)
+        with torch.device("meta"):
+            return getattr(transformers, auto_class).from_config(config, attn_implementation=TRAINING)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model: {name!r} could not be loaded: {_first_line(error)}") from error
+
+
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
@@ -228,6 +241,7 @@ __all__ = [
     "count",
     "freeze",
     "head_parameters",
+    "load_empty",
     "load_model",
     "load_tokenizer",
     "replace",

@@ -13,8 +13,7 @@ from compressft.anatomy import anatomy
 from compressft.data import TASKS, load_splits, make_task
 from compressft.errors import UserError
 from compressft.measure import quantiles, timed
-from compressft.model import load_tokenizer, resolve
-from compressft.modules.attention import TRAINING, register
+from compressft.model import load_empty, load_tokenizer
 from compressft.recipe import Recipe, Stage
 from compressft.transform import Context
 
@@ -31,7 +30,7 @@ QUANTISED_SHARE = 0.3
 
 def parse_bytes(text: str) -> int:
     """"8GiB" -> 8 * 2**30."""
-    match = re.fullmatch(r"\s*([\d.]+)\s*([KMG]i?)?B?\s*", text)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?)?B?\s*", text)
     if match is None:
         raise UserError(f"--memory {text!r}: wants a size such as 8GiB or 500MB")
     return int(float(match[1]) * UNITS[match[2] or ""])
@@ -88,21 +87,14 @@ def plan(recipe: Recipe, memory: str | None = None) -> Prediction:
     Raises:
         UserError: recipe, data or `memory` is wrong.
     """
-    import transformers
-
     budget = parse_bytes(memory) if memory else None
-    register()
     tokenizer = load_tokenizer(recipe.model)
     kind = TASKS[recipe.task]
     splits = load_splits(recipe.data, kind.fields)
     task = make_task(recipe.task, tokenizer, recipe.data.max_length, kind.labels_of(splits.train))
     lengths = [len(feature["input_ids"]) for feature in task.encode(splits.train)]
-    config = transformers.AutoConfig.from_pretrained(resolve(recipe.model), **task.model_arguments())
-    stages = []
-    for stage in recipe.stages:
-        with torch.device("meta"):
-            model = getattr(transformers, task.auto_class).from_config(config, attn_implementation=TRAINING)
-        stages.append(_stage(stage, model, lengths))
+    arguments = task.model_arguments()
+    stages = [_stage(s, load_empty(recipe.model, task.auto_class, **arguments), lengths) for s in recipe.stages]
     return Prediction(stages, budget)
 
 

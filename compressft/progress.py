@@ -96,7 +96,8 @@ class Reporter(TrainerCallback):
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         values = {k.removeprefix("eval_"): v for k, v in (metrics or {}).items()}
-        wanted = ("loss", *(k for k in values if not k.startswith(("runtime", "samples", "steps", "loss", "epoch"))))
+        others = ("runtime", "samples", "steps", "loss", "epoch", "model_preparation")
+        wanted = ("loss", *(k for k in values if not k.startswith(others)))
         row = {name: float(values[name]) for name in wanted if name in values}
         self.evaluations.append(row)
         self.folder.log({"kind": "eval", "stage": self.stage, "step": self.offset + state.global_step,

@@ -22,10 +22,14 @@ from compressft.transform import Transform
 TaskType = Literal["sequence-classification", "regression", "token-classification", "causal-lm"]
 
 
+SOURCES = ("sample", "dataset", "train")
+
+
 class Part(BaseModel):
     """Base of the recipe's parts: unknown fields are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # Infinite numbers would come back from the written recipe as null.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class DataConfig(Part):
@@ -50,7 +54,7 @@ class DataConfig(Part):
 
     @model_validator(mode="after")
     def _one_source(self) -> DataConfig:
-        given = [name for name in ("sample", "dataset", "train") if getattr(self, name) is not None]
+        given = [name for name in SOURCES if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"give exactly one of sample, dataset and train; got {given or 'none'}")
         return self
@@ -75,6 +79,16 @@ class TrainConfig(Part):
     save: Literal["epoch", "no"] | int = "epoch"
     keep_checkpoints: int = Field(default=1, ge=1)
     seed: int = 0
+
+    @field_validator("save", mode="before")
+    @classmethod
+    def _save(cls, value: Any) -> Any:
+        if value is False:
+            # YAML reads a bare `no` as false.
+            return "no"
+        if value in ("epoch", "no") or (type(value) is int and value >= 1):
+            return value
+        raise ValueError(f"wants 'epoch', 'no' or a number of steps, at least 1; got {value!r}")
 
 
 class Stage(Part):
@@ -215,6 +229,8 @@ def _explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
         name = str(first["loc"][-1])
         return f"{at}: unknown field; allowed: {', '.join(allowed)}{nearest(name, allowed)}{more}"
     message = str(first["msg"]).removeprefix("Value error, ")
+    if first["type"] == "literal_error":
+        more = nearest(str(first["input"]), first["ctx"]["expected"].split("'")[1::2]) + more
     if first["type"] == "value_error":
         return f"{at}: {message}{more}" if at else f"{message}{more}"
     return f"{at}: {message} (got {first.get('input')!r}){more}" if first["type"] != "missing" else f"{at}: is required{more}"
@@ -234,7 +250,7 @@ def _fields_at(model: type[BaseModel], location: Sequence[int | str]) -> list[st
 def shipped_recipes() -> dict[str, Path]:
     """Names and files of the recipes inside the package."""
     folder = Path(str(files("compressft"))) / "recipes"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"), key=lambda path: path.stem)}
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -278,12 +294,20 @@ def _read(source: str | Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(document, dict):
         raise UserError(f"{path}: wants a mapping of fields; got {type(document).__name__}")
+    document = _unshared(document)
     base_name = document.pop("extends", None)
     if base_name is None:
         return document
     beside = path.parent / str(base_name)
     base = _read(beside if beside.is_file() else str(base_name), (*seen, path.resolve()))
     return _merge(base, document)
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which a YAML alias is a value of its own: an override of one must not reach the other."""
+    if isinstance(value, dict):
+        return {key: _unshared(item) for key, item in value.items()}
+    return [_unshared(item) for item in value] if isinstance(value, list) else value
 
 
 def _merge(base: Any, new: Any) -> Any:
@@ -293,10 +317,19 @@ def _merge(base: Any, new: Any) -> Any:
         for key, value in new.items():
             if key == "stages" and key in base:
                 merged[key] = _merge_stages(base[key], value)
+            elif key == "data" and isinstance(value, dict) and isinstance(base.get(key), dict):
+                merged[key] = _merge(_without_source(base[key], value), value)
             else:
                 merged[key] = _merge(base[key], value) if key in base else value
         return merged
     return new
+
+
+def _without_source(data: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """A new source of rows replaces the base's: its files, sample or hub id do not mix with it."""
+    if any(new.get(source) is not None for source in SOURCES):
+        return {key: value for key, value in data.items() if key not in (*SOURCES, "validation", "test")}
+    return data
 
 
 def _merge_stages(base: Any, new: Any) -> Any:
@@ -320,6 +353,8 @@ def _apply(document: dict[str, Any], override: str) -> None:
     for i, step in enumerate(steps[:-1]):
         node = _child(node, step, override, ".".join(steps[: i + 1]))
     last = steps[-1]
+    if steps[:-1] == ["data"] and last in SOURCES and isinstance(node, dict):
+        document["data"] = node = _without_source(node, {last: value})
     if isinstance(node, list):
         node[_position(node, last, override)] = value
     else:
@@ -354,7 +389,7 @@ def smoke(recipe: Recipe) -> Recipe:
     """The same recipe on a few rows: every step of the run, in under a minute; tolerances do not apply to noise."""
     document = json.loads(recipe.model_dump_json())
     document["smoke"] = True
-    document["data"] |= {"limit": 96, "max_length": min(32, recipe.data.max_length)}
+    document["data"] |= {"limit": min(96, recipe.data.limit or 96), "max_length": min(32, recipe.data.max_length)}
     for stage in document["stages"]:
         stage["train"] |= {"epochs": 1, "max_steps": 4, "batch_size": min(8, stage["train"]["batch_size"])}
     document["export"] |= {"latency_rounds": 1, "latency_shapes": [[1, 32]]}

@@ -162,7 +162,7 @@ class CompressionTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def restore(self, checkpoint: Path) -> None:
-        """Take over a checkpoint of the last step and evaluate it (the Trainer's own resume would train one step more)."""
+        """Take over a checkpoint of the last step and evaluate it; the Trainer's resume would train one step more."""
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         self._load_from_checkpoint(str(checkpoint), self.model)
         for transform in self.transforms:

@@ -42,7 +42,7 @@ class Transform(BaseModel):
     makes everything that depends on progress right after a resume.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     type: str
     needs_hidden_states: ClassVar[bool] = False

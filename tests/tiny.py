@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from compressft.anatomy import anatomy
 from compressft.model import compress_linear
 from compressft.modules.attention import TRAINING, register
 from compressft.modules.gate import ColumnGate
+from compressft.transform import Context, Transform
 
 VOCABULARY = 97
 LABELS = 3
@@ -125,3 +128,42 @@ def random_keep(model: nn.Module, seed: int = 0) -> list[dict[str, Tensor]]:
         ffn = torch.randperm(layer.ffn, generator=generator)[: 13 + 10 * i]
         keep.append({"heads": heads.sort().values, "ffn": ffn.sort().values})
     return keep
+
+
+def labelled(rows: int = 16, length: int = 9, seed: int = 1) -> dict[str, Tensor]:
+    """A padded batch for sequence classification: `labels` (rows,), all classes present."""
+    return {**padded(rows, length, seed), "labels": torch.arange(rows) % LABELS}
+
+
+def fit(
+    model: nn.Module,
+    transforms: Sequence[Transform],
+    batches: Sequence[dict[str, Tensor]],
+    steps: int,
+    learning_rate: float = 1e-2,
+    context: Context | None = None,
+) -> None:
+    """Train on the batches in turn, calling the hooks as the trainer does: before step 1 and after each update."""
+    context = context or Context(transforms=transforms)
+    torch.manual_seed(0)
+    model.train()
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
+    for transform in transforms:
+        transform.after_step(model, 0.0)
+    for step in range(steps):
+        batch = batches[step % len(batches)]
+        outputs = model(**batch, output_hidden_states=any(t.needs_hidden_states for t in transforms))
+        loss = outputs.loss * math.prod(t.task_weight for t in transforms)
+        for transform in transforms:
+            loss = loss + sum(transform.loss(model, batch, outputs, context).values())
+        loss.backward()
+        optimiser.step()
+        for transform in transforms:
+            transform.after_step(model, (step + 1) / steps)
+        optimiser.zero_grad()
+    model.eval()
+
+
+def accuracy(model: nn.Module, batch: dict[str, Tensor]) -> float:
+    """Fraction of right labels."""
+    return float((logits(model, batch).argmax(-1) == batch["labels"]).float().mean())

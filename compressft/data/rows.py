@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Callable
 from importlib.resources import files
@@ -59,15 +60,18 @@ def _jsonl(path: Path) -> list[Row]:
 
 
 def _csv(path: Path) -> list[Row]:
-    reader = csv.DictReader(_text(path).splitlines(keepends=True), delimiter="\t" if path.suffix == ".tsv" else ",")
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    # newline="": fields may hold line breaks of their own, also Unicode's.
+    reader = csv.DictReader(io.StringIO(_text(path), newline=""), delimiter=delimiter)
     rows = []
     try:
         for row in reader:
             if None in row or None in row.values():
                 raise UserError(f"data: {path}:{reader.line_num}: has another number of columns than the header")
-            rows.append(dict(row) | {ROW_KEY: f"{path}:{reader.line_num}"})
+            # An empty cell is CSV's only way to say that there is no value.
+            rows.append({key: value or None for key, value in row.items()} | {ROW_KEY: f"{path}:{reader.line_num}"})
     except csv.Error as error:
-        raise UserError(f"data: {path}:{reader.line_num}: is not CSV: {error}") from None
+        raise UserError(f"data: {path}:{reader.reader.line_num}: is not CSV: {error}") from None
     return rows
 
 
@@ -77,8 +81,8 @@ def _parquet(path: Path) -> list[Row]:
 
     try:
         table = pyarrow.parquet.read_table(path)
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"data: {path}: is not Parquet: {error}") from None
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise UserError(f"data: {path}: is not Parquet: {' '.join(str(error).split())}") from None
     return [row | {ROW_KEY: f"{path}:{number}"} for number, row in enumerate(table.to_pylist(), 1)]
 
 
@@ -111,7 +115,7 @@ def hub_rows(dataset: str) -> dict[str, list[Row]]:
     try:
         loaded = datasets.load_dataset(dataset)
     except Exception as error:
-        raise UserError(f"data.dataset: {dataset!r} could not be loaded: {str(error).splitlines()[0]}") from error
+        raise UserError(f"data.dataset: {dataset!r} could not be loaded: {' '.join(str(error).split())}") from error
     result: dict[str, list[Row]] = {}
     for split, table in loaded.items():
         names = {key: f.names for key, f in table.features.items() if isinstance(f, datasets.ClassLabel)}

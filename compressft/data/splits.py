@@ -56,7 +56,7 @@ def load_splits(config: DataConfig, fields: Fields) -> Splits:
         if fields.label:
             # A few rows cannot hold all labels; those of the validation and test rows must still be known.
             known = {row[fields.label] for row in train}
-            validation = [row for row in validation if row[fields.label] in known] or train[: config.limit // 4]
+            validation = [row for row in validation if row[fields.label] in known] or train[: max(config.limit // 4, 1)]
             test = [row for row in test if row[fields.label] in known]
     return Splits(train, validation, test)
 
@@ -85,7 +85,7 @@ def canonical_rows(rows: Sequence[Row], columns: dict[str, str], fields: Fields)
     if unknown:
         name = sorted(unknown)[0]
         raise UserError(f"data.columns: {name!r} is no field of this task; allowed: {', '.join(fields.all)}{nearest(name, fields.all)}")
-    present = [key for key in rows[0] if key != ROW_KEY]
+    present = [key for key in dict.fromkeys(key for row in rows for key in row) if key != ROW_KEY]
     mapping = {name: columns.get(name, name) for name in fields.all}
     for name in fields.all:
         if (name in fields.required or name in columns) and mapping[name] not in present:
@@ -99,9 +99,7 @@ def canonical_rows(rows: Sequence[Row], columns: dict[str, str], fields: Fields)
         new = {ROW_KEY: row[ROW_KEY]}
         for name, column in used.items():
             if row.get(column) is None:
-                if name in fields.required:
-                    raise UserError(f"data: {row[ROW_KEY]}: column {column!r} is empty")
-                continue
+                raise UserError(f"data: {row[ROW_KEY]}: column {column!r} is empty")
             new[name] = fields.convert(name, row[column], row[ROW_KEY])
         result.append(new)
     return result

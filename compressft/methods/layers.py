@@ -31,17 +31,9 @@ class Layers(Transform):
         freeze(model)
         for layer in parts.layers[len(parts.layers) - self.top :]:
             layer.module.requires_grad_(True)
-        _unfreeze_head(model)
-        if parts.family.causal and self.top > 0:
-            # The final norm of pre-norm stacks sits above the top layer.
-            for name in ("norm", "ln_f"):
-                if hasattr(parts.backbone, name):
-                    parts.backbone.get_submodule(name).requires_grad_(True)
-
-
-def _unfreeze_head(model: nn.Module) -> None:
-    tied = {id(parameter) for module in anatomy(model).backbone.modules() if isinstance(module, nn.Embedding)
-            for parameter in module.parameters()}
-    for _, parameter in head_parameters(model):
-        if id(parameter) not in tied:
+        # A tied output embedding counts under the frozen input embedding's name, so it is not among these.
+        for _, parameter in head_parameters(model):
             parameter.requires_grad_(True)
+        if parts.family.final_norm and self.top > 0:
+            parts.backbone.get_submodule(parts.family.final_norm).requires_grad_(True)
+

@@ -27,7 +27,7 @@ class Probe(Transform):
         Layers(top=0).prepare(model, context)
         parts = anatomy(model)
         backbone: Any = parts.backbone
-        pooler = backbone.get_submodule(parts.family.pooler) if parts.family.pooler and backbone.pooler else None
+        pooler = getattr(backbone, parts.family.pooler, None) if parts.family.pooler else None
         # An instance attribute shadows the class's forward: no module is renamed, so checkpoints keep their names.
         backbone.forward = FrozenForward(backbone, pooler, {} if self.cache else None)
 
@@ -54,7 +54,7 @@ class FrozenForward:
         self.cache = cache
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        from transformers.modeling_outputs import BaseModelOutputWithPooling
+        from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions as Output
 
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -63,7 +63,7 @@ class FrozenForward:
         else:
             hidden = self._cached(self.cache, input_ids, attention_mask, kwargs)
         pooled = self.pooler(hidden) if self.pooler is not None else None
-        return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=pooled)  # type: ignore[arg-type]
+        return Output(last_hidden_state=hidden, pooler_output=pooled)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def _encode(self, input_ids: Tensor, attention_mask: Tensor, kwargs: dict[str, Any]) -> Tensor:

@@ -85,10 +85,11 @@ class CompressedLinear(nn.Linear):
         """(..., in) -> (..., out)."""
         weight = self.effective_weight()
         quantizer = None if is_dense() else self.quantizer
+        columns = None if self.gate is None or quantizer is None else self.gate.columns().detach()
         if quantizer is not None and self.training and quantizer.observing and not quantizer.dynamic:
-            quantizer.observe(input, None if self.gate is None else self.gate.columns().detach())
+            quantizer.observe(input, columns)
         if quantizer is not None and quantizer.ready:
-            y = quantised_linear(input, weight, self.bias, *quantizer.scale(input))
+            y = quantised_linear(input, weight, self.bias, *quantizer.scale(input, columns))
         else:
             y = F.linear(input, weight, self.bias)
         return y if self.adapter is None else self.adapter(y)

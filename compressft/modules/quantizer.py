@@ -1,4 +1,4 @@
-"""Fake quantisation in onnxruntime's own arithmetic: u8 activations with one range, s8 weights symmetric per output channel.
+"""Fake quantisation in onnxruntime's own arithmetic: u8 activations, s8 weights symmetric per channel.
 
 Formulas: ONNX QuantizeLinear / DynamicQuantizeLinear (u8, range extended to contain 0, scale = (max - min) / 255,
 zero point = round(-min / scale), round half to even) and weights with scale = max|w| / 127. The training forward
@@ -129,20 +129,23 @@ class Int8Quantizer(nn.Module):
     @torch.no_grad()
     def observe(self, x: Tensor, columns: Tensor | None) -> None:
         """Move the range towards x (..., in); inputs of gated-off columns (in,) do not count."""
-        if columns is None:
-            low, high = torch.aminmax(x.detach())
-        else:
-            low, high = torch.aminmax(x.detach().reshape(-1, x.shape[-1]), dim=0)
-            low, high = (low * columns).amin(), (high * columns).amax()
-        low, high = low.float(), high.float()
+        low, high = _range(x, columns)
         momentum = self.momentum if int(self.batches) else 0.0
         self.low.mul_(momentum).add_(low * (1.0 - momentum))
         self.high.mul_(momentum).add_(high * (1.0 - momentum))
         self.batches += 1
 
-    def scale(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and zero point for the input x."""
-        if self.dynamic:
-            low, high = torch.aminmax(x.detach())
-            return activation_scale(low.float(), high.float())
-        return activation_scale(self.low, self.high)
+    def scale(self, x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Scale and zero point for the input x; `columns` as in `observe`."""
+        return activation_scale(*_range(x, columns)) if self.dynamic else activation_scale(self.low, self.high)
+
+
+@torch.no_grad()
+def _range(x: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Least and greatest value, fp32; gated-off columns count as 0, which every range contains."""
+    if columns is None:
+        low, high = torch.aminmax(x)
+    else:
+        low, high = torch.aminmax(x.reshape(-1, x.shape[-1]), dim=0)
+        low, high = (low * columns).amin(), (high * columns).amax()
+    return low.float(), high.float()

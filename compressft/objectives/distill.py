@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, NonNegativeInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressft.anatomy import anatomy
+from compressft.anatomy import anatomy, family_of
 from compressft.errors import UserError
 from compressft.modules.linear import dense
 from compressft.transform import Context, Transform
@@ -33,7 +33,7 @@ class Distill(Transform):
     task: float = Field(default=0.5, ge=0)
     logits: float = Field(default=0.5, ge=0)
     hidden: float = Field(default=0.0, ge=0)
-    layer_map: tuple[tuple[int, int], ...] | None = None
+    layer_map: tuple[tuple[NonNegativeInt, NonNegativeInt], ...] | None = None
 
     @property
     def needs_hidden_states(self) -> bool:  # type: ignore[override]
@@ -62,7 +62,8 @@ class Distill(Transform):
             widths = [m.config.hidden_size for m in (model, teacher)]
             if widths[0] != widths[1]:
                 raise UserError(
-                    f"objective distill.hidden: student width {widths[0]} and teacher width {widths[1]} differ; set it to 0"
+                    f"objective distill.hidden: student width {widths[0]} and teacher width {widths[1]} differ; "
+                    "set it to 0"
                 )
 
     def pairs(self, student: nn.Module, teacher: nn.Module) -> list[tuple[int, int]]:
@@ -78,24 +79,39 @@ class Distill(Transform):
         target = _teach(teacher, inputs, self.hidden > 0, own_weights=self.teacher == "self")
         terms: dict[str, Tensor] = {}
         if self.logits > 0:
-            terms["distill.logits"] = self.logits * self._logit_loss(batch, outputs.logits, target.logits)
+            terms["distill.logits"] = self.logits * self._logit_loss(
+                batch, outputs.logits, target.logits, predicts_next(model, outputs.logits)
+            )
         if self.hidden > 0:
             mask = batch["attention_mask"][..., None].bool()
-            errors = [
-                _masked_mse(outputs.hidden_states[s], target.hidden_states[t], mask) for s, t in self.pairs(model, teacher)
-            ]
+            states = [(outputs.hidden_states[s], target.hidden_states[t]) for s, t in self.pairs(model, teacher)]
+            errors = [_masked_mse(student, goal, mask) for student, goal in states]
             terms["distill.hidden"] = self.hidden * torch.stack(errors).mean()
         return terms
 
-    def _logit_loss(self, batch: Mapping[str, Tensor], student: Tensor, teacher: Tensor) -> Tensor:
+    def conflict(self, others: Sequence[Transform]) -> str | None:
+        if self.hidden > 0 and any(other.type == "probe" for other in others):
+            return "objective distill.hidden: method 'probe' keeps no hidden states to distil; set it to 0"
+        return None
+
+    def _logit_loss(
+        self, batch: Mapping[str, Tensor], student: Tensor, teacher: Tensor, shifted: bool
+    ) -> Tensor:
         if student.shape[-1] == 1:
             return F.mse_loss(student.float(), teacher.float())
         student, teacher = student.float(), teacher.float()
         if student.dim() == 3:
             # Per-token logits: only positions that carry a label or a real token.
             keep = batch["labels"].ne(-100) if "labels" in batch else batch["attention_mask"].bool()
+            if shifted:
+                student, teacher, keep = student[:, :-1], teacher[:, :-1], keep[:, 1:]
             student, teacher = student[keep], teacher[keep]
         return kl_divergence(student, teacher, self.temperature)
+
+
+def predicts_next(model: nn.Module, logits: Tensor) -> bool:
+    """Whether a position's logits are about the next token (a causal language model) rather than its own."""
+    return family_of(model).causal and logits.dim() == 3 and logits.shape[-1] == model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
 
 
 def kl_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

@@ -9,10 +9,13 @@ from pydantic import Field
 from torch import nn
 
 from compressft.anatomy import anatomy
+from compressft.errors import UserError, nearest
 from compressft.model import compress_linear, replace
 from compressft.modules.embedding import CompressedEmbedding
 from compressft.modules.quantizer import Int8Quantizer
 from compressft.transform import Context, Transform
+
+PARTS = ("q", "k", "v", "o", "up", "down", "pooler", "embeddings")
 
 
 class Int8(Transform):
@@ -22,7 +25,7 @@ class Int8(Transform):
     as QuantizeLinear + MatMulIntegerToFloat; a row's result does not depend on its batch mates) or "dynamic" takes
     each batch's own (DynamicQuantizeMatMul). Fake quantisation is on from progress `start`; ranges are frozen from
     `freeze` on. `exclude` lists parts that stay fp32: "q", "k", "v", "o", "up", "down", "pooler", "embeddings", or a
-    module's full path.
+    module's full path; a fused qkv projection stays fp32 where any of its three does.
     """
 
     type: Literal["int8"] = "int8"
@@ -34,12 +37,22 @@ class Int8(Transform):
     exclude: tuple[str, ...] = ()
 
     def prepare(self, model: nn.Module, context: Context) -> None:
+        modules = dict(model.named_modules())
+        for name in self.exclude:
+            if name not in PARTS and name not in modules:
+                allowed = ", ".join(PARTS)
+                raise UserError(
+                    f"pass int8.exclude: {name!r} is neither a part nor a module of the model; parts: {allowed}"
+                    f"{nearest(name, [*PARTS, *modules])}"
+                )
         for path in self._linear_paths(model):
             layer = compress_linear(model, path)
             layer.quantizer = Int8Quantizer(self.ranges == "dynamic", self.momentum).to(layer.weight.device)
         if self.embeddings and "embeddings" not in self.exclude:
             parts = anatomy(model)
             for relative in parts.family.embedding_tables:
+                if parts.path(relative) in self.exclude:
+                    continue
                 table = parts.backbone.get_submodule(relative)
                 assert isinstance(table, nn.Embedding)
                 replace(model, parts.path(relative), CompressedEmbedding.of(table))
@@ -65,7 +78,7 @@ class Int8(Transform):
 
     def conflict(self, others: Sequence[Transform]) -> str | None:
         if self.freeze <= self.start:
-            return f"pass int8.freeze: {self.freeze} is not after int8.start {self.start}; ranges would never be learned"
+            return f"pass int8.freeze: {self.freeze} is not after int8.start {self.start}; ranges would not be learned"
         return None
 
     def _linear_paths(self, model: nn.Module) -> list[str]:
@@ -73,6 +86,8 @@ class Int8(Transform):
         family = parts.family
         roles = {family.q: "q", family.k: "k", family.v: "v", family.o: "o", family.down: "down"}
         roles |= dict.fromkeys(family.up, "up")
+        if family.fused_qkv:
+            roles[family.fused_qkv] = next((part for part in "qkv" if part in self.exclude), "q")
         paths = [
             f"{layer.name}.{path}"
             for layer in parts.layers
@@ -80,6 +95,7 @@ class Int8(Transform):
             if roles.get(path) not in self.exclude and f"{layer.name}.{path}" not in self.exclude
         ]
         pooler = parts.path(f"{family.pooler}.dense") if family.pooler else None
-        if pooler and "pooler" not in self.exclude and getattr(parts.backbone, "pooler", None) is not None:
+        excluded = bool({"pooler", pooler} & set(self.exclude))
+        if pooler and not excluded and getattr(parts.backbone, "pooler", None) is not None:
             paths.append(pooler)
         return paths

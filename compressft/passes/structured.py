@@ -116,7 +116,8 @@ class Structured(Transform):
 
 def keep_equally(scores: list[Tensor], kept: float, align: int, floor: int) -> list[Tensor]:
     """The same number of groups per layer; ascending indices of the highest scores."""
-    number = _aligned(kept * len(scores[0]), align, floor, len(scores[0]))
+    smallest = min(len(score) for score in scores)
+    number = _aligned(kept * smallest, align, floor, smallest)
     return [_top(score, number) for score in scores]
 
 
@@ -124,11 +125,12 @@ def keep_globally(scores: list[Tensor], kept: float, align: int, floor: int) -> 
     """Spend one budget over all layers where the importance is; per-layer counts are multiples of `align`.
 
     Scores are normalised per layer to unit L2 norm (Michel et al. 2019). Each layer is cut into blocks of `align`
-    neurons in descending order; the blocks with the highest sums are kept, after every layer has its floor.
+    neurons in descending order; the blocks with the highest means are kept, after every layer has its floor. A layer
+    whose size is no multiple of `align` ends in a smaller block, and may so be kept whole.
     """
     sizes = [len(score) for score in scores]
     minimum = [_aligned(0, align, floor, size) for size in sizes]
-    budget = max(_aligned(kept * sum(sizes), align, 0, sum(sizes)), sum(minimum))
+    budget = max(kept * sum(sizes), sum(minimum))
     blocks = []
     for layer, score in enumerate(scores):
         ordered = (score / score.norm().clamp(min=1e-30)).sort(descending=True, stable=True).values.tolist()
@@ -138,16 +140,20 @@ def keep_globally(scores: list[Tensor], kept: float, align: int, floor: int) -> 
     numbers = list(minimum)
     spent = sum(numbers)
     for _, layer, _, width in sorted(blocks):
-        if spent + width <= budget:
+        # Up to half a block beyond the budget: the nearest number of blocks.
+        if spent + width / 2 <= budget:
             numbers[layer] += width
             spent += width
     return [_top(score, number) for score, number in zip(scores, numbers, strict=True)]
 
 
 def _aligned(number: float, align: int, floor: int, size: int) -> int:
-    """Nearest multiple of `align` that is at least `floor` (rounded up to a multiple) and at most `size`."""
+    """Nearest of `size` and the multiples of `align` below it that is at least `floor` (rounded up to a multiple)."""
     low = -(-floor // align) * align
-    return min(max(round(number / align) * align, low), size)
+    nearest = round(number / align) * align
+    if abs(size - number) < abs(nearest - number):
+        nearest = size
+    return min(max(nearest, low), size)
 
 
 def _top(score: Tensor, number: int) -> Tensor:

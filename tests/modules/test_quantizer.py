@@ -261,6 +261,13 @@ def test_gated_off_columns_do_not_widen_the_range():
     assert (quantizer.low.item(), quantizer.high.item()) == (-1.0, 2.0)
 
 
+def test_dynamic_ranges_leave_gated_off_columns_out():
+    x = torch.tensor([[1.0, 100.0, 2.0], [0.5, -100.0, 1.0]])
+    quantizer = Int8Quantizer(dynamic=True)
+    gated = quantizer.scale(x, torch.tensor([1.0, 0.0, 1.0]))
+    assert gated == quantizer.scale(x[:, [0, 2]]) and gated != quantizer.scale(x)
+
+
 def layer(**settings):
     linear = CompressedLinear(16, 8)
     torch.nn.init.normal_(linear.weight, generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,9 @@
+"""For every test: no model hub, and two torch threads."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+
+torch.set_num_threads(1)

@@ -1,0 +1,75 @@
+"""What holds for every method: it can learn, it is repeatable, and it works for other families."""
+
+import pytest
+import torch
+
+from compressft.methods import METHODS
+from compressft.methods.adapter import Adapter
+from compressft.methods.full import Full
+from compressft.methods.layers import Layers
+from compressft.methods.probe import Probe
+from compressft.model import count
+from compressft.transform import Context
+from tests.tiny import accuracy, fit, labelled, logits, tiny
+
+CASES = {
+    "full": Full(),
+    "full, frozen embeddings": Full(freeze_embeddings=True),
+    "probe": Probe(),
+    "layers": Layers(top=1),
+    "houlsby": Adapter(placement="houlsby", size=8),
+    "pfeiffer": Adapter(placement="pfeiffer", reduction_factor=4),
+}
+
+
+def test_every_method_is_here():
+    assert {method.type for method in CASES.values()} == set(METHODS)
+    assert all(name == kind.model_fields["type"].default for name, kind in METHODS.items())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_learns_sixteen_examples(name):
+    model, batch = tiny(), labelled()
+    CASES[name].prepare(model, Context())
+    before = accuracy(model, batch)
+    for _ in range(8):
+        fit(model, [CASES[name]], [batch], steps=40, learning_rate=1e-2)
+        if accuracy(model, batch) == 1.0:
+            break
+    assert before < 1.0 and accuracy(model, batch) == 1.0
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_same_seed_same_result(name):
+    results = []
+    for _ in range(2):
+        model = tiny()
+        CASES[name].prepare(model, Context(seed=3))
+        fit(model, [CASES[name]], [labelled()], steps=3)
+        results.append(logits(model, labelled(4, seed=8)))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_prepare_leaves_the_global_generator_alone(name):
+    torch.manual_seed(4)
+    state = torch.get_rng_state()
+    model = tiny()
+    torch.manual_seed(4)
+    CASES[name].prepare(model, Context(seed=3))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("family", ["distilbert", "electra", "roberta", "gpt2", "llama", "qwen3"])
+@pytest.mark.parametrize("name", CASES)
+def test_works_for_other_families(family, name):
+    causal = {"gpt2": "GPT2ForSequenceClassification", "llama": "LlamaForSequenceClassification"}
+    model, batch = tiny(family, architecture=causal.get(family)), labelled(4)
+    if family == "roberta":
+        batch["input_ids"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, 1)
+    CASES[name].prepare(model, Context())
+    before = logits(model, batch)
+    fit(model, [CASES[name]], [batch], steps=2)
+    after = logits(model, batch)
+    assert after.shape == (4, 3) and not torch.equal(after, before)
+    assert 0 < count(model)["trainable"] <= count(model)["total"]

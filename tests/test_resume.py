@@ -1,0 +1,319 @@
+"""Interrupted runs: killed or stopped anywhere and resumed, they end with the bits of a run that was left alone."""
+
+import json
+import multiprocessing
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import BertConfig, BertModel
+
+from compressft import cli
+from compressft.folder import RunFolder
+from compressft.model import load_tokenizer
+from compressft.recipe import load_recipe
+from compressft.trainer import computes_in_bf16
+
+EVERY, TEACHER, STUDENT = 3, 6, 14
+STEPS = TEACHER + STUDENT
+# Every run is a process of its own; they are forked from one that has imported the libraries already.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["compressft.run", "compressft.trainer", "compressft.report.figures"])
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A tiny random BERT with MiniLM's tokenizer, and rows for it."""
+    folder = tmp_path_factory.mktemp("resume")
+    tokenizer = load_tokenizer("minilm")
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
+    BertModel(config).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    draw = random.Random(0)
+    words = "alpha beta gamma delta epsilon zeta".split()
+    rows = [{"text": " ".join(draw.choices(words, k=draw.randint(2, 12))), "label": "ab"[i % 2]} for i in range(60)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def write_recipe(base: Path, precision: str) -> Path:
+    """Dense teacher, then pruned, quantised and distilled; a checkpoint every few steps."""
+    train = {"batch_size": 4, "save": EVERY, "learning_rate": 1e-3, "precision": precision}
+    # A rate that does not end at 0, so that one step too many would be seen.
+    train["scheduler"] = "constant_with_warmup"
+    document = {
+        "name": "tiny",
+        "model": str(base / "base"),
+        "data": {"train": str(base / "train.jsonl"), "max_length": 16},
+        "stages": [
+            {"name": "teacher", "train": {**train, "max_steps": TEACHER}},
+            {
+                "name": "student",
+                "objectives": [{"type": "distill", "teacher": "teacher", "hidden": 1.0}],
+                "passes": [
+                    {"type": "structured", "heads": 0.5, "ffn": 0.5, "align": 8, "floor_ffn": 8, "start": 0.0},
+                    {"type": "int8"},
+                ],
+                "train": {**train, "max_steps": STUDENT},
+            },
+        ],
+        "export": {"enabled": False},
+    }
+    path = base / f"{precision}.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+@pytest.fixture(scope="module")
+def recipe(base) -> Path:
+    return write_recipe(base, "fp32")
+
+
+@pytest.fixture(scope="module")
+def reference(recipe) -> Path:
+    return undisturbed(recipe)
+
+
+def undisturbed(recipe: Path) -> Path:
+    """The directory of a run that nobody disturbed."""
+    folder = recipe.with_suffix("")
+    process = start(recipe, folder)
+    process.join()
+    assert process.exitcode == 0
+    return folder
+
+
+def arguments(recipe: Path, folder: Path, *more: str) -> list[str]:
+    return ["run", str(recipe), "--output", str(folder), *more]
+
+
+def start(recipe: Path, folder: Path, *more: str) -> multiprocessing.process.BaseProcess:
+    """Start `compressft run` in a process of its own."""
+    return launch(arguments(recipe, folder, *more))
+
+
+def launch(line: list[str]) -> multiprocessing.process.BaseProcess:
+    """Start a command line in a process of its own."""
+    before, sys.argv = sys.argv, ["compressft", *line]
+    try:
+        process = PROCESSES.Process(target=cli.main)
+        process.start()
+    finally:
+        sys.argv = before
+    return process
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run a command line in this process: (exit code, standard error)."""
+
+    def call(*line: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["compressft", *line])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return stop.value.code or 0, capsys.readouterr().err
+
+    return call
+
+
+def wait_for(path: Path, alive) -> None:
+    """Return as soon as a path exists or the process has ended."""
+    while not path.exists() and alive():
+        time.sleep(0.002)
+
+
+def newest(folder: Path) -> int:
+    """Step of the newest checkpoint, 0 where there is none."""
+    return max((int(p.name.split("-")[1]) for p in folder.glob("checkpoints/step-*")), default=0)
+
+
+def assert_same(folder: Path, reference: Path) -> None:
+    """Shipped tensors bit by bit, the evaluations and what the report says of the model."""
+    for name in ("model/model.safetensors", "model/compressft.safetensors", "delta/delta.safetensors"):
+        ours, theirs = load_file(folder / name), load_file(reference / name)
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            assert torch.equal(ours[key], theirs[key]), f"{name}: {key}"
+    assert evaluations(folder) == evaluations(reference)
+    reports = [json.loads((f / "report" / "report.json").read_text()) for f in (folder, reference)]
+    for key in ("quality", "parameters", "size_bytes", "shapes", "recipe_hash"):
+        assert reports[0][key] == reports[1][key], key
+    for one, other in zip(reports[0]["stages"], reports[1]["stages"], strict=True):
+        assert (one["steps"], one["validation"]) == (other["steps"], other["validation"])
+
+
+def evaluations(folder: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["kind"] == "eval"]
+
+
+def test_reference_trained_something(reference):
+    teacher = load_file(reference / "stages" / "teacher" / "model.safetensors")
+    student = load_file(reference / "model" / "model.safetensors")
+    assert [row["step"] for row in evaluations(reference)][-1] == STEPS
+    name = "bert.encoder.layer.0.attention.self.query.weight"
+    assert student[name].shape != teacher[name].shape
+    assert not torch.equal(student["classifier.weight"], teacher["classifier.weight"])
+
+
+def leave_behind(folder: Path) -> None:
+    """Half-written files where a kill may leave some."""
+    for name in ("checkpoints/.writing/checkpoint-99/model.safetensors", ".model.tmp/x", "stages/.student.tmp/x"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"half a file")
+
+
+def kill_and_resume(recipe: Path, folder: Path, points: list[str]) -> None:
+    """Kill a run shortly after each of these paths has appeared, go on after each kill, and let the last one end."""
+    draw = random.Random(recipe.stem)
+    killed, step = 0, 0
+    for point in points:
+        process = start(recipe, folder, *(["--resume"] if killed else []))
+        wait_for(folder / point, process.is_alive)
+        time.sleep(draw.uniform(0, 0.15))
+        process.kill()
+        process.join()
+        killed += process.exitcode == -signal.SIGKILL
+        assert process.exitcode in (0, -signal.SIGKILL)
+        assert newest(folder) >= step, "a resumed run began before the newest checkpoint"
+        step = newest(folder)
+        leave_behind(folder)
+    assert killed
+    process = start(recipe, folder, "--resume")
+    process.join()
+    assert process.exitcode == 0
+    assert not (folder / ".model.tmp").exists()
+
+
+def test_killed_and_resumed(recipe, reference, tmp_path):
+    """SIGKILL in the first stage, at its end, in the second stage, and while the run is being saved."""
+    points = ["checkpoints/step-3", "stages/teacher", "checkpoints/step-12", "stages/student"]
+    kill_and_resume(recipe, tmp_path / "run", points)
+    assert_same(tmp_path / "run", reference)
+
+
+@pytest.mark.skipif(not computes_in_bf16("cpu"), reason="this CPU does not multiply bf16")
+def test_killed_and_resumed_in_bf16(base, tmp_path):
+    recipe = write_recipe(base, "bf16")
+    kill_and_resume(recipe, tmp_path / "run", ["checkpoints/step-3", "checkpoints/step-15"])
+    assert_same(tmp_path / "run", undisturbed(recipe))
+
+
+def test_killed_between_the_last_step_and_the_end_of_its_stage(recipe, reference, tmp_path, command):
+    """A checkpoint of the last step is complete: resuming trains no step more."""
+    folder = tmp_path / "run"
+    shutil.copytree(reference, folder)
+    assert newest(folder) == STEPS
+    for name in ("stages/student", "model", "delta", "report"):
+        shutil.rmtree(folder / name)
+    code, stderr = command(*arguments(recipe, folder, "--resume"))
+    assert code == 0, stderr
+    assert_same(folder, reference)
+
+
+def test_resume_of_a_finished_run_changes_nothing(recipe, reference, tmp_path, command):
+    folder = tmp_path / "run"
+    shutil.copytree(reference, folder)
+    code, stderr = command(*arguments(recipe, folder, "--resume"))
+    assert code == 0, stderr
+    assert_same(folder, reference)
+    before, after = (json.loads((f / "report" / "report.json").read_text()) for f in (reference, folder))
+    assert before["training"] == after["training"]
+    assert (folder / "metrics.jsonl").read_bytes() == (reference / "metrics.jsonl").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def interrupted(recipe, tmp_path_factory) -> tuple[Path, str, int]:
+    """(directory, standard error, exit code) of a run that got SIGINT in its second stage."""
+    folder = tmp_path_factory.mktemp("interrupted") / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "compressft.cli", *arguments(recipe, folder)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(folder / "checkpoints" / f"step-{TEACHER + EVERY}", lambda: process.poll() is None)
+    process.send_signal(signal.SIGINT)
+    stderr = process.communicate()[1]
+    return folder, stderr, process.returncode
+
+
+def test_interrupted_says_how_to_go_on(interrupted, reference, tmp_path):
+    folder, stderr, code = interrupted
+    assert code == 130 and "Traceback" not in stderr
+    stopped = int(re.search(r"stopped at step (\d+) of stage 'student'", stderr).group(1))
+    assert EVERY <= stopped < STUDENT
+    assert newest(folder) == TEACHER + stopped
+    line = shlex.split(stderr.split("Go on with: compressft ", 1)[1])
+    copy = tmp_path / "run"
+    shutil.copytree(folder, copy)
+    line[line.index(str(folder))] = str(copy)
+    # In a process with as many threads as the reference had: their number changes the order of sums.
+    process = launch(line)
+    process.join()
+    assert process.exitcode == 0
+    assert_same(copy, reference)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json", "compressft.json"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
+def test_damaged_checkpoint_is_refused(interrupted, recipe, tmp_path, command, name, damage):
+    folder = tmp_path / "run"
+    shutil.copytree(interrupted[0], folder)
+    path = folder / "checkpoints" / f"step-{newest(folder)}" / name
+    raw = path.read_bytes()
+    if damage == "truncated":
+        path.write_bytes(raw[: len(raw) // 2])
+    elif damage == "flipped":
+        # In the manifest a flipped digit of a hash is damage as well.
+        spot = raw.rindex(b'"') - 1 if name == "compressft.json" else len(raw) // 2
+        path.write_bytes(raw[:spot] + bytes([raw[spot] ^ 1]) + raw[spot + 1 :])
+    else:
+        path.unlink()
+    code, stderr = command(*arguments(recipe, folder, "--resume"))
+    assert code == 2 and "Traceback" not in stderr
+    # A wrong hash in the manifest shows at the file that it belongs to.
+    shown = path.parent if name == "compressft.json" else path
+    assert str(shown) in stderr
+
+
+def test_damaged_stage_is_refused(interrupted, recipe, tmp_path, command):
+    folder = tmp_path / "run"
+    shutil.copytree(interrupted[0], folder)
+    path = folder / "stages" / "teacher" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+    code, stderr = command(*arguments(recipe, folder, "--resume"))
+    assert code == 2 and str(path) in stderr
+
+
+def test_two_runs_into_one_directory_are_refused(interrupted, recipe, tmp_path, command):
+    folder = tmp_path / "run"
+    shutil.copytree(interrupted[0], folder)
+    with RunFolder(folder, load_recipe(recipe), resume=True):
+        code, stderr = command(*arguments(recipe, folder, "--resume"))
+    assert code == 2 and "another run" in stderr
+
+
+def test_resume_wants_the_same_recipe(interrupted, recipe, command):
+    code, stderr = command(*arguments(recipe, interrupted[0], "--set", "stages.student.train.seed=5", "--resume"))
+    assert code == 2 and "recipe.yaml" in stderr
