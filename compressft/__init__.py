@@ -8,31 +8,26 @@ if TYPE_CHECKING:
     from compressft.errors import UserError
     from compressft.model import load_model
     from compressft.recipe import Recipe, load_recipe
-    from compressft.run import run
+    from compressft.run import run as run_recipe
     from compressft.transform import Transform
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "Transform", "UserError", "load_compressed", "load_model", "load_recipe", "run"]
+__all__ = ["Recipe", "Transform", "UserError", "load_compressed", "load_model", "load_recipe", "run_recipe"]
 
+# Names load on first use, so that `import compressft` stays fast: public name -> (module, name there).
 _HOMES = {
-    "Recipe": "compressft.recipe",
-    "Transform": "compressft.transform",
-    "UserError": "compressft.errors",
-    "load_compressed": "compressft.checkpoint",
-    "load_model": "compressft.model",
-    "load_recipe": "compressft.recipe",
+    "Recipe": ("compressft.recipe", "Recipe"),
+    "Transform": ("compressft.transform", "Transform"),
+    "UserError": ("compressft.errors", "UserError"),
+    "load_compressed": ("compressft.checkpoint", "load_compressed"),
+    "load_model": ("compressft.model", "load_model"),
+    "load_recipe": ("compressft.recipe", "load_recipe"),
+    "run_recipe": ("compressft.run", "run"),
 }
 
 
-def run(*args: Any, **kwargs: Any) -> Any:
-    """Run a recipe; see `compressft.run.run`."""
-    from compressft.run import run as run_recipe
-
-    return run_recipe(*args, **kwargs)
-
-
 def __getattr__(name: str) -> Any:
-    # Names load on first use, so that `import compressft` stays fast.
     if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+        module, attribute = _HOMES[name]
+        return getattr(import_module(module), attribute)
     raise AttributeError(f"module 'compressft' has no attribute {name!r}")

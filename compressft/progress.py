@@ -109,7 +109,7 @@ class Reporter(TrainerCallback):
             )
 
     def on_save(self, args, state, control, **kwargs):
-        written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        written = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         info = {
             "stage": self.stage, "stage_step": state.global_step, "done": state.global_step >= state.max_steps,
             "seconds": self.seconds, "tokens": self.trainer.tokens,

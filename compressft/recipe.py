@@ -33,7 +33,8 @@ class Part(BaseModel):
 
 
 class DataConfig(Part):
-    """Where the rows come from. Give `sample` (shipped), `train` (files) or `dataset` (a hub id).
+    """Where the rows come from. Give `sample` (shipped), `train` (files) or `dataset` (a hub id, with
+    the `subset` it may want, such as "sst2" of "glue").
 
     Without a validation split, the fraction `validation_fraction` of train is carved out, stratified by label and
     seeded. `per_class` keeps a balanced sample of the training rows; `limit` the first rows after shuffling.
@@ -42,6 +43,7 @@ class DataConfig(Part):
 
     sample: str | None = None
     dataset: str | None = None
+    subset: str | None = None
     train: str | None = None
     validation: str | None = None
     test: str | None = None
@@ -207,7 +209,7 @@ def _transform(value: Any, registry: Mapping[str, type[Transform]], kind: str) -
         value = {"type": value}
     if not isinstance(value, Mapping):
         raise ValueError(f"{kind} wants a name or a mapping with `type`; got {value!r}")
-    name = value.get("type")
+    name: Any = value.get("type")
     if name not in registry:
         allowed = ", ".join(sorted(registry))
         raise ValueError(f"{kind} {name!r} is not known; allowed: {allowed}{nearest(str(name), registry)}")
@@ -219,7 +221,7 @@ def _transform(value: Any, registry: Mapping[str, type[Transform]], kind: str) -
 
 def _explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
     """One line for the first problem: path, value and what is allowed."""
-    first = error.errors(include_url=False)[0]
+    first: Any = error.errors(include_url=False)[0]
     path = ".".join(str(p) for p in first["loc"])
     at = f"{where}.{path}" if path and where else (path or where)
     rest = len(error.errors()) - 1
@@ -263,7 +265,8 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         UserError: file, field or value is wrong; the message has the path, the value and what is allowed.
     """
     document = _read(source, ())
-    for override in overrides:
+    # A new source of rows drops the old one's splits; those that are set here come after it.
+    for override in sorted(overrides, key=lambda o: o.partition("=")[0] not in {f"data.{s}" for s in SOURCES}):
         _apply(document, override)
     return parse_recipe(document, str(source))
 
@@ -362,15 +365,11 @@ def _apply(document: dict[str, Any], override: str) -> None:
 
 
 def _child(node: Any, step: str, override: str, path: str) -> Any:
-    if isinstance(node, list):
-        child = node[_position(node, step, override)]
-        if isinstance(child, str):
-            child = {"type": child}
-            node[_position(node, step, override)] = child
-    else:
-        child = node.setdefault(step, {})
-    if isinstance(child, str) and step == "method":
-        child = node[step] = {"type": child}
+    key: Any = _position(node, step, override) if isinstance(node, list) else step
+    child = node[key] if isinstance(node, list) else node.setdefault(key, {})
+    if isinstance(child, str) and (isinstance(node, list) or step == "method"):
+        # A transform given by its name alone.
+        child = node[key] = {"type": child}
     if not isinstance(child, dict | list):
         raise UserError(f"--set {override!r}: {path} is {child!r}, which has no fields")
     return child

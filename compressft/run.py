@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from rich.console import Console
@@ -293,12 +291,3 @@ def quiet_libraries() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-
-class _CallableModule(ModuleType):
-    """Importing this module puts it in the place of the package's function of the same name; both can be called."""
-
-    __call__ = staticmethod(run)
-
-
-sys.modules[__name__].__class__ = _CallableModule

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ class Hooks(TrainerCallback):
         # The Trainer counts the step after this call; gradients are still there now.
         self._follow(model, (state.global_step + 1) / max(state.max_steps, 1))
 
-    def _follow(self, model: nn.Module, progress: float) -> None:
+    def _follow(self, model: Any, progress: float) -> None:
         for transform in self.transforms:
             transform.after_step(model, progress)
 
@@ -166,7 +166,7 @@ class CompressionTrainer(Trainer):
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         self._load_from_checkpoint(str(checkpoint), self.model)
         for transform in self.transforms:
-            transform.after_step(self.model, 1.0)
+            transform.after_step(self.model, 1.0)  # type: ignore[arg-type]
         self.evaluate()
 
     def drain_terms(self) -> dict[str, float]:
@@ -179,12 +179,13 @@ class CompressionTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The Trainer's optimiser, with the Transforms' own groups taken out of the common ones."""
         if self.optimizer is None:
-            target = self.model if model is None else model
+            target: Any = self.model if model is None else model
             own = [group for t in self.transforms for group in t.param_groups(target, self.context)]
             super().create_optimizer(model)
             assert self.optimizer is not None
             taken = {id(parameter) for group in own for parameter in group["params"]}
-            for group in self.optimizer.param_groups:
+            optimizer: Any = self.optimizer
+            for group in optimizer.param_groups:
                 group["params"] = [p for p in group["params"] if id(p) not in taken]
             for group in own:
                 self.optimizer.add_param_group(group)
@@ -234,8 +235,8 @@ def training_arguments(
     )
 
 
-def _metrics(task: Task) -> Callable[[EvalPrediction], Mapping[str, float]]:
-    def compute(prediction: EvalPrediction) -> Mapping[str, float]:
+def _metrics(task: Task) -> Callable[[EvalPrediction], dict[str, float]]:
+    def compute(prediction: EvalPrediction) -> dict[str, float]:
         logits = prediction.predictions
         if isinstance(logits, tuple):
             logits = logits[0]

@@ -62,9 +62,8 @@ def test_file_in_place_of_the_directory(tmp_path):
 
 
 def test_lock_is_held_and_given_back(tmp_path):
-    with RunFolder(tmp_path, recipe(), resume=False):
-        with pytest.raises(UserError, match="another run is writing there"):
-            RunFolder(tmp_path, recipe(), resume=True)
+    with RunFolder(tmp_path, recipe(), resume=False), pytest.raises(UserError, match="another run is writing there"):
+        RunFolder(tmp_path, recipe(), resume=True)
     RunFolder(tmp_path, recipe(), resume=True).__exit__(None, None, None)
 
 

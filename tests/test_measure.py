@@ -30,7 +30,7 @@ def test_quantiles():
 def test_a_failed_measurement_says_which_file(tmp_path):
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(b"no model")
-    with pytest.raises(RuntimeError, match="broken.onnx"):
+    with pytest.raises(RuntimeError, match=r"broken\.onnx"):
         latencies({("onnxruntime", "broken"): broken}, [(1, 8)], rounds=1)
 
 

@@ -1,5 +1,6 @@
 """Freed memory stays with the process once that was asked for."""
 
+import os
 import subprocess
 import sys
 
@@ -24,9 +25,8 @@ print(kept, before - resident())
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")
 @pytest.mark.parametrize("mode", ["keep", "give back"])
 def test_keep_freed_memory(mode):
-    output = subprocess.run(
-        [sys.executable, "-c", PROGRAM, mode], capture_output=True, text=True, check=True, env={"PYTHONPATH": ":".join(sys.path)}
-    ).stdout.split()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    output = subprocess.check_output([sys.executable, "-c", PROGRAM, mode], text=True, env=environment).split()
     given_back = int(output[1])
     if mode == "keep":
         if output[0] == "False":

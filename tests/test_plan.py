@@ -36,10 +36,17 @@ def recipe(tmp_path_factory):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("8GiB", 8 * 2**30), ("8Gi", 8 * 2**30), ("500MB", 500e6), ("500M", 500e6), ("1.5GB", 1.5e9), (" 2 KiB ", 2048), ("64B", 64),
-        ("1000", 1000), ("0.5MiB", 2**19),
+        ("8GiB", 8 * 2**30),
+        ("8Gi", 8 * 2**30),
+        ("500MB", 500e6),
+        ("500M", 500e6),
+        ("1.5GB", 1.5e9),
+        (" 2 KiB ", 2048),
+        ("64B", 64),
+        ("1000", 1000),
+        ("0.5MiB", 2**19),
     ],
-)  # fmt: skip
+)
 def test_sizes(text, expected):
     assert parse_bytes(text) == expected
 

@@ -15,7 +15,16 @@ from compressft.errors import UserError
 from compressft.methods import METHODS
 from compressft.objectives import OBJECTIVES
 from compressft.passes import PASSES
-from compressft.recipe import DataConfig, ExportConfig, Recipe, TrainConfig, load_recipe, parse_recipe, shipped_recipes, smoke
+from compressft.recipe import (
+    DataConfig,
+    ExportConfig,
+    Recipe,
+    TrainConfig,
+    load_recipe,
+    parse_recipe,
+    shipped_recipes,
+    smoke,
+)
 
 BASE: dict[str, Any] = {
     "name": "base",
@@ -79,7 +88,9 @@ def test_names_and_mappings_mean_the_same(base, write):
 
 
 def test_byte_order_mark_and_non_ascii_are_read(write):
-    recipe = load_recipe(write("r.yaml", "\ufeff" + yaml.safe_dump({**BASE, "description": "Größe"}, allow_unicode=True)))
+    recipe = load_recipe(
+        write("r.yaml", "\ufeff" + yaml.safe_dump({**BASE, "description": "Größe"}, allow_unicode=True))
+    )
     assert recipe.description == "Größe"
 
 
@@ -148,7 +159,9 @@ def test_extends_in_a_circle_is_refused(write, chain):
 
 
 def test_extends_of_nothing_is_refused(write):
-    assert "'nowhere.yaml' is neither a file nor a shipped recipe" in refusal(write("a.yaml", {"extends": "nowhere.yaml"}))
+    assert "'nowhere.yaml' is neither a file nor a shipped recipe" in refusal(
+        write("a.yaml", {"extends": "nowhere.yaml"})
+    )
 
 
 # --set.
@@ -165,19 +178,25 @@ def test_extends_of_nothing_is_refused(write):
         ("stages.1.train.epochs=0.5", lambda r: [s.train.epochs for s in r.stages] == [2, 0.5]),
         ("stages.-1.train.epochs=0.5", lambda r: [s.train.epochs for s in r.stages] == [2, 0.5]),
         ("stages.student.train.learning_rate=1e-4", lambda r: r.stages[1].train.learning_rate == 1e-4),
-        ("stages.student.passes.structured.ffn=0.25", lambda r: (r.stages[1].passes[0].heads, r.stages[1].passes[0].ffn) == (0.5, 0.25)),
+        (
+            "stages.student.passes.structured.ffn=0.25",
+            lambda r: (r.stages[1].passes[0].heads, r.stages[1].passes[0].ffn) == (0.5, 0.25),
+        ),
         ("stages.student.passes.0.ffn=0.25", lambda r: r.stages[1].passes[0].ffn == 0.25),
         # A pass and a method that are given by name alone become mappings.
         ("stages.student.passes.int8.start=0.25", lambda r: r.stages[1].passes[1].start == 0.25),
         ("stages.student.method.freeze_embeddings=true", lambda r: r.stages[1].method.freeze_embeddings),
         ("stages.teacher.method.freeze_embeddings=true", None),
-        ("stages.student.objectives.distill.layer_map=[[1, 1], [2, 2]]", lambda r: r.stages[1].objectives[0].layer_map == ((1, 1), (2, 2))),
+        (
+            "stages.student.objectives.distill.layer_map=[[1, 1], [2, 2]]",
+            lambda r: r.stages[1].objectives[0].layer_map == ((1, 1), (2, 2)),
+        ),
         ("stages.student.passes=[]", lambda r: r.stages[1].passes == ()),
         ("stages.student.passes.1={type: int8, ranges: dynamic}", lambda r: r.stages[1].passes[1].ranges == "dynamic"),
         ("export.label_agreement=0.5", lambda r: r.export.label_agreement == 0.5),
         ("stages.student.train.save=no", lambda r: r.stages[1].train.save == "no"),
     ],
-)  # fmt: skip
+)
 def test_override(base, override, value):
     if value is None:
         # Fields of a method that the file does not name need its type.
@@ -245,11 +264,23 @@ def test_override_that_leads_nowhere_is_refused(base, override, said):
     [
         ("modle=x", ["modle: unknown field", "allowed:", "task", "(did you mean 'model'?)"]),
         ("data.colums={}", ["data.colums: unknown field", "validation_fraction", "(did you mean 'columns'?)"]),
-        ("stages.1.train.epoch=3", ["stages.1.train.epoch: unknown field", "learning_rate", "(did you mean 'epochs'?)"]),
-        ("stages.1.passes.0.haeds=0.1", ["stages.1.passes", "structured.haeds: unknown field", "(did you mean 'heads'?)"]),
+        (
+            "stages.1.train.epoch=3",
+            ["stages.1.train.epoch: unknown field", "learning_rate", "(did you mean 'epochs'?)"],
+        ),
+        (
+            "stages.1.passes.0.haeds=0.1",
+            ["stages.1.passes", "structured.haeds: unknown field", "(did you mean 'heads'?)"],
+        ),
         ("stages.1.passes.0.heads=1.0", ["stages.1.passes", "structured.heads", "less than 1", "(got 1.0)"]),
-        ("stages.1.passes.0.schedule=cubci", ["structured.schedule", "'cubic'", "'linear'", "(got 'cubci')", "(did you mean 'cubic'?)"]),
-        ("stages.1.passes.1=intt8", ["stages.1.passes", "'intt8' is not known", "structured", "(did you mean 'int8'?)"]),
+        (
+            "stages.1.passes.0.schedule=cubci",
+            ["structured.schedule", "'cubic'", "'linear'", "(got 'cubci')", "(did you mean 'cubic'?)"],
+        ),
+        (
+            "stages.1.passes.1=intt8",
+            ["stages.1.passes", "'intt8' is not known", "structured", "(did you mean 'int8'?)"],
+        ),
         ("stages.1.method=prob", ["stages.1.method", "'prob' is not known", *METHODS, "(did you mean 'probe'?)"]),
         ("stages.1.objectives=[destill]", ["stages.1.objectives", *OBJECTIVES, "(did you mean 'distill'?)"]),
         ("stages.1.objectives.0={type: distill}", ["stages.1.objectives", "distill.teacher: is required"]),
@@ -272,7 +303,7 @@ def test_override_that_leads_nowhere_is_refused(base, override, said):
         ("export.latency_shapes=[[1]]", ["export.latency_shapes.0.1", "is required"]),
         ("export.label_agreement=1.5", ["export.label_agreement", "(got 1.5)"]),
     ],
-)  # fmt: skip
+)
 def test_wrong_field_or_value_is_refused(base, override, said):
     message = refusal(base, override)
     assert message.startswith(f"{base}: ")
@@ -298,7 +329,10 @@ def test_further_problems_are_counted(base):
         ({"method": "probe", "passes": ["int8"]}, "set method.cache to false"),
         ({"method": "probe", "passes": [{"type": "structured", "ffn": 0.5}]}, "set method.cache to false"),
         ({"passes": ["structured"]}, "heads and ffn are both 0"),
-        ({"passes": [{"type": "structured", "ffn": 0.5, "start": 0.5, "end": 0.5}]}, "structured.end: 0.5 is not after"),
+        (
+            {"passes": [{"type": "structured", "ffn": 0.5, "start": 0.5, "end": 0.5}]},
+            "structured.end: 0.5 is not after",
+        ),
         ({"passes": [{"type": "int8", "start": 0.9}]}, "int8.freeze: 0.8 is not after int8.start 0.9"),
         ({"passes": ["int8", "int8"]}, "['int8'] given twice"),
         ({"objectives": [{"type": "distill", "teacher": "self"}] * 2}, "['distill'] given twice"),
@@ -381,13 +415,33 @@ def test_shipped_recipes_round_trip(write, name):
 def other(path: tuple[Any, ...], value: Any) -> Any:
     """Another valid value of the field."""
     by_name = {
-        "placement": "pfeiffer", "activation": "relu", "ranges": "dynamic", "schedule": "linear",
-        "task": "regression", "precision": "fp32", "optimizer": "adamw_torch", "scheduler": "cosine", "attention": "fused", "save": 7,
-        "latency_shapes": [[1, 8]], "columns": {"text": "t"}, "exclude": ["q"], "max_steps": 9,
-        "warmup": 0.5, "validation_fraction": 0.5,
-        "train": "other.jsonl", "validation": "v.jsonl", "test": "t.jsonl", "size": 8, "reduction_factor": 4,
-        "per_class": 3, "limit": 3, "threads": 1, "max_abs_error": 1.0,
-    }  # fmt: skip
+        "placement": "pfeiffer",
+        "activation": "relu",
+        "ranges": "dynamic",
+        "schedule": "linear",
+        "task": "regression",
+        "precision": "fp32",
+        "optimizer": "adamw_torch",
+        "scheduler": "cosine",
+        "attention": "fused",
+        "save": 7,
+        "latency_shapes": [[1, 8]],
+        "columns": {"text": "t"},
+        "exclude": ["q"],
+        "max_steps": 9,
+        "warmup": 0.5,
+        "validation_fraction": 0.5,
+        "train": "other.jsonl",
+        "validation": "v.jsonl",
+        "test": "t.jsonl",
+        "size": 8,
+        "reduction_factor": 4,
+        "subset": "x",
+        "per_class": 3,
+        "limit": 3,
+        "threads": 1,
+        "max_abs_error": 1.0,
+    }
     if path[-1] in by_name and path[-3:-2] != ("objectives",):
         return by_name[path[-1]]
     if path[-3:-2] == ("objectives",) and not isinstance(value, float):
@@ -421,7 +475,15 @@ def test_hash_changes_with_every_field():
     assert len(hashes) == changed + 1
     # Every field of every part was among them.
     seen = {path[-1] for path in paths} | {step for path in paths for step in path if isinstance(step, str)}
-    parts: list[type[BaseModel]] = [Recipe, DataConfig, TrainConfig, ExportConfig, *METHODS.values(), *OBJECTIVES.values(), *PASSES.values()]
+    parts: list[type[BaseModel]] = [
+        Recipe,
+        DataConfig,
+        TrainConfig,
+        ExportConfig,
+        *METHODS.values(),
+        *OBJECTIVES.values(),
+        *PASSES.values(),
+    ]
     assert seen >= {name for part in parts for name in part.model_fields}
     for source in ("sample", "dataset"):
         assert parse_recipe({**plain, "data": {source: "x"}}).hash not in hashes

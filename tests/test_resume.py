@@ -17,13 +17,12 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import BertConfig, BertModel
 
 from compressft import cli
 from compressft.folder import RunFolder
-from compressft.model import load_tokenizer
 from compressft.recipe import load_recipe
 from compressft.trainer import computes_in_bf16
+from tests.tiny_folder import rows_of, save_tiny, write_jsonl
 
 EVERY, TEACHER, STUDENT = 3, 6, 14
 STEPS = TEACHER + STUDENT
@@ -36,22 +35,8 @@ PROCESSES.set_forkserver_preload(["compressft.run", "compressft.trainer", "compr
 def base(tmp_path_factory) -> Path:
     """A tiny random BERT with MiniLM's tokenizer, and rows for it."""
     folder = tmp_path_factory.mktemp("resume")
-    tokenizer = load_tokenizer("minilm")
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=64,
-    )
-    BertModel(config).save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
-    draw = random.Random(0)
-    words = "alpha beta gamma delta epsilon zeta".split()
-    rows = [{"text": " ".join(draw.choices(words, k=draw.randint(2, 12))), "label": "ab"[i % 2]} for i in range(60)]
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    save_tiny(folder / "base")
+    write_jsonl(folder / "train.jsonl", rows_of(60))
     return folder
 
 

@@ -27,7 +27,10 @@ def save_tiny(folder: Path, family: str = "bert", **changes: Any) -> Path:
 def rows_of(number: int = 40) -> list[dict[str, str]]:
     """Two labels in turn, texts of two to nine words."""
     return [
-        {"text": " ".join(WORDS[(i * 3 + k) % len(WORDS)] for k in range(2 + i % 8)), "label": "even" if i % 2 else "odd"}
+        {
+            "text": " ".join(WORDS[(i * 3 + k) % len(WORDS)] for k in range(2 + i % 8)),
+            "label": "even" if i % 2 else "odd",
+        }
         for i in range(number)
     ]
 

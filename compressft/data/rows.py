@@ -104,8 +104,8 @@ def sample_files(name: str) -> dict[str, str]:
     return {p.stem: str(p) for p in sorted((root / name).glob("*.jsonl"))}
 
 
-def hub_rows(dataset: str) -> dict[str, list[Row]]:
-    """All splits of a hub data set; class labels become their names.
+def hub_rows(dataset: str, subset: str | None = None) -> dict[str, list[Row]]:
+    """All splits of a hub data set; class labels become their names. Splits whose labels are withheld (-1) are left out.
 
     Raises:
         UserError: it cannot be loaded (no such id, or no network).
@@ -113,15 +113,18 @@ def hub_rows(dataset: str) -> dict[str, list[Row]]:
     import datasets
 
     try:
-        loaded = datasets.load_dataset(dataset)
+        loaded = datasets.load_dataset(dataset, subset)
     except Exception as error:
         raise UserError(f"data.dataset: {dataset!r} could not be loaded: {' '.join(str(error).split())}") from error
     result: dict[str, list[Row]] = {}
-    for split, table in loaded.items():
+    for split in loaded:
+        table = loaded[split]
         names = {key: f.names for key, f in table.features.items() if isinstance(f, datasets.ClassLabel)}
+        rows = [dict(row) for row in table]
+        if rows and names and all(row[key] == -1 for row in rows for key in names):
+            continue
         result[str(split)] = [
-            {key: names[key][v] if key in names and v >= 0 else v for key, v in row.items()}
-            | {ROW_KEY: f"{dataset}/{split}:{number}"}
-            for number, row in enumerate(table, 1)
+            row | {key: labels[row[key]] for key, labels in names.items()} | {ROW_KEY: f"{dataset}/{split}:{number}"}
+            for number, row in enumerate(rows, 1)
         ]
     return result

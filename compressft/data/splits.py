@@ -63,7 +63,7 @@ def load_splits(config: DataConfig, fields: Fields) -> Splits:
 
 def _raw(config: DataConfig) -> dict[str, list[Row]]:
     if config.dataset:
-        rows = hub_rows(config.dataset)
+        rows = hub_rows(config.dataset, config.subset)
         if "train" not in rows:
             raise UserError(f"data.dataset: {config.dataset!r} has no split 'train'; splits: {', '.join(rows)}")
         return rows

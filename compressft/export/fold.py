@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,11 +38,11 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.dynamic:
-            name, inputs = "DynamicQuantizeMatMul", [x, self.weight, self.weight_scale, None, self.bias]
+            name = "DynamicQuantizeMatMul"
+            inputs: list[Any] = [x, self.weight, self.weight_scale, None, self.bias]
         else:
-            q = torch.onnx.ops.symbolic(
-                "QuantizeLinear", [x, self.x_scale, self.x_zero_point], dtype=torch.uint8, shape=x.shape
-            )
+            ranged: list[Any] = [x, self.x_scale, self.x_zero_point]
+            q = torch.onnx.ops.symbolic("QuantizeLinear", ranged, dtype=torch.uint8, shape=x.shape)
             name = "MatMulIntegerToFloat"
             inputs = [q, self.weight, self.x_scale, self.weight_scale, self.x_zero_point, None, self.bias]
         if inputs[-1] is None:

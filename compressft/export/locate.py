@@ -73,5 +73,5 @@ def _layer_outputs(path: Path, names: list[str], batch: Mapping[str, Tensor]) ->
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     wanted = {value.name for value in session.get_inputs()}
     feed = {name: tensor.numpy() for name, tensor in batch.items() if name in wanted}
-    results = session.run(list(last.values()), feed)
+    results: Any = session.run(list(last.values()), feed)
     return dict(zip(last, results, strict=True))

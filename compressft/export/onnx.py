@@ -29,7 +29,8 @@ def to_graph(model: nn.Module, inputs: dict[str, Tensor], tidy: bool = True) -> 
         UserError: this transformers has no complete exporter (before 5.20).
     """
     try:
-        from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+        from transformers.exporters.configs import OnnxConfig
+        from transformers.exporters.exporter_onnx import OnnxExporter
     except ImportError:
         import transformers
 
@@ -40,7 +41,8 @@ def to_graph(model: nn.Module, inputs: dict[str, Tensor], tidy: bool = True) -> 
     config = OnnxConfig(dynamic_shapes=dict.fromkeys(inputs, batch_and_length))
     with warnings.catch_warnings(), torch.no_grad(), redirect_stdout(io.StringIO()), _quiet("torch.onnx"):
         warnings.simplefilter("ignore")
-        exported = OnnxExporter().export(copy.deepcopy(model), dict(inputs), config=config)
+        copied: Any = copy.deepcopy(model)
+        exported = OnnxExporter().export(copied, dict(inputs), config=config)
     graph: Any = exported.program
     if not tidy:
         return graph

@@ -59,7 +59,7 @@ class Distill(Transform):
                         f"objective distill.layer_map: pair [{student_layer}, {teacher_layer}] is beyond the models' "
                         f"{depths[0]} and {depths[1]} layers"
                     )
-            widths = [m.config.hidden_size for m in (model, teacher)]
+            widths = [m.config.hidden_size for m in (model, teacher)]  # type: ignore[union-attr]
             if widths[0] != widths[1]:
                 raise UserError(
                     f"objective distill.hidden: student width {widths[0]} and teacher width {widths[1]} differ; "

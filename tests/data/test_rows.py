@@ -143,7 +143,7 @@ def test_samples_are_complete_and_readable():
 
 
 def test_unknown_sample_names_the_nearest():
-    with pytest.raises(UserError, match="'banking7' is not shipped; allowed: banking77.*did you mean 'banking77'"):
+    with pytest.raises(UserError, match=r"'banking7' is not shipped; allowed: banking77.*did you mean 'banking77'"):
         sample_files("banking7")
 
 
@@ -166,3 +166,14 @@ def test_hub_rows_name_class_labels_and_places(tmp_path):
     rows = hub_rows(str(tmp_path / "local"))
     assert without_place(rows["train"]) == [{"text": "a", "label": "yes"}, {"text": "b", "label": "no"}]
     assert rows["train"][1][ROW_KEY].endswith("/train:2")
+
+
+def test_hub_split_with_withheld_labels_is_left_out(tmp_path):
+    import datasets
+
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    (tmp_path / "local").mkdir()
+    for split, labels in (("train", [1, 0]), ("test", [-1, -1])):
+        table = datasets.Dataset.from_dict({"text": ["a", "b"], "label": labels}, features=features)
+        table.to_parquet(tmp_path / "local" / f"{split}.parquet")
+    assert set(hub_rows(str(tmp_path / "local"))) == {"train"}

@@ -66,17 +66,37 @@ GOOD = {"text": "a", "label": "x"}
 @pytest.mark.parametrize(
     ("task", "rows", "columns", "said"),
     [
-        ("sequence-classification", [{"txt": "a", "label": "x"}], {}, ["no column 'text'", "columns: txt, label", "mean 'txt'", "data.columns.text"]),
+        (
+            "sequence-classification",
+            [{"txt": "a", "label": "x"}],
+            {},
+            ["no column 'text'", "columns: txt, label", "mean 'txt'", "data.columns.text"],
+        ),
         ("sequence-classification", [GOOD], {"label": "lable"}, ["no column 'lable' for 'label'", "mean 'label'"]),
         ("sequence-classification", [GOOD], {"text_b": "other"}, ["no column 'other' for 'text_b'"]),
-        ("sequence-classification", [GOOD], {"lable": "x"}, ["data.columns: 'lable'", "text, label, text_b", "mean 'label'"]),
+        (
+            "sequence-classification",
+            [GOOD],
+            {"lable": "x"},
+            ["data.columns: 'lable'", "text, label, text_b", "mean 'label'"],
+        ),
         ("sequence-classification", [GOOD, {"text": "b"}], {}, ["f.jsonl:2", "column 'label' is empty"]),
         ("sequence-classification", [GOOD, {"text": None, "label": "x"}], {}, ["f.jsonl:2", "column 'text' is empty"]),
         ("sequence-classification", [GOOD | {"text_b": "b"}, GOOD], {}, ["f.jsonl:2", "column 'text_b' is empty"]),
         ("sequence-classification", [GOOD, GOOD | {"text_b": "b"}], {}, ["f.jsonl:1", "column 'text_b' is empty"]),
-        ("sequence-classification", [{"text": ["a"], "label": "x"}], {}, ["f.jsonl:1", "text wants a string; got list"]),
+        (
+            "sequence-classification",
+            [{"text": ["a"], "label": "x"}],
+            {},
+            ["f.jsonl:1", "text wants a string; got list"],
+        ),
         ("sequence-classification", [{"text": "a", "label": {}}], {}, ["f.jsonl:1", "label wants a string; got dict"]),
-        ("regression", [{"text": "a", "score": 1}, {"text": "a", "score": "high"}], {}, ["f.jsonl:2", "score 'high' is not a number"]),
+        (
+            "regression",
+            [{"text": "a", "score": 1}, {"text": "a", "score": "high"}],
+            {},
+            ["f.jsonl:2", "score 'high' is not a number"],
+        ),
         ("regression", [{"text": "a", "score": float("nan")}], {}, ["f.jsonl:1", "score nan is not a number"]),
         ("regression", [{"text": "a", "score": "inf"}], {}, ["f.jsonl:1", "score 'inf' is not a number"]),
         ("regression", [{"text": "a", "score": [1]}], {}, ["f.jsonl:1", "score [1] is not a number"]),
@@ -84,7 +104,7 @@ GOOD = {"text": "a", "label": "x"}
         ("token-classification", [{"tokens": ["a"], "tags": [1]}], {}, ["tags wants a list of strings; got [1]"]),
         ("causal-lm", [{"body": "a"}], {}, ["no column 'text'"]),
     ],
-)  # fmt: skip
+)
 def test_wrong_row_or_column_is_refused(task, rows, columns, said):
     message = refusal(canonical_rows, placed(*rows), columns, TASKS[task].fields)
     for part in said:

@@ -32,7 +32,8 @@ def example(name, tokenizer) -> tuple[Task, list]:
         "sequence-classification": rows_of(text=TEXTS, label=["b", "a", "b"]),
         "regression": rows_of(text=TEXTS, score=[0.5, -1.0, 2.0]),
         "token-classification": rows_of(
-            tokens=[text.split() for text in TEXTS], tags=[["B-X", "O"] * (len(t.split()) // 2) + ["O"] * (len(t.split()) % 2) for t in TEXTS]
+            tokens=[text.split() for text in TEXTS],
+            tags=[["B-X", "O"] * (len(t.split()) // 2) + ["O"] * (len(t.split()) % 2) for t in TEXTS],
         ),
         "causal-lm": rows_of(text=TEXTS),
     }[name]

@@ -1,0 +1,164 @@
+"""Tiny trained models of every kind that is exported, and one exported file of each."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from compressft.data import Task, make_task
+from compressft.export.fold import fold
+from compressft.export.fuse import fuse_qattention
+from compressft.export.onnx import save, to_graph
+from compressft.export.verify import model_logits
+from compressft.methods.adapter import Adapter
+from compressft.model import shrink
+from compressft.passes.int8 import Int8
+from compressft.transform import Context
+from tests.tiny import LABELS, VOCABULARY, tiny
+
+LENGTHS = (3, 9, 14, 5, 9, 2, 11, 7, 14, 4, 6, 13)
+
+
+class Pads:
+    """The one thing that collating asks of a tokenizer."""
+
+    pad_token_id = 0
+    eos_token_id = 1
+
+
+@dataclass
+class Exported:
+    """A finalised model, its task and rows, and the graph that was written from it."""
+
+    model: Any
+    task: Task
+    features: list[dict[str, Any]]
+    path: Path
+    fused: Path | None
+
+    def operators(self, fused: bool = False) -> Counter:
+        path = self.fused if fused else self.path
+        return Counter(node.op_type for node in onnx.load(str(path)).graph.node)
+
+    def logits(self, batch: int, fused: bool = False) -> list[np.ndarray]:
+        """The file's logits per row without its paddings, in plain onnxruntime, in the rows' order."""
+        path = str(self.fused if fused else self.path)
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        names = {value.name for value in session.get_inputs()}
+        found = []
+        for start in range(0, len(self.features), batch):
+            rows = [{k: v for k, v in f.items() if k != "labels"} for f in self.features[start : start + batch]]
+            feed = {k: v.numpy() for k, v in self.task.collate(rows).items() if k in names}
+            out = session.run(["logits"], feed)[0]
+            found += [o[: len(r["input_ids"])] if out.ndim == 3 else o for o, r in zip(out, rows, strict=True)]
+        return found
+
+    def error(self, batch: int, fused: bool = False) -> float:
+        """Largest difference between the file's and the model's logits, as a share of their standard deviation."""
+        trained = model_logits(self.model, self.task, self.features)
+        spread = np.concatenate([np.ravel(row) for row in trained]).std()
+        pairs = zip(trained, self.logits(batch, fused), strict=True)
+        return max(float(np.abs(a - b).max()) for a, b in pairs) / float(spread)
+
+
+def rows_for(task: Task, causal: bool) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(3)
+    rows = []
+    for i, length in enumerate(LENGTHS):
+        ids = torch.randint(5, VOCABULARY, (length,), generator=generator).tolist()
+        labels: Any = i % LABELS
+        if task.type == "regression":
+            labels = float(i)
+        elif task.type == "token-classification":
+            labels = [j % LABELS for j in range(length)]
+        elif causal:
+            labels = ids
+        row = {"input_ids": ids, "attention_mask": [1] * length, "labels": labels}
+        if not causal:
+            row = {"input_ids": ids, "token_type_ids": [0] * length, **row}
+        rows.append(row)
+    return rows
+
+
+def export(
+    folder: Path,
+    family: str = "bert",
+    task: str = "sequence-classification",
+    int8: str | None = "static",
+    adapter: str | None = None,
+    prune: bool = True,
+    **changes: Any,
+) -> Exported:
+    """Build, compress, settle and write one model."""
+    labels = {"sequence-classification": ["a", "b", "c"], "token-classification": ["O", "B-X", "I-X"]}.get(task, [])
+    made = make_task(task, Pads(), 16, labels)  # type: ignore[arg-type]
+    model = tiny(family, **changes)
+    if prune:
+        # Another number of heads and neurons in every layer.
+        first = {"heads": torch.tensor([0, 2, 3]), "ffn": torch.arange(44)}
+        shrink(model, [first, {"heads": torch.tensor([1, 2]), "ffn": torch.arange(5, 40)}])
+    if adapter:
+        Adapter(placement=adapter, size=5, activation="gelu").prepare(model, Context())
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "adapter" in name:
+                    parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)) * 0.3)
+    features = rows_for(made, made.type == "causal-lm")
+    if int8:
+        settle(model, Int8(ranges=int8), made, features)
+    model.eval()
+    graph = to_graph(fold(model), made.collate([{k: v for k, v in f.items() if k != "labels"} for f in features[:2]]))
+    save(graph, folder / "model.onnx")
+    fused = None
+    if int8 == "static" and fuse_qattention(graph):
+        fused = folder / "fused.onnx"
+        save(graph, fused)
+    return Exported(model, made, features, folder / "model.onnx", fused)
+
+
+def settle(model: nn.Module, transform: Int8, task: Task, features: list[dict[str, Any]]) -> None:
+    """Learn the ranges from the rows and switch to the deployed arithmetic."""
+    transform.prepare(model, Context())
+    model.train()
+    with torch.no_grad():
+        model(**task.collate(copy.deepcopy(features)))
+    transform.finalize(model)
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "int8": {},
+    "dynamic": {"int8": "dynamic", "prune": False},
+    "dense": {"int8": None, "prune": False},
+    "pruned": {"int8": None},
+    "houlsby": {"adapter": "houlsby"},
+    "pfeiffer": {"adapter": "pfeiffer"},
+    "tokens": {"task": "token-classification", "architecture": "BertForTokenClassification"},
+    "regression": {"task": "regression", "num_labels": 1},
+    # Grouped-query heads and rotary positions; Conv1D and one projection for q, k and v.
+    "llama": {"family": "llama", "task": "causal-lm", "prune": False},
+    "gpt2": {"family": "gpt2", "task": "causal-lm", "prune": False, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
+}
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory):
+    """Kind -> Exported; each is written once, when it is first asked for."""
+    made: dict[str, Exported] = {}
+
+    def get(kind: str) -> Exported:
+        if kind not in made:
+            settings = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, **KINDS[kind]}
+            made[kind] = export(tmp_path_factory.mktemp(kind), **settings)
+        return made[kind]
+
+    return get

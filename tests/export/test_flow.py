@@ -1,0 +1,90 @@
+"""Exporting a trained run: other settings, tolerances that are missed, and a run without an ONNX file."""
+
+import json
+import os
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+
+import onnx
+import pytest
+
+from compressft import cli
+from compressft.recipe import parse_recipe
+from compressft.run import run
+from tests.tiny_folder import document, rows_of, save_tiny, write_jsonl
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A finished run of a tiny model, compressed in its only stage, not exported yet."""
+    folder = tmp_path_factory.mktemp("flow")
+    data = write_jsonl(folder / "rows.jsonl", rows_of(40))
+    stage = {
+        "name": "only",
+        "passes": [{"type": "structured", "ffn": 0.5, "align": 8, "floor_ffn": 8, "end": 0.5}, {"type": "int8"}],
+        "train": {"max_steps": 4, "batch_size": 8, "save": "no", "precision": "fp32"},
+    }
+    export = {"enabled": False, "latency_rounds": 1, "latency_shapes": [[2, 8]]}
+    recipe = document(save_tiny(folder / "base"), data, stages=[stage], export=export)
+    run(parse_recipe(recipe), folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture
+def copy(trained, tmp_path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "run", copy_function=os.link))
+
+
+@pytest.fixture
+def export(monkeypatch, capsys):
+    """`compressft export` in this process: (exit code, standard error)."""
+
+    def call(folder: Path, *overrides: str) -> tuple[int, str]:
+        sets = [word for override in overrides for word in ("--set", f"export.{override}")]
+        monkeypatch.setattr(sys, "argv", ["compressft", "export", str(folder), *sets])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return stop.value.code or 0, capsys.readouterr().err
+
+    return call
+
+
+def read_report(folder: Path) -> dict:
+    return json.loads((folder / "report" / "report.json").read_text())
+
+
+def test_run_without_export(trained):
+    report = read_report(trained)
+    assert not (trained / "onnx").exists()
+    assert report["quality"]["onnx"] is None and report["quality"]["torch"] is not None
+    assert report["parity"] is None and report["latency_ms"] == []
+    # Without a test split the figures are validation's; without a dense stage there is no baseline.
+    assert report["quality"]["split"] == "validation" and report["quality"]["baseline"] is None
+
+
+def test_export_of_a_trained_run(copy, trained, export):
+    code, stderr = export(copy, "enabled=true", "attention=fused")
+    assert code == 0, stderr
+    found = Counter(node.op_type for node in onnx.load(str(copy / "onnx" / "model.onnx")).graph.node)
+    assert (found["MultiHeadAttention"], found["QAttention"], found["SkipLayerNormalization"]) == (2, 0, 0)
+    before, after = read_report(trained), read_report(copy)
+    for key in ("parameters", "training", "stages", "shapes"):
+        assert after[key] == before[key], key
+    assert after["quality"]["torch"] == before["quality"]["torch"] == after["quality"]["onnx"]
+    assert {(row["batch"], row["length"]) for row in after["latency_ms"]} == {(2, 8)} and len(after["latency_ms"]) == 3
+    # The uncompressed model is measured although the run has none.
+    assert after["size_bytes"]["base_onnx"] > after["size_bytes"]["onnx"] > 0
+    for name in ("recipe.yaml", "metrics.jsonl", "model/model.safetensors"):
+        assert (copy / name).read_bytes() == (trained / name).read_bytes()
+    assert not list(copy.glob("tmp*"))
+
+
+def test_missed_tolerance_fails_the_export(copy, trained, export):
+    """Exit code 1, one line, no file left where somebody could take it for the verified one, an old report kept."""
+    code, stderr = export(copy, "enabled=true", "max_abs_error=1.0e-30")
+    assert code == 1 and "not verified: export: logit error" in stderr and "Traceback" not in stderr
+    assert "(validation, batch 1)" in stderr and str(copy / "onnx.failed") in stderr
+    assert not (copy / "onnx").exists() and (copy / "onnx.failed" / "model.onnx").is_file()
+    assert read_report(copy) == read_report(trained)
