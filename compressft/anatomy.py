@@ -1,4 +1,4 @@
-"""Where the parts of a model family are. One row per family; nothing else in the code knows a family's attribute names."""
+"""Where the parts of a model family are: one row per family; nothing else knows a family's attribute names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ class Family:
     `fused_qkv` replaces q, k and v where one projection yields all three. `up` lists every projection into the FFN's
     hidden neurons (two for gated FFNs). `attention_out` and `ffn_out` are the modules whose output is added to the
     residual stream (after dropout, where the family has one). `ffn_norm` is the LayerNorm after the FFN's residual add
-    in post-norm families, None in pre-norm ones; these have a `final_norm` above the top layer instead. `embedding_tables` are tables looked up by one index per token.
+    in post-norm families, None in pre-norm ones; these have a `final_norm` above the top layer instead.
+    `embedding_tables` are tables looked up by one index per token.
     """
 
     layers: str

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from compressft.errors import UserError
-from compressft.measure import Shape, latencies
+from compressft.measure import Shape, latencies, peak_memory
 from compressft.recipe import Recipe
 
 
 def parse_shape(text: str) -> Shape:
-    """"8x128" -> (8, 128)."""
+    """ "8x128" -> (8, 128)."""
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
     if match is None:
         raise UserError(f"--shape {text!r}: wants BATCHxLENGTH, such as 1x128")
@@ -27,7 +27,9 @@ def edge(models: Sequence[Path], shapes: Sequence[str], threads: int | None, rou
     for path in models:
         file = path / "model.onnx" if path.is_dir() else path
         if not file.is_file():
-            raise UserError(f"benchmark edge: {str(file)!r} does not exist; give an ONNX file or a folder with model.onnx")
+            raise UserError(
+                f"benchmark edge: {str(file)!r} does not exist; give an ONNX file or a folder with model.onnx"
+            )
         files[("onnxruntime", str(path))] = file
     wanted = [parse_shape(s) for s in shapes]
     try:
@@ -43,7 +45,8 @@ def training(recipe: Recipe, steps: int) -> list[dict[str, Any]]:
 
     from compressft.memory import keep_freed_memory
     from compressft.model import count, load_model, load_tokenizer
-    from compressft.run import load_task, peak_memory, quiet_libraries
+    from compressft.progress import quiet_libraries
+    from compressft.run import load_task
     from compressft.trainer import LengthGroupedSampler, autocast_dtype
     from compressft.transform import Context
 
@@ -69,7 +72,9 @@ def training(recipe: Recipe, steps: int) -> list[dict[str, Any]]:
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
         size = min(stage.train.batch_size, len(features))
         order = list(LengthGroupedSampler([len(f["input_ids"]) for f in features], size, 0))
-        batches = [task.collate([features[i] for i in order[k : k + size]]) for k in range(0, len(order) - size + 1, size)]
+        batches = [
+            task.collate([features[i] for i in order[k : k + size]]) for k in range(0, len(order) - size + 1, size)
+        ]
         hidden = any(t.needs_hidden_states for t in stage.transforms)
         dtype = autocast_dtype(stage.train.precision, device)
         start, tokens, warmup = 0.0, 0, 3
@@ -91,9 +96,14 @@ def training(recipe: Recipe, steps: int) -> list[dict[str, Any]]:
         if device == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
-        rows.append({
-            "stage": stage.name, "step_ms": 1e3 * seconds / steps, "examples_per_second": steps * size / seconds,
-            "tokens_per_second": tokens / seconds, "trainable": count(model)["trainable"],
-            "peak_memory_mib": peak_memory() / 2**20,
-        })
+        rows.append(
+            {
+                "stage": stage.name,
+                "step_ms": 1e3 * seconds / steps,
+                "examples_per_second": steps * size / seconds,
+                "tokens_per_second": tokens / seconds,
+                "trainable": count(model)["trainable"],
+                "peak_memory_mib": peak_memory() / 2**20,
+            }
+        )
     return rows

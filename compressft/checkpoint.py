@@ -49,6 +49,7 @@ def write_atomically(folder: Path, write: Any) -> None:
     staging.mkdir()
     try:
         write(staging)
+        share(staging)
         sync(staging)
         if folder.exists():
             old = folder.with_name(f".{folder.name}.old")
@@ -60,6 +61,15 @@ def write_atomically(folder: Path, write: Any) -> None:
             staging.rename(folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def share(folder: Path) -> None:
+    """Give files the user's usual permissions; safetensors makes its own readable to their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~mask)
 
 
 def sync(folder: Path) -> None:
@@ -95,7 +105,9 @@ def verify_files(folder: Path, hashes: Mapping[str, str]) -> None:
         if not path.is_file():
             raise UserError(f"{path}: is missing; the folder is incomplete")
         if file_hash(path) != expected:
-            raise UserError(f"{path}: its hash is not the recorded one: truncated or changed; restore or delete the folder")
+            raise UserError(
+                f"{path}: its hash is not the recorded one: truncated or changed; restore or delete the folder"
+            )
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -285,7 +297,9 @@ def load_delta(folder: str | Path, base: str | None = None) -> Any:
     name = base or manifest["model"]
     tensors = base_tensors(name)
     if content_hash(tensors) != manifest["base_hash"]:
-        raise UserError(f"{folder}: was made on another base than {name!r} (content hashes differ); give the right base")
+        raise UserError(
+            f"{folder}: was made on another base than {name!r} (content hashes differ); give the right base"
+        )
     values = dict(manifest["config"])
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     model = _empty(config, manifest["architecture"], manifest["shapes"])

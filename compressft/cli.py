@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -51,9 +52,10 @@ def run(
     folder = output or Path("runs") / loaded.name
     try:
         report = run_recipe(loaded, folder, resume, err)
-    except Interrupted as stop:
-        options = "".join(f" --set {s}" for s in set or ()) + (" --smoke" if smoke else "")
-        err.print(f"{stop}. Go on with: compressft run {recipe} --output {folder}{options} --resume", soft_wrap=True)
+    except (Interrupted, KeyboardInterrupt) as stop:
+        options = "".join(f" --set {shlex.quote(s)}" for s in set or ()) + (" --smoke" if smoke else "")
+        command = f"compressft run {shlex.quote(recipe)} --output {shlex.quote(str(folder))}{options} --resume"
+        err.print(f"{str(stop) or 'stopped'}. Go on with: {command}", soft_wrap=True)
         raise typer.Exit(130) from None
     out.print(terminal_table(report))
     shipped = f"   ONNX: {folder / 'onnx' / 'model.onnx'}" if loaded.export.enabled else ""
@@ -73,13 +75,15 @@ def recipes() -> None:
 
 @app.command()
 def evaluate(
-    source: Annotated[str, typer.Argument(metavar="DIR|model.onnx", help="Run directory, model/, onnx/ or model.onnx.")],
+    source: Annotated[
+        str, typer.Argument(metavar="DIR|model.onnx", help="Run directory, model/, onnx/ or model.onnx.")
+    ],
     data: Annotated[Path, typer.Option(help="JSONL, CSV or Parquet file.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """Score a torch checkpoint or an ONNX file with the same metrics."""
     from compressft.evaluate import evaluate as score
-    from compressft.run import quiet_libraries
+    from compressft.progress import quiet_libraries
 
     quiet_libraries()
     result = score(source, data)
@@ -93,8 +97,8 @@ def evaluate(
 @app.command()
 def export(run_dir: RunDir, set: Set = None) -> None:
     """Export, verify and measure a trained run again, with other export settings."""
+    from compressft.again import export_again
     from compressft.report import terminal_table
-    from compressft.run import export_again
 
     out.print(terminal_table(export_again(run_dir, set or (), err)))
 
@@ -102,8 +106,8 @@ def export(run_dir: RunDir, set: Set = None) -> None:
 @app.command()
 def report(run_dir: RunDir) -> None:
     """Print a run's final table and write its report files again."""
+    from compressft.again import report_again
     from compressft.report import terminal_table
-    from compressft.run import report_again
 
     out.print(terminal_table(report_again(run_dir)))
 
@@ -142,7 +146,9 @@ Json = Annotated[
 @benchmark.command()
 def edge(
     models: Annotated[list[Path], typer.Argument(help="ONNX files or folders with a model.onnx.")],
-    shape: Annotated[list[str] | None, typer.Option(help="BATCHxLENGTH, repeatable (default 1x32, 1x128, 8x128).")] = None,
+    shape: Annotated[
+        list[str] | None, typer.Option(help="BATCHxLENGTH, repeatable (default 1x32, 1x128, 8x128).")
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads (default: all usable cores).")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 3,
     json_file: Json = None,

@@ -5,11 +5,11 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A mistake in a recipe, a file or a command: one line with what, where and the fix. The command line exits with 2."""
+    """A mistake in a recipe, a file or a command: one line with what, where and the fix. Exit code 2."""
 
 
 class VerificationError(RuntimeError):
-    """The exported file does not do what the trained model does. The command line exits with 1."""
+    """The exported file does not do what the trained model does. Exit code 1."""
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

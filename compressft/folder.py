@@ -54,7 +54,9 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._claimed and isinstance(error, UserError):
             self._give_up()
         self._lock.close()
@@ -84,20 +86,26 @@ class RunFolder:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"--output {str(self.root)!r}: another run is writing there; wait for it or choose another") from None
+            raise UserError(
+                f"--output {str(self.root)!r}: another run is writing there; wait for it or choose another"
+            ) from None
 
     def _claim(self, resume: bool) -> None:
         saved = self.root / "recipe.yaml"
         if saved.is_file():
             if not resume:
                 raise UserError(
-                    f"--output {str(self.root)!r}: holds a run already; add --resume to go on with it or choose another directory"
+                    f"--output {str(self.root)!r}: holds a run already; "
+                    "add --resume to go on with it or choose another directory"
                 )
             import yaml
 
             before = parse_recipe(yaml.safe_load(saved.read_text(encoding="utf-8")), str(saved))
             if before.hash != self.recipe.hash:
-                raise UserError(f"{saved}: --resume wants the recipe of the run ({before.hash[:19]}); this one is {self.recipe.hash[:19]}")
+                raise UserError(
+                    f"{saved}: --resume wants the recipe of the run ({before.hash[:19]}); "
+                    f"this one is {self.recipe.hash[:19]}"
+                )
             return
         staging = self.root / ".recipe.tmp"
         staging.write_text(self.recipe.to_yaml(), encoding="utf-8")
@@ -114,7 +122,8 @@ class RunFolder:
         wanted = FREE_SPACE_FACTOR * model_bytes
         if free < wanted:
             raise UserError(
-                f"--output {str(self.root)!r}: {free / 1e9:.2f} GB free, checkpoints need about {wanted / 1e9:.2f} GB; free some space"
+                f"--output {str(self.root)!r}: {free / 1e9:.2f} GB free, "
+                f"checkpoints need about {wanted / 1e9:.2f} GB; free some space"
             )
 
     # Finished stages: a compressed model folder each.

@@ -64,7 +64,14 @@ def latencies(
             for shape, samples in json.loads(done.stdout.splitlines()[-1]):
                 pooled.setdefault((runtime, name, tuple(shape)), []).extend(samples)
     return [
-        {"runtime": runtime, "model": name, "batch": shape[0], "length": shape[1], **quantiles(samples), "threads": threads}
+        {
+            "runtime": runtime,
+            "model": name,
+            "batch": shape[0],
+            "length": shape[1],
+            **quantiles(samples),
+            "threads": threads,
+        }
         for (runtime, name, shape), samples in pooled.items()
     ]
 
@@ -119,6 +126,23 @@ def _torch_calls(path: str, threads: int) -> Callable[[int, int], Callable[[], A
     return build
 
 
+def peak_memory() -> int:
+    """Peak bytes of this process so far: allocated on the GPU where there is one, else resident."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import psutil
+
+    info = psutil.Process().memory_info()
+    try:
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    except ImportError:
+        return getattr(info, "peak_wset", info.rss)
+
+
 def hardware() -> dict[str, Any]:
     """CPU, cores, memory, and the GPU where there is one."""
     import psutil
@@ -127,7 +151,9 @@ def hardware() -> dict[str, Any]:
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
-        models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        models = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
         name = models[0] if models else name
     found = {"cpu": name, "cores": usable_cores(), "memory_bytes": psutil.virtual_memory().total}
     if torch.cuda.is_available():
@@ -136,7 +162,16 @@ def hardware() -> dict[str, Any]:
 
 
 PACKAGES = (
-    "compressft", "torch", "triton", "transformers", "accelerate", "bitsandbytes", "optimum", "onnx", "onnxscript", "onnxruntime",
+    "compressft",
+    "torch",
+    "triton",
+    "transformers",
+    "accelerate",
+    "bitsandbytes",
+    "optimum",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
 )
 
 

@@ -182,9 +182,7 @@ def shrink(model: nn.Module, keep: Sequence[Mapping[str, Tensor]]) -> None:
 
 def resize(model: nn.Module, target: Sequence[Mapping[str, int]]) -> None:
     """Give a freshly built model the per-layer shapes of a compressed one (the values are loaded afterwards)."""
-    keep = [
-        {"heads": torch.arange(shape["kv_heads"]), "ffn": torch.arange(shape["ffn"])} for shape in target
-    ]
+    keep = [{"heads": torch.arange(shape["kv_heads"]), "ffn": torch.arange(shape["ffn"])} for shape in target]
     shrink(model, keep)
 
 

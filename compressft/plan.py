@@ -29,7 +29,7 @@ QUANTISED_SHARE = 0.3
 
 
 def parse_bytes(text: str) -> int:
-    """"8GiB" -> 8 * 2**30."""
+    """ "8GiB" -> 8 * 2**30."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?)?B?\s*", text)
     if match is None:
         raise UserError(f"--memory {text!r}: wants a size such as 8GiB or 500MB")
@@ -55,12 +55,17 @@ class Prediction:
             parts = ", ".join(f"{name} {value / 2**20:.0f}" for name, value in stage["bytes"].items())
             total = sum(stage["bytes"].values())
             result.append(
-                f"{stage['name']}: {stage['steps']} steps, {stage['trainable']:,} trainable, about {total / 2**20:.0f} MiB ({parts}), "
+                f"{stage['name']}: {stage['steps']} steps, {stage['trainable']:,} trainable, "
+                f"about {total / 2**20:.0f} MiB ({parts}), "
                 f"{stage['flops'] / 1e12:.1f} TFLOP, about {stage['seconds']:.0f} s here"
             )
         result.append(f"peak: about {self.peak / 2**20:.0f} MiB")
         if self.budget is not None:
-            fits = "fits" if self.peak <= self.budget else "does not fit; lower train.batch_size or set train.gradient_checkpointing"
+            fits = (
+                "fits"
+                if self.peak <= self.budget
+                else "does not fit; lower train.batch_size or set train.gradient_checkpointing"
+            )
             result.append(f"budget {self.budget / 2**20:.0f} MiB: {fits}")
         return result
 
@@ -104,7 +109,11 @@ def _stage(stage: Stage, model: Any, lengths: list[int]) -> dict[str, Any]:
     trainable = count_meta(model, trainable=True)
     examples = len(lengths)
     per_step = stage.train.batch_size * stage.train.gradient_accumulation
-    steps = stage.train.max_steps if stage.train.max_steps > 0 else math.ceil(stage.train.epochs * math.ceil(examples / per_step))
+    steps = (
+        stage.train.max_steps
+        if stage.train.max_steps > 0
+        else math.ceil(stage.train.epochs * math.ceil(examples / per_step))
+    )
     longest = max(lengths)
     tokens = stage.train.batch_size * longest
     teachers = sum(1 for o in stage.objectives if getattr(o, "teacher", "self") != "self")
@@ -123,7 +132,12 @@ def _stage(stage: Stage, model: Any, lengths: list[int]) -> dict[str, Any]:
     quantised = any(p.type == "int8" for p in stage.passes)
     seconds = flops / (matmul_rate(stage.train.precision) * (QUANTISED_SHARE if quantised else MATMUL_SHARE))
     return {
-        "name": stage.name, "steps": steps, "trainable": trainable, "bytes": bytes_, "flops": flops, "seconds": seconds,
+        "name": stage.name,
+        "steps": steps,
+        "trainable": trainable,
+        "bytes": bytes_,
+        "flops": flops,
+        "seconds": seconds,
     }
 
 
@@ -142,7 +156,9 @@ def activation_bytes(model: Any, tokens: int, stage: Stage) -> int:
     parts = anatomy(model)
     hidden = model.config.hidden_size
     quantised = any(p.type == "int8" for p in stage.passes)
-    layers = [4 * (14 * hidden + 3 * layer.ffn) + (2 * (5 * hidden + layer.ffn) if quantised else 0) for layer in parts.layers]
+    layers = [
+        4 * (14 * hidden + 3 * layer.ffn) + (2 * (5 * hidden + layer.ffn) if quantised else 0) for layer in parts.layers
+    ]
     if stage.train.gradient_checkpointing:
         return tokens * (max(layers) + 4 * len(layers) * hidden)
     trained = [size for layer, size in zip(parts.layers, layers, strict=True) if _has_graph(parts, layer.index)]
@@ -154,6 +170,3 @@ def _has_graph(parts: Any, index: int) -> bool:
         p.requires_grad for path in parts.family.embeddings for p in parts.backbone.get_submodule(path).parameters()
     )
     return embeddings or any(p.requires_grad for layer in parts.layers[: index + 1] for p in layer.module.parameters())
-
-
-

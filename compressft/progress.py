@@ -57,10 +57,19 @@ class Reporter(TrainerCallback):
         self._start = time.perf_counter()
         self._previous = _on_sigint(self._stop)
         if self.console.is_terminal:
-            columns = (TextColumn("[bold]{task.fields[stage]}"), BarColumn(), MofNCompleteColumn(),
-                       TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.description}"))
+            columns = (
+                TextColumn("[bold]{task.fields[stage]}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+                TextColumn("{task.description}"),
+            )
             self._progress = Progress(*columns, console=self.console)
-            self._bar = self._progress.add_task("", total=state.max_steps, completed=state.global_step, stage=self.stage)
+            self._bar = self._progress.add_task(
+                "", total=state.max_steps, completed=state.global_step, stage=self.stage
+            )
             self._progress.start()
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -82,14 +91,22 @@ class Reporter(TrainerCallback):
         status = {t.type: t.status(model, progress) for t in self.trainer.transforms}
         status = {name: value for name, value in status.items() if value}
         row = {
-            "kind": "train", "stage": self.stage, "step": self.offset + state.global_step, "epoch": logs.get("epoch"),
-            "progress": progress, "loss": logs["loss"], "learning_rate": logs.get("learning_rate"),
-            "grad_norm": logs.get("grad_norm"), "terms": self.trainer.drain_terms(), "status": status,
+            "kind": "train",
+            "stage": self.stage,
+            "step": self.offset + state.global_step,
+            "epoch": logs.get("epoch"),
+            "progress": progress,
+            "loss": logs["loss"],
+            "learning_rate": logs.get("learning_rate"),
+            "grad_norm": logs.get("grad_norm"),
+            "terms": self.trainer.drain_terms(),
+            "status": status,
         }
         self.folder.log(row)
         shown = "  ".join(
             f"{name} {_amount(name, v['now'])}→{_amount(name, v['target'])}"
-            for values in status.values() for name, v in values.items()
+            for values in status.values()
+            for name, v in values.items()
         )
         self._text = f"loss {logs['loss']:.3f}  {shown}"
         self._show(state)
@@ -100,19 +117,31 @@ class Reporter(TrainerCallback):
         wanted = ("loss", *(k for k in values if not k.startswith(others)))
         row = {name: float(values[name]) for name in wanted if name in values}
         self.evaluations.append(row)
-        self.folder.log({"kind": "eval", "stage": self.stage, "step": self.offset + state.global_step,
-                         "split": "validation", "metrics": row})
+        self.folder.log(
+            {
+                "kind": "eval",
+                "stage": self.stage,
+                "step": self.offset + state.global_step,
+                "split": "validation",
+                "metrics": row,
+            }
+        )
         if self.task.metric in row:
             self.console.print(
                 f"{self.stage}: step {state.global_step}/{state.max_steps}, validation {self.task.metric} "
-                f"{row[self.task.metric]:.4f}", highlight=False, soft_wrap=True,
+                f"{row[self.task.metric]:.4f}",
+                highlight=False,
+                soft_wrap=True,
             )
 
     def on_save(self, args, state, control, **kwargs):
         written = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         info = {
-            "stage": self.stage, "stage_step": state.global_step, "done": state.global_step >= state.max_steps,
-            "seconds": self.seconds, "tokens": self.trainer.tokens,
+            "stage": self.stage,
+            "stage_step": state.global_step,
+            "done": state.global_step >= state.max_steps,
+            "seconds": self.seconds,
+            "tokens": self.trainer.tokens,
         }
         self.folder.publish(written, self.offset + state.global_step, info, self.keep)
 
@@ -141,7 +170,9 @@ class Reporter(TrainerCallback):
             self._line = time.perf_counter()
             left = (self.seconds - self.spent) / max(state.global_step, 1) * (state.max_steps - state.global_step)
             self.console.print(
-                f"{self.stage}: step {state.global_step}/{state.max_steps}  {self._text}  ETA {left:.0f} s", highlight=False, soft_wrap=True
+                f"{self.stage}: step {state.global_step}/{state.max_steps}  {self._text}  ETA {left:.0f} s",
+                highlight=False,
+                soft_wrap=True,
             )
 
 
@@ -155,3 +186,11 @@ def _on_sigint(handler: Callable[[int, FrameType | None], None]) -> Any:
         return signal.signal(signal.SIGINT, handler)
     except ValueError:
         return None
+
+
+def quiet_libraries() -> None:
+    """transformers' own bars and loading tables would hide ours."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""Recipes: one YAML file says what is trained, what gets smaller and what is exported; read, validated, written back."""
+"""Recipes: one YAML file says what is trained, what gets smaller and what is exported."""
 
 from __future__ import annotations
 
@@ -178,8 +178,8 @@ class Recipe(Part):
                 teacher = getattr(objective, "teacher", None)
                 if teacher in names[position:]:
                     raise ValueError(
-                        f"stages.{position}: objective {objective.type!r} takes stage {teacher!r} as its teacher, which "
-                        "has not run by then; name an earlier stage"
+                        f"stages.{position}: objective {objective.type!r} takes stage {teacher!r} as its teacher, "
+                        "which has not run by then; name an earlier stage"
                     )
         return self
 
@@ -235,7 +235,11 @@ def _explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
         more = nearest(str(first["input"]), first["ctx"]["expected"].split("'")[1::2]) + more
     if first["type"] == "value_error":
         return f"{at}: {message}{more}" if at else f"{message}{more}"
-    return f"{at}: {message} (got {first.get('input')!r}){more}" if first["type"] != "missing" else f"{at}: is required{more}"
+    return (
+        f"{at}: {message} (got {first.get('input')!r}){more}"
+        if first["type"] != "missing"
+        else f"{at}: is required{more}"
+    )
 
 
 def _fields_at(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:

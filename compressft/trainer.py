@@ -1,4 +1,4 @@
-"""A thin subclass of transformers.Trainer that calls the Transforms; distribution, precision, resume and logging are its."""
+"""A thin subclass of transformers.Trainer that calls the Transforms; distribution, resume and logging are its."""
 
 from __future__ import annotations
 
@@ -200,9 +200,7 @@ class CompressionTrainer(Trainer):
         return self.accelerator.prepare(loader)
 
 
-def training_arguments(
-    config: TrainConfig, output: Path, device: str, dtype: torch.dtype | None
-) -> TrainingArguments:
+def training_arguments(config: TrainConfig, output: Path, device: str, dtype: torch.dtype | None) -> TrainingArguments:
     """Translate a recipe's train part; checkpoints go below `output`, everything is logged through our callbacks."""
     every = config.save if isinstance(config.save, int) else 500
     return TrainingArguments(
@@ -222,7 +220,7 @@ def training_arguments(
         save_strategy="steps" if isinstance(config.save, int) else config.save,
         save_steps=every,
         eval_strategy="epoch",
-        logging_steps=10,
+        logging_steps=10 if not 0 < config.max_steps < 50 else 1,
         logging_nan_inf_filter=False,
         seed=config.seed,
         data_seed=config.seed,

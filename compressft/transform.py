@@ -1,4 +1,4 @@
-"""The one concept: a Transform rewrites a model before training, may follow it during training, and settles it afterwards."""
+"""The one concept: a Transform rewrites a model before training, may follow training, and settles it afterwards."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Transform(BaseModel):
         return {}
 
     def after_step(self, model: nn.Module, progress: float) -> None:
-        """Follow training; called after the optimiser's step while gradients are still there. `progress` is in [0, 1]."""
+        """Follow training: called after each optimiser step, gradients still there. `progress` is in [0, 1]."""
 
     def finalize(self, model: nn.Module) -> None:
         """Settle the model after training: from here on it is what ships."""

@@ -105,7 +105,9 @@ def sample_files(name: str) -> dict[str, str]:
 
 
 def hub_rows(dataset: str, subset: str | None = None) -> dict[str, list[Row]]:
-    """All splits of a hub data set; class labels become their names. Splits whose labels are withheld (-1) are left out.
+    """All splits of a hub data set; class labels become their names.
+
+    Splits whose labels are withheld (-1) are left out.
 
     Raises:
         UserError: it cannot be loaded (no such id, or no network).

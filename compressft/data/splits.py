@@ -84,7 +84,10 @@ def canonical_rows(rows: Sequence[Row], columns: dict[str, str], fields: Fields)
     unknown = set(columns) - set(fields.all)
     if unknown:
         name = sorted(unknown)[0]
-        raise UserError(f"data.columns: {name!r} is no field of this task; allowed: {', '.join(fields.all)}{nearest(name, fields.all)}")
+        raise UserError(
+            f"data.columns: {name!r} is no field of this task; "
+            f"allowed: {', '.join(fields.all)}{nearest(name, fields.all)}"
+        )
     present = [key for key in dict.fromkeys(key for row in rows for key in row) if key != ROW_KEY]
     mapping = {name: columns.get(name, name) for name in fields.all}
     for name in fields.all:

@@ -197,9 +197,7 @@ class TokenClassification(Task):
             feature = {key: list(encoded[key][i]) for key in encoded}
             if "tags" in row:
                 if len(row["tags"]) != len(row["tokens"]):
-                    raise UserError(
-                        f"data: {row[ROW_KEY]}: {len(row['tags'])} tags for {len(row['tokens'])} tokens"
-                    )
+                    raise UserError(f"data: {row[ROW_KEY]}: {len(row['tags'])} tags for {len(row['tokens'])} tokens")
                 feature["labels"] = self._align(encoded.word_ids(i), row)
             features.append(feature)
         return features

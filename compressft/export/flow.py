@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,14 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from compressft.checkpoint import MANIFEST, hash_files, load_compressed, read_manifest, save_compressed, write_atomically
+from compressft.checkpoint import (
+    MANIFEST,
+    hash_files,
+    load_compressed,
+    read_manifest,
+    save_compressed,
+    write_atomically,
+)
 from compressft.data import Splits, Task, make_task
 from compressft.errors import VerificationError
 from compressft.export.fold import fold
@@ -34,7 +42,7 @@ def export(recipe: Recipe, root: Path, splits: Splits, console: Console) -> dict
         the report's quality, parity, verification, size_bytes, parameters, latency_ms, shapes, versions and hardware.
 
     Raises:
-        VerificationError: the file misses the recipe's tolerances; it is kept as `onnx.failed/`.
+        VerificationError: the file misses the recipe's tolerances; it is kept as `onnx.failed/`, an older `onnx/` stays.
     """
     manifest = read_manifest(root / "model")
     tokenizer = load_tokenizer(str(root / "model"))
@@ -51,14 +59,19 @@ def export(recipe: Recipe, root: Path, splits: Splits, console: Console) -> dict
     if not recipe.export.enabled:
         quality["torch"] = metric(task, model_logits(model, task, encoded[split]), encoded[split])
         return {**report, "quality": quality}
-    folder = root / "onnx"
-    write_atomically(folder, lambda target: write_onnx(model, tokenizer, task, encoded, recipe, manifest, target))
-    console.print(f"exported {folder / 'model.onnx'}; verifying", highlight=False)
-    session = open_session(folder / "model.onnx")
-    checks = verify(session, model, task, encoded, recipe.export.batch, recipe.export)
-    failed = [check for check in checks if check.failure]
-    if failed and not recipe.smoke:
-        raise VerificationError(blame(folder, model, task, encoded, failed[0]))
+    checks: list[Check] = []
+
+    def write_and_prove(target: Path) -> None:
+        write_onnx(model, tokenizer, task, encoded, recipe, manifest, target)
+        console.print("exported to ONNX; verifying", highlight=False)
+        session = open_session(target / "model.onnx")
+        checks.extend(verify(session, model, task, encoded, recipe.export.batch, recipe.export))
+        failed = [check for check in checks if check.failure]
+        if failed and not recipe.smoke:
+            raise VerificationError(blame(target, root / "onnx.failed", model, task, encoded, failed[0]))
+
+    # The folder appears (or replaces an older one) only once its file is proved.
+    write_atomically(root / "onnx", write_and_prove)
     chosen = [check for check in checks if check.split == split]
     quality |= {"torch": chosen[0].torch, "onnx": min((c.onnx for c in chosen), key=_badness(task))}
     agreements = [c.label_agreement for c in chosen if c.label_agreement is not None]
@@ -151,15 +164,16 @@ def sample_batch(task: Task, encoded: Mapping[str, list[dict[str, Any]]]) -> dic
 
 
 def blame(
-    folder: Path, model: nn.Module, task: Task, encoded: Mapping[str, list[dict[str, Any]]], check: Check
+    folder: Path,
+    aside: Path,
+    model: nn.Module,
+    task: Task,
+    encoded: Mapping[str, list[dict[str, Any]]],
+    check: Check,
 ) -> str:
-    """Why the export failed and where it diverged; the file is moved aside so that nobody ships it."""
+    """Why the export failed and where it diverged; the folder is moved `aside` so that nobody ships it."""
     where = diverging_layer(folder / "model.onnx", model, sample_batch(task, encoded))
-    aside = folder.with_name("onnx.failed")
-    if aside.exists():
-        import shutil
-
-        shutil.rmtree(aside)
+    shutil.rmtree(aside, ignore_errors=True)
     folder.rename(aside)
     return f"export: {check.failure} ({check.split}, batch {check.batch}); {where}; the file is kept in {aside}"
 

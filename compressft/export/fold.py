@@ -48,9 +48,7 @@ class Int8Linear(nn.Module):
         if inputs[-1] is None:
             inputs.pop()
         shape = [*x.shape[:-1], self.weight.shape[1]]  # type: ignore[union-attr]
-        return torch.onnx.ops.symbolic(
-            f"com.microsoft::{name}", inputs, dtype=torch.float32, shape=shape, version=1
-        )
+        return torch.onnx.ops.symbolic(f"com.microsoft::{name}", inputs, dtype=torch.float32, shape=shape, version=1)
 
 
 class Int8Embedding(nn.Module):
@@ -87,10 +85,7 @@ def fold(model: nn.Module) -> nn.Module:
         if isinstance(module, CompressedLinear):
             module.fold()
             adapter, module.adapter = module.adapter, None
-            if module.quantizer is None:
-                new = module.restore()
-            else:
-                new = Int8Linear(module)
+            new = module.restore() if module.quantizer is None else Int8Linear(module)
             replace(deployed, path, new if adapter is None else AdaptedInt8(new, adapter))
         elif isinstance(module, CompressedEmbedding):
             replace(deployed, path, Int8Embedding(module))

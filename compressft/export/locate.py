@@ -27,10 +27,7 @@ def diverging_layer(path: Path, model: nn.Module, batch: Mapping[str, Tensor], l
     """
     layers = anatomy(model).layers
     expected: dict[str, np.ndarray] = {}
-    hooks = [
-        layer.module.register_forward_hook(_keeper(expected, layer.name))
-        for layer in layers
-    ]
+    hooks = [layer.module.register_forward_hook(_keeper(expected, layer.name)) for layer in layers]
     try:
         with torch.no_grad():
             model.eval()(**batch)
@@ -44,7 +41,9 @@ def diverging_layer(path: Path, model: nn.Module, batch: Mapping[str, Tensor], l
         want, got = expected[layer.name], actual[layer.name]
         error = float(np.abs(want - got).max() / max(float(want.std()), 1e-12))
         if not error <= limit:
-            return f"the first layer that diverges is {layer.name} (largest error {error:.3g} of its standard deviation)"
+            return (
+                f"the first layer that diverges is {layer.name} (largest error {error:.3g} of its standard deviation)"
+            )
     return f"all {len(layers)} layers agree within {limit} of their standard deviation; the head after them differs"
 
 

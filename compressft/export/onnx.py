@@ -34,7 +34,9 @@ def to_graph(model: nn.Module, inputs: dict[str, Tensor], tidy: bool = True) -> 
     except ImportError:
         import transformers
 
-        raise UserError(f"export: needs transformers >= 5.20 for its ONNX exporter; this is {transformers.__version__}") from None
+        raise UserError(
+            f"export: needs transformers >= 5.20 for its ONNX exporter; this is {transformers.__version__}"
+        ) from None
     from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 
     batch_and_length = dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC)

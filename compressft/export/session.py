@@ -24,9 +24,7 @@ def open_session(path: str | Path, threads: int | None = None) -> Any:
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def session_logits(
-    session: Any, task: Task, features: Sequence[Mapping[str, Any]], batch: int
-) -> list[np.ndarray]:
+def session_logits(session: Any, task: Task, features: Sequence[Mapping[str, Any]], batch: int) -> list[np.ndarray]:
     """Logits per row (padding cut off for token tasks), in the rows' order, computed in padded batches.
 
     Batches take neighbours in length, as a server that sorts its queue would.

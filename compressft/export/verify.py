@@ -52,7 +52,9 @@ def metric(task: Task, rows: Sequence[np.ndarray], features: Sequence[Mapping[st
     return task.score(*stacked(task, rows, features))[task.metric]
 
 
-def stacked(task: Task, rows: Sequence[np.ndarray], features: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+def stacked(
+    task: Task, rows: Sequence[np.ndarray], features: Sequence[Mapping[str, Any]]
+) -> tuple[np.ndarray, np.ndarray]:
     """Per-row logits and labels as arrays; token tasks are padded (labels with the ignored index)."""
     labels = task.collate([dict(f) for f in features])["labels"].numpy()
     if rows[0].ndim == 1:
@@ -84,7 +86,8 @@ def compare(
     elif agreement is not None and agreement < limits.label_agreement:
         failure = f"label agreement {agreement:.4f} is below export.label_agreement {limits.label_agreement}"
     elif drop > limits.metric_drop:
-        failure = f"{task.metric} {scores[1]:.4f} is more than export.metric_drop {limits.metric_drop} worse than {scores[0]:.4f}"
+        worse = f"more than export.metric_drop {limits.metric_drop} worse"
+        failure = f"{task.metric} {scores[1]:.4f} is {worse} than {scores[0]:.4f}"
     elif limits.max_abs_error is not None and error > limits.max_abs_error:
         failure = f"logit error {error:.3g} is above export.max_abs_error {limits.max_abs_error}"
     return Check(split, batch, len(features), error, agreement, scores[0], scores[1], failure)

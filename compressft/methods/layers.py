@@ -36,4 +36,3 @@ class Layers(Transform):
             parameter.requires_grad_(True)
         if parts.family.final_norm and self.top > 0:
             parts.backbone.get_submodule(parts.family.final_norm).requires_grad_(True)
-

@@ -94,9 +94,7 @@ class Distill(Transform):
             return "objective distill.hidden: method 'probe' keeps no hidden states to distil; set it to 0"
         return None
 
-    def _logit_loss(
-        self, batch: Mapping[str, Tensor], student: Tensor, teacher: Tensor, shifted: bool
-    ) -> Tensor:
+    def _logit_loss(self, batch: Mapping[str, Tensor], student: Tensor, teacher: Tensor, shifted: bool) -> Tensor:
         if student.shape[-1] == 1:
             return F.mse_loss(student.float(), teacher.float())
         student, teacher = student.float(), teacher.float()
@@ -111,7 +109,11 @@ class Distill(Transform):
 
 def predicts_next(model: nn.Module, logits: Tensor) -> bool:
     """Whether a position's logits are about the next token (a causal language model) rather than its own."""
-    return family_of(model).causal and logits.dim() == 3 and logits.shape[-1] == model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    return (
+        family_of(model).causal
+        and logits.dim() == 3
+        and logits.shape[-1] == model.get_input_embeddings().weight.shape[0]
+    )  # type: ignore[operator]
 
 
 def kl_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

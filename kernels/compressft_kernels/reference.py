@@ -1,4 +1,4 @@
-"""Pure-torch twins of the kernels: the truth for tests, the CPU path and the ONNX path. They work in any float dtype."""
+"""Pure-torch twins of the kernels, in any float dtype: the truth for tests, the CPU path and the ONNX path."""
 
 from __future__ import annotations
 

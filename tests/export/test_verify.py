@@ -71,7 +71,9 @@ def test_wrong_file_is_put_aside(exported, tmp_path):
         path = tmp_path / "onnx" / "model.onnx"
         spoil(model.path, path, "layer.1.output.dense")
         check = verify(open_session(path), model.model, model.task, {"test": model.features}, 5, LIMITS)[0]
-        message = blame(path.parent, model.model, model.task, {"test": model.features}, check)
+        message = blame(
+            path.parent, path.parent.with_name("onnx.failed"), model.model, model.task, {"test": model.features}, check
+        )
         assert "bert.encoder.layer.1" in message and "(test, batch 1)" in message and "onnx.failed" in message
         assert [p.name for p in tmp_path.iterdir()] == ["onnx.failed"]
 

@@ -1,0 +1,150 @@
+"""Train the stages of a recipe one after the other, each resumable, each settled and checked before the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import nn
+
+from compressft.checkpoint import load_compressed, save_compressed
+from compressft.data import Splits, Task
+from compressft.errors import UserError, VerificationError
+from compressft.export.verify import model_logits
+from compressft.folder import RunFolder
+from compressft.measure import peak_memory
+from compressft.model import count, load_model, shapes
+from compressft.recipe import Recipe, Stage
+from compressft.transform import Context
+
+# Rows, and share of the logits' standard deviation, for the checks around finalize and save. One flipped int8 rounding
+# moves a logit by about 1 %; a lost mask or range by more than all of it.
+SETTLE_ROWS = 64
+SETTLE_LIMIT = 0.1
+
+
+def train_stages(
+    recipe: Recipe, folder: RunFolder, task: Task, splits: Splits, info: dict[str, Any], console: Console
+) -> tuple[nn.Module, list[dict[str, Any]]]:
+    """Train all stages one after the other, each from the weights of the one before.
+
+    Args:
+        info: recorded in each stage's model folder.
+
+    Returns:
+        the trained model on the CPU, and one record per stage.
+    """
+    from transformers import set_seed
+
+    set_seed(recipe.stages[0].train.seed)
+    model = load_model(recipe.model, task.auto_class, **task.model_arguments())
+    folder.check_space(sum(p.numel() * p.element_size() for p in model.parameters()))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    base = {"shapes": shapes(model), "parameters": count(model)["total"]}
+    features = (task.encode(splits.train), task.encode(splits.validation))
+    records: list[dict[str, Any]] = []
+    for stage in recipe.stages:
+        record = folder.finished(stage.name)
+        if record is None:
+            offset = sum(r["steps"] for r in records)
+            record = train_stage(stage, model.to(device), recipe, folder, task, features, offset, console)
+            record["base"] = base
+            save_compressed(model, None, folder.stage(stage.name), {**info, "stage": record})
+        else:
+            model = load_compressed(folder.stage(stage.name))
+        records.append(record)
+    return model.cpu().eval(), records
+
+
+def train_stage(
+    stage: Stage,
+    model: nn.Module,
+    recipe: Recipe,
+    folder: RunFolder,
+    task: Task,
+    features: tuple[list[dict[str, Any]], list[dict[str, Any]]],
+    offset: int,
+    console: Console,
+) -> dict[str, Any]:
+    """Train one stage in place, from its newest checkpoint where there is one; returns its record."""
+    from transformers import set_seed
+
+    from compressft.progress import Interrupted, Reporter
+    from compressft.trainer import CompressionTrainer
+
+    set_seed(stage.train.seed)
+    context = Context(stage.transforms, {}, teacher_loader(recipe, folder, task, model), stage.train.seed)
+    for transform in stage.transforms:
+        transform.prepare(model, context)
+    if stage.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    found = folder.newest(stage.name)
+    checkpoint, manifest = found if found else (None, {"seconds": 0.0, "step": offset})
+    done = manifest.get("done", False)
+    folder.rewind(manifest["step"], evaluated=not done)
+    reporter = Reporter(folder, stage.name, task, stage.train.keep_checkpoints, offset, manifest["seconds"], console)
+    trainer = CompressionTrainer(model, task, stage.train, context, *features, folder.staging, [reporter])
+    reporter.trainer = trainer
+    trainer.tokens = manifest.get("tokens", 0)
+    trainable = count(model)["trainable"]
+    with closing(reporter):
+        if checkpoint and done:
+            trainer.restore(checkpoint)
+        else:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if reporter.interrupted and trainer.state.global_step < trainer.state.max_steps:
+        raise Interrupted(f"stopped at step {trainer.state.global_step} of stage {stage.name!r}; saved")
+    sample = features[1][:SETTLE_ROWS]
+    masked = model_logits(model, task, sample)
+    for transform in stage.transforms:
+        transform.finalize(model)
+    unchanged(f"stage {stage.name!r}: finalize", masked, model_logits(model, task, sample))
+    seconds, steps = reporter.seconds, trainer.state.global_step
+    examples = steps * stage.train.batch_size * stage.train.gradient_accumulation
+    return {
+        "name": stage.name,
+        "seconds": seconds,
+        "steps": steps,
+        "trainable": trainable,
+        "examples_per_second": examples / seconds,
+        "tokens_per_second": trainer.tokens / seconds,
+        "peak_memory_bytes": peak_memory(),
+        "validation": reporter.evaluations[-1] if reporter.evaluations else {},
+        "dense": not stage.passes,
+    }
+
+
+def unchanged(step: str, before: Sequence[Any], after: Sequence[Any]) -> None:
+    """Compare per-row logits around a step that must not change them.
+
+    Raises:
+        VerificationError: they moved by more than rounding (`SETTLE_LIMIT` of their standard deviation).
+    """
+    error = max(float(np.abs(a - b).max()) for a, b in zip(before, after, strict=True))
+    spread = max(float(np.concatenate([np.ravel(a) for a in before]).std()), 1e-6)
+    if not error <= SETTLE_LIMIT * spread:
+        raise VerificationError(
+            f"{step} changed the logits by up to {error:.3g} (their standard deviation is {spread:.3g})"
+        )
+
+
+def teacher_loader(recipe: Recipe, folder: RunFolder, task: Task, model: nn.Module) -> Callable[[str], nn.Module]:
+    """Loads a teacher: a finished stage by name, else a folder or hub id trained for the same labels."""
+
+    def load(name: str) -> nn.Module:
+        if any(stage.name == name for stage in recipe.stages):
+            teacher: Any = load_compressed(folder.stage(name), verify=False)
+        else:
+            teacher = load_model(name, task.auto_class)
+            if getattr(teacher.config, "num_labels", None) != getattr(model.config, "num_labels", None):
+                raise UserError(
+                    f"objective distill.teacher: {name!r} has {teacher.config.num_labels} labels, "
+                    f"the task has {len(task.labels)}"
+                )
+        return teacher.to(next(model.parameters()).device)
+
+    return load
