@@ -1,4 +1,4 @@
-"""Packages live in two source roots, the repository's and `kernels/`: a package of that name would shadow Hugging Face's."""
+"""Packages live in two source roots, the repository and `kernels/` (as a package it would shadow Hugging Face's)."""
 
 from setuptools import find_packages, setup
 

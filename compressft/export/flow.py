@@ -42,7 +42,7 @@ def export(recipe: Recipe, root: Path, splits: Splits, console: Console) -> dict
         the report's quality, parity, verification, size_bytes, parameters, latency_ms, shapes, versions and hardware.
 
     Raises:
-        VerificationError: the file misses the recipe's tolerances; it is kept as `onnx.failed/`, an older `onnx/` stays.
+        VerificationError: the file misses the recipe's limits; it is kept as `onnx.failed/`; an older `onnx/` stays.
     """
     manifest = read_manifest(root / "model")
     tokenizer = load_tokenizer(str(root / "model"))
