@@ -64,7 +64,7 @@ def recipe(tmp_path, model):
 
 
 # What a run says before it loads the model.
-ROW_COUNTS = "tiny: 36 training, 4 validation, 0 test rows\n"
+ROW_COUNTS = "tiny: 36 train, 4 validation, 0 test rows\n"
 
 
 def said(done: Done, first: str = "") -> str:

@@ -164,8 +164,10 @@ def test_report_values_are_sane(report):
     assert seen == {("onnxruntime", "compressed"), ("onnxruntime", "base_fp32"), ("torch", "base_fp32")}
     assert all(0 < row["p50"] <= row["p90"] for row in report["latency_ms"])
     kept, base = report["shapes"]["kept"], report["shapes"]["base"]
-    assert sum(layer["heads"] for layer in kept) * 2 == sum(layer["heads"] for layer in base)
-    assert sum(layer["ffn"] for layer in kept) * 4 == sum(layer["ffn"] for layer in base)
+    structured = load_recipe("banking77-edge").stages[1].passes[0]
+    for name, removed, block in (("heads", structured.heads, 1), ("ffn", structured.ffn, structured.align)):
+        whole = sum(layer[name] for layer in base)
+        assert sum(layer[name] for layer in kept) == block * round((1 - removed) * whole / block)
 
 
 def test_onnx_operators(finished):
