@@ -91,7 +91,7 @@ def table(document: dict[str, Any]) -> str:
     lines += [
         "",
         "Latency: p50 of the int8 file, and how many times faster than the fp32 ONNX of the dense model, both in "
-        "onnxruntime, each in a process of its own, interleaved.",
+        "onnxruntime, each in a process of its own, interleaved, of each the quietest round.",
         "",
         f"{hardware['cpu']}, {hardware['cores']} cores; " + ", ".join(f"{k} {v}" for k, v in versions.items()),
         "",
