@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import shlex
 import sys
@@ -201,13 +200,6 @@ def main() -> None:
     except VerificationError as error:
         err.print(f"not verified: {error}", soft_wrap=True, markup=False)
         sys.exit(1)
-    except Exception as error:
-        # torch and safetensors report a full disk with exceptions of their own.
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
-            fix = "free some, then go on with the same command and --resume"
-            err.print(f"error: no space left on the disk; {fix}", soft_wrap=True)
-            sys.exit(2)
-        raise
 
 
 if __name__ == "__main__":

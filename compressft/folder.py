@@ -16,6 +16,8 @@ from compressft.errors import UserError
 from compressft.recipe import Recipe, parse_recipe
 
 FREE_SPACE_FACTOR = 8
+# A failed write leaves less than this behind.
+FULL_DISK = 2**20
 
 
 class RunFolder:
@@ -60,6 +62,12 @@ class RunFolder:
         if self._claimed and isinstance(error, UserError):
             self._give_up()
         self._lock.close()
+        # torch and safetensors report a full disk in many words; the disk itself says it plainly.
+        if isinstance(error, Exception) and shutil.disk_usage(self.root).free < FULL_DISK:
+            raise UserError(
+                f"--output {str(self.root)!r}: no space left on the disk; "
+                "free some, then go on with the same command and --resume"
+            ) from error
 
     def _give_up(self) -> None:
         recipe, lock = self.root / "recipe.yaml", self.root / ".lock"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -70,6 +71,7 @@ class Prediction:
         return result
 
 
+@cache
 def matmul_rate(precision: str) -> float:
     """FLOP/s of a matrix product of a small encoder's shape in the training precision, on this machine, now."""
     from compressft.trainer import autocast_dtype
@@ -83,7 +85,7 @@ def matmul_rate(precision: str) -> float:
         if device == "cuda":
             torch.cuda.synchronize()
 
-    return 2 * 512 * 768 * 768 / (min(timed(call, budget=0.2)) / 1e3)
+    return 2 * 512 * 768 * 768 / (min(timed(call, budget=0.5)) / 1e3)
 
 
 def plan(recipe: Recipe, memory: str | None = None) -> Prediction:

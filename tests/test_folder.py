@@ -139,3 +139,14 @@ def test_space_is_checked(tmp_path):
         folder.check_space(1)
         with pytest.raises(UserError, match="GB free"):
             folder.check_space(2**60)
+
+
+def test_failure_on_a_full_disk_is_the_users_to_fix(tmp_path, monkeypatch):
+    """Whatever exception a library raises when a write fails; with space left, the exception stays itself."""
+    with pytest.raises(RuntimeError, match="unexpected pos"), RunFolder(tmp_path / "a", recipe(), resume=False):
+        raise RuntimeError("unexpected pos 1 vs 0")
+    monkeypatch.setattr("compressft.folder.FULL_DISK", 2**62)
+    with pytest.raises(UserError, match="no space left on the disk"), RunFolder(tmp_path / "b", recipe(), resume=False):
+        raise RuntimeError("unexpected pos 1 vs 0")
+    with RunFolder(tmp_path / "b", recipe(), resume=True):
+        pass
