@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shlex
 import sys
@@ -200,6 +201,12 @@ def main() -> None:
     except VerificationError as error:
         err.print(f"not verified: {error}", soft_wrap=True, markup=False)
         sys.exit(1)
+    except OSError as error:
+        # Runs notice a full disk themselves, whatever a library makes of it.
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        err.print("error: no space left on the disk; free some and try again", soft_wrap=True)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,8 @@ class RunFolder:
             self._give_up()
         self._lock.close()
         # torch and safetensors report a full disk in many words; the disk itself says it plainly.
-        if isinstance(error, Exception) and shutil.disk_usage(self.root).free < FULL_DISK:
+        mistake = isinstance(error, UserError) or not isinstance(error, Exception)
+        if not mistake and shutil.disk_usage(self.root).free < FULL_DISK:
             raise UserError(
                 f"--output {str(self.root)!r}: no space left on the disk; "
                 "free some, then go on with the same command and --resume"
