@@ -109,11 +109,9 @@ class Distill(Transform):
 
 def predicts_next(model: nn.Module, logits: Tensor) -> bool:
     """Whether a position's logits are about the next token (a causal language model) rather than its own."""
-    return (
-        family_of(model).causal
-        and logits.dim() == 3
-        and logits.shape[-1] == model.get_input_embeddings().weight.shape[0]
-    )  # type: ignore[operator]
+    if not family_of(model).causal or logits.dim() != 3:
+        return False
+    return logits.shape[-1] == model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
 
 
 def kl_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

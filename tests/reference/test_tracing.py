@@ -1,5 +1,6 @@
 """The twins under a compiler and on fake tensors: one graph, the same results, the right shapes."""
 
+import onnxruntime
 import pytest
 import torch
 import torch.utils.checkpoint
@@ -81,3 +82,31 @@ def test_under_checkpointing(random, gradients, name):
     assert torch.equal(y, want)
     for got, expected in zip(grads, torch.autograd.grad(want, leaves, dy), strict=True):
         assert torch.equal(got, expected)
+
+
+class Everything(torch.nn.Module):
+    """All twins in a row, their weights as parameters and their masks as buffers."""
+
+    def __init__(self, random):
+        super().__init__()
+        shapes = {"weight": (5, 7), "scores": (5, 7), "second": (6, 5), "blocks": (3, 4, 3), "prefix": (2, 3, 4)}
+        for name, shape in shapes.items():
+            self.register_parameter(name, torch.nn.Parameter(random(*shape, dtype=torch.float32)))
+        self.register_buffer("bits", pack_mask(random(6, 5) > 0))
+        self.register_buffer("layout", torch.tensor([[1, 0], [1, 1]]))
+
+    def forward(self, x):
+        y = packed_linear(masked_linear(x, self.weight, self.scores), self.second, self.bits)
+        q = block_sparse_linear(y, self.blocks, self.layout).unflatten(-1, (2, 4)).transpose(1, 2)
+        return prefix_attention(q, q, q, self.prefix, self.prefix, causal=True)
+
+
+@pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated")  # copyreg, on torch's own
+def test_as_onnx(random, tmp_path):
+    model, x = Everything(random).eval(), random(2, 6, 7, dtype=torch.float32)
+    program = torch.onnx.export(model, (x,), dynamo=True, verbose=False)
+    assert program is not None
+    program.save(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    (got,) = session.run(None, {"x": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(got), model(x).detach())

@@ -1,4 +1,4 @@
-"""Pure-torch twins of the kernels, in any float dtype: the truth for tests, the CPU path and the ONNX path."""
+"""The bottleneck adapter in plain torch."""
 
 from __future__ import annotations
 

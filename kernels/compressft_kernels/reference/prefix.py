@@ -1,0 +1,87 @@
+"""Attention with trained keys and values in front of every row's own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from compressft_kernels.reference.operands import describe
+
+
+def _own_visible(q: Tensor, k: Tensor, causal: bool, lengths: Tensor | None) -> Tensor | None:
+    """How many of its row's own keys each query sees, (B or 1, 1, T or 1, 1) int64 >= 0; None where all do."""
+    queries, keys = q.shape[2], k.shape[2]
+    visible = None if lengths is None else lengths.view(-1, 1, 1, 1)
+    if causal and queries > 1:
+        up_to = torch.arange(keys - queries + 1, keys + 1, device=q.device).view(1, 1, -1, 1)
+        visible = up_to if visible is None else torch.minimum(visible, up_to)
+    return None if visible is None else visible.clamp(min=0)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, lengths: Tensor | None) -> None:
+    given = describe(q=q, k=k, v=v, prefix_k=prefix_k, prefix_v=prefix_v, lengths=lengths)
+    want = "want q (B, Hq, T, D), k and v (B, Hkv, S, D), prefix_k and prefix_v (Hkv, P, D), lengths (B,) int64"
+    fits = q.dim() == 4 and k.dim() == 4 and prefix_k.dim() == 3 and v.shape == k.shape
+    fits = fits and prefix_v.shape == prefix_k.shape and k.shape[1] == prefix_k.shape[0]
+    fits = fits and q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3] == prefix_k.shape[2]
+    fits = fits and (lengths is None or (lengths.shape == q.shape[:1] and lengths.dtype == torch.int64))
+    if not fits:
+        dtype = "" if lengths is None else f" (lengths are {lengths.dtype})"
+        raise ValueError(f"prefix_attention: {given} do not fit{dtype}; {want}")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"prefix_attention: {given}: Hq {q.shape[1]} is no multiple of Hkv {k.shape[1]}; {want}")
+
+
+def prefix_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    *,
+    causal: bool = False,
+    lengths: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """softmax(q [prefix_k; k]^T * scale) [prefix_v; v] per head, the prefix shared by the whole batch.
+
+    Every query sees the whole prefix. A query that sees no key at all (nothing visible and P = 0) gives zeros and
+    gets and gives zero gradients. Gradients for q, k, v, prefix_k and prefix_v; P = 0 is plain attention, in which
+    the (empty) prefix takes no part.
+
+    Args:
+        q: (B, Hq, T, D), floating.
+        k, v: (B, Hkv, S, D), q's dtype; Hq is a multiple of Hkv, and query head h reads key head h // (Hq / Hkv).
+        prefix_k, prefix_v: (Hkv, P, D), any floating dtype (taken in k's).
+        causal: query t sees its row's own keys up to S - T + t, so that the last query sees all of them.
+        lengths: (B,) int64, how many of the S own keys are valid; the rest is padding on the right. Values outside
+            0..S mean 0 or S.
+        scale: 1 / sqrt(D) if None.
+
+    Returns:
+        (B, Hq, T, D), q's dtype.
+
+    Raises:
+        ValueError: shapes that do not fit, named in the message.
+
+    Source: Li & Liang, "Prefix-Tuning" (ACL 2021), on each layer's keys and values.
+    """
+    _check(q, k, v, prefix_k, prefix_v, lengths)
+    size, queries, keys = prefix_k.shape[1], q.shape[2], k.shape[2]
+    grouped = q.shape[1] != k.shape[1]
+    if causal and lengths is None and size == 0 and queries == keys:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+    visible = _own_visible(q, k, causal, lengths)
+    if size:
+        k = torch.cat([prefix_k.to(k.dtype).expand(q.shape[0], -1, -1, -1), k], dim=2)
+        v = torch.cat([prefix_v.to(v.dtype).expand(q.shape[0], -1, -1, -1), v], dim=2)
+    if visible is None:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
+    mask = torch.arange(size + keys, device=q.device) < visible + size  # (B or 1, 1, T or 1, P + S)
+    if size:
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=grouped)
+    # A query that sees nothing is let see everything, and its result dropped: no NaN in either direction.
+    blind = visible == 0
+    o = F.scaled_dot_product_attention(q, k, v, mask | blind, scale=scale, enable_gqa=grouped)
+    return o.masked_fill(blind, 0.0)
