@@ -16,6 +16,8 @@ from compressft.errors import UserError
 from compressft.recipe import Recipe, parse_recipe
 
 FREE_SPACE_FACTOR = 8
+# Name prefix of a checkpoint that is being deleted.
+DROPPED = ".dropped-"
 # A failed write leaves less than this behind.
 FULL_DISK = 2**20
 
@@ -170,7 +172,10 @@ class RunFolder:
         written.rename(final)
         sync_directory(final.parent)
         for older in self.checkpoints()[:-keep]:
-            shutil.rmtree(older, ignore_errors=True)
+            # Out of sight first: a kill amid the deletion must not leave half a checkpoint under its name.
+            dropped = older.with_name(DROPPED + older.name)
+            older.rename(dropped)
+            shutil.rmtree(dropped, ignore_errors=True)
         return final
 
     def checkpoints(self) -> list[Path]:
@@ -184,7 +189,8 @@ class RunFolder:
         Raises:
             UserError: it is truncated or changed; the message names the file.
         """
-        shutil.rmtree(self.staging, ignore_errors=True)
+        for leftover in (self.staging, *self.staging.parent.glob(f"{DROPPED}*")):
+            shutil.rmtree(leftover, ignore_errors=True)
         for path in reversed(self.checkpoints()):
             manifest = read_manifest(path)
             if manifest.get("stage") == stage:

@@ -150,3 +150,19 @@ def test_failure_on_a_full_disk_is_the_users_to_fix(tmp_path, monkeypatch):
         raise RuntimeError("unexpected pos 1 vs 0")
     with RunFolder(tmp_path / "b", recipe(), resume=True):
         pass
+
+
+def test_half_deleted_checkpoint_is_out_of_sight(tmp_path, monkeypatch):
+    """A kill while an older checkpoint is deleted leaves files, but none that a resume would look at."""
+    with RunFolder(tmp_path / "run", recipe(), resume=False) as folder:
+        publish(folder, 3, keep=1)
+        with monkeypatch.context() as patched:
+            patched.setattr("compressft.folder.shutil.rmtree", lambda *args, **kwargs: None)
+            publish(folder, 6, keep=1)
+        left = [path.name for path in (folder.root / "checkpoints").iterdir()]
+        assert len(left) > 1 and "step-3" not in left
+        assert folder.checkpoints() == [folder.root / "checkpoints" / "step-6"]
+        assert folder.newest("another") is None
+        found = folder.newest("one")
+        assert found is not None and found[1]["step"] == 6
+        assert [path.name for path in (folder.root / "checkpoints").iterdir()] == ["step-6"]
