@@ -48,7 +48,7 @@ def training(recipe: Recipe, steps: int) -> list[dict[str, Any]]:
     from compressft.progress import quiet_libraries
     from compressft.run import load_task
     from compressft.trainer import LengthGroupedSampler, autocast_dtype
-    from compressft.transform import Context
+    from compressft.transform import Context, trainable
 
     quiet_libraries()
     keep_freed_memory()
@@ -69,7 +69,7 @@ def training(recipe: Recipe, steps: int) -> list[dict[str, Any]]:
             transform.prepare(model, context)
             transform.after_step(model, 0.0)
         model.train()
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
+        optimizer = torch.optim.AdamW([p for _, p in trainable(model)], lr=1e-5, fused=True)
         size = min(stage.train.batch_size, len(features))
         order = list(LengthGroupedSampler([len(f["input_ids"]) for f in features], size, 0))
         batches = [

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressft.anatomy import Anatomy, Layer, anatomy
+from compressft.anatomy import Layer, anatomy
 from compressft.errors import UserError
 from compressft.modules.attention import TRAINING, register
 from compressft.modules.linear import CompressedLinear
@@ -234,7 +234,6 @@ def _slice(module: nn.Module, rows: Tensor | None = None, columns: Tensor | None
 
 
 __all__ = [
-    "Anatomy",
     "compress_linear",
     "count",
     "freeze",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,10 @@ def _fits(node: Any, sources: list[Any]) -> bool:
     causal = node.attributes.get("unidirectional")
     mask = len(node.inputs) > 4 and node.inputs[4] is not None
     biases = all(len(source.inputs) > 6 and source.inputs[6] is not None for source in sources)
-    return len(widths) == 1 and mask and biases and not (causal and causal.as_int())
+    # QAttention scales by 1 / sqrt(head_dim) itself; a model with another scale keeps the general node.
+    scale, heads = node.attributes.get("scale"), node.attributes["num_heads"].as_int()
+    usual = scale is None or math.isclose(scale.as_float(), (min(widths) / heads) ** -0.5, rel_tol=1e-5)
+    return usual and len(widths) == 1 and mask and biases and not (causal and causal.as_int())
 
 
 def _replace(model: Any, node: Any, sources: list[Any]) -> None:
@@ -91,7 +95,6 @@ def _replace(model: Any, node: Any, sources: list[Any]) -> None:
     first = sources[0]
     inputs = [first.inputs[0], weight, bias, first.inputs[2], scale, node.inputs[4], first.inputs[4], zero]
     attributes = [onnx_ir.AttrInt64("num_heads", node.attributes["num_heads"].as_int())]
-    # The kernel scales by 1 / sqrt(head_dim) itself; a model with another scale keeps the general node.
     new = onnx_ir.Node(MICROSOFT, "QAttention", inputs, attributes, num_outputs=1)
     new.metadata_props.update(node.metadata_props)
     new.outputs[0].shape, new.outputs[0].type = node.outputs[0].shape, node.outputs[0].type

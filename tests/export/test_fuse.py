@@ -56,3 +56,11 @@ def test_projections_with_other_ranges_are_left_alone(exported):
     model.graph.initializer.append(own)
     keys[0].input[2] = "own_scale"
     assert fuse_qattention(onnx_ir.from_proto(model)) == 1
+
+
+def test_attention_with_a_scale_of_its_own_is_left_alone(exported):
+    """QAttention divides by the square root of the head's width and cannot be told otherwise."""
+    model = copy.deepcopy(onnx.load(str(exported("int8").path)))
+    node = next(n for n in model.graph.node if n.op_type == "MultiHeadAttention")
+    next(a for a in node.attribute if a.name == "scale").f = 1.0
+    assert fuse_qattention(onnx_ir.from_proto(model)) == 1
