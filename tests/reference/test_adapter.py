@@ -94,9 +94,9 @@ def test_biases_may_be_missing():
 
 def test_errors_name_the_shapes():
     t = tensors()
-    with pytest.raises(ValueError, match=r"x \(2, 3, 6\), down_weight \(3, 7\) and up_weight \(7, 3\)"):
+    with pytest.raises(ValueError, match=r"x \(2, 3, 6\), down_weight \(3, 7\), down_bias \(3,\), up_weight \(7, 3\)"):
         adapter(t["x"][..., :6], t["wd"], t["bd"], t["wu"], t["bu"])
-    with pytest.raises(ValueError, match=r"up_weight \(7, 2\) do not fit"):
+    with pytest.raises(ValueError, match=r"up_weight \(7, 2\), up_bias \(7,\) do not fit; want x"):
         adapter(t["x"], t["wd"], t["bd"], t["wu"][:, :2], t["bu"])
     with pytest.raises(ValueError, match="activation 'swish'; allowed: gelu, gelu_tanh, relu, silu, tanh"):
         adapter(t["x"], t["wd"], t["bd"], t["wu"], t["bu"], activation="swish")

@@ -7,8 +7,10 @@ import math
 import torch
 from torch import Tensor
 
+from compressft_kernels.nf4 import NF4
 
-def describe(**tensors: Tensor | None) -> str:
+
+def describe(**tensors: Tensor | NF4 | None) -> str:
     """'x (2, 3), weight (4, 3)' for an error message; what is None is left out."""
     return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items() if tensor is not None)
 
@@ -26,13 +28,14 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def to_compute(name: str, x: Tensor, bias: Tensor | None, **weights: Tensor) -> tuple[Tensor, Tensor | None]:
+def to_compute(name: str, x: Tensor, bias: Tensor | None, **weights: Tensor | NF4) -> tuple[Tensor, Tensor | None]:
     """x and bias in the dtype to compute in: x's own, or autocast's.
 
     Raises:
         ValueError: without autocast, dtypes that differ or are not floating.
     """
-    tensors = {"x": x, **weights} | ({} if bias is None else {"bias": bias})
+    dense = {key: weight for key, weight in weights.items() if isinstance(weight, Tensor)}
+    tensors = {"x": x, **dense} | ({} if bias is None else {"bias": bias})
     target = autocast_dtype(x)
     if not x.is_floating_point() or (target is None and any(t.dtype != x.dtype for t in tensors.values())):
         dtypes = ", ".join(f"{key} {tensor.dtype}" for key, tensor in tensors.items())

@@ -1,0 +1,204 @@
+"""Which path an operation takes on which device, and why: the only place that asks what the hardware is."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+OPERATIONS = ("adapter", "masked_linear", "packed_linear", "block_sparse_linear", "prefix_attention")
+# One entry per device or compute capability: what was measured there, else what compiles there without spilling.
+TABLE: dict[str, Any] = json.loads((Path(__file__).parent / "table.json").read_text(encoding="utf-8"))
+
+
+# A table entry to act as if one were on such a device, for compiling and explaining without it.
+_pretended: ContextVar[str | None] = ContextVar("compressft_pretended", default=None)
+
+
+@contextmanager
+def pretending(entry: str) -> Iterator[None]:
+    """Inside, choices are made as on a device of this table entry, such as "sm_90".
+
+    Raises:
+        ValueError: the table has no such entry.
+    """
+    if entry not in TABLE:
+        raise ValueError(f"dispatch: no entry {entry!r}; there are {', '.join(TABLE)}")
+    token = _pretended.set(entry)
+    try:
+        yield
+    finally:
+        _pretended.reset(token)
+
+
+@cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+@cache
+def _name(index: int) -> str:
+    return torch.cuda.get_device_name(index)
+
+
+@cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def programs(device: torch.device) -> int:
+    """How many blocks a persistent kernel starts on the device: one per multiprocessor."""
+    if _pretended.get() is not None:
+        return 132
+    return _multiprocessors(_index(device)) if device.type == "cuda" else 4
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def table_of(capability: tuple[int, int]) -> str:
+    """The table's entry for a compute capability without one of its own, by how much shared memory a block has."""
+    if capability >= (9, 0) and capability[0] != 12:
+        return "sm_90"
+    if capability in ((8, 0), (8, 7)):
+        return "sm_80"
+    return "sm_89"
+
+
+def entries(device: torch.device) -> list[str]:
+    """The table's entries that hold for a device, the more specific first."""
+    pretended = _pretended.get()
+    if pretended is not None:
+        return [pretended]
+    if device.type != "cuda":
+        return ["interpreter"]
+    index = _index(device)
+    return [name for name in (_name(index), table_of(_capability(index))) if name in TABLE]
+
+
+def configuration(kernel: str, where: list[str], **facts: Any) -> dict[str, int]:
+    """The block sizes, warps and stages of a kernel: of the first entry that knows it, the first row that holds.
+
+    A row holds where each of its conditions does: `name` equals the fact, `name_max` is no less than it.
+    """
+    for entry in where:
+        for row in TABLE[entry].get(kernel, ()):
+            if all(_holds(condition, value, facts) for condition, value in row["when"].items()):
+                return row["config"]
+    raise LookupError(f"no configuration of {kernel} in {where} for {facts}")
+
+
+def _holds(condition: str, value: Any, facts: Mapping[str, Any]) -> bool:
+    if condition.endswith("_max"):
+        return facts[condition.removesuffix("_max")] <= value
+    return facts[condition] == value
+
+
+def limit(name: str, where: list[str]) -> Any:
+    """A threshold of the first entry that has it; None means never."""
+    return next((TABLE[entry]["limits"][name] for entry in where if name in TABLE[entry].get("limits", {})), None)
+
+
+def interpreted() -> bool:
+    """Whether kernels run on the CPU under triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@torch.compiler.assume_constant_result
+def obstacle(device_type: str, index: int | None, dtype: torch.dtype) -> str | None:
+    """Why no Triton kernel runs on this device in this dtype; None if they do."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if _pretended.get() is not None:
+        return "float64 has no kernel" if dtype == torch.float64 else None
+    if device_type == "cpu" and interpreted():
+        return "triton's interpreter multiplies bf16 wrongly" if dtype == torch.bfloat16 else None
+    if device_type != "cuda":
+        return f"there are no kernels for {device_type}"
+    if torch.version.hip is not None:
+        return "the kernels are compiled for NVIDIA devices alone"
+    if not torch.cuda.is_available():  # fake tensors of a device that is elsewhere
+        return "float64 has no kernel" if dtype == torch.float64 else None
+    capability = _capability(torch.cuda.current_device() if index is None else index)
+    return unsupported(capability, dtype)
+
+
+def unsupported(capability: tuple[int, int], dtype: torch.dtype) -> str | None:
+    """Why the kernels are not for this compute capability in this dtype; None if they are."""
+    name = f"compute capability {capability[0]}.{capability[1]}"
+    if dtype == torch.bfloat16 and capability < (8, 0):
+        return f"{name} does not multiply bf16 in hardware; use float16"
+    if capability < (8, 0):
+        # Compiled for sm_75, tl.dot becomes scalar products that spill; cuBLAS uses that device's tensor cores.
+        return f"triton has no tensor-core products for {name}; torch's libraries have"
+    return "float64 has no kernel" if dtype == torch.float64 else None
+
+
+def misfit(operation: str, sizes: Mapping[str, Any]) -> str | None:
+    """Why an operation's kernels do not take these sizes; None if they do."""
+    if operation == "adapter" and sizes["r"] > 256:
+        return f"the bottleneck has {sizes['r']} units; the kernel keeps at most 256 on chip"
+    if operation == "prefix_attention" and sizes["head_dim"] > 256:
+        return f"heads are {sizes['head_dim']} wide; the kernel keeps at most 256 on chip"
+    if operation == "block_sparse_linear" and not all(b in (16, 32, 64, 128) for b in sizes["tile"]):
+        return f"tiles are {sizes['tile']}; the kernel takes 16, 32, 64 or 128"
+    if operation in ("masked_linear", "packed_linear") and sizes.get("nf4") and sizes["columns"] % 64:
+        return f"{sizes['columns']} columns of NF4; the kernel takes multiples of 64"
+    return None
+
+
+def runs_triton(operation: str, x: torch.Tensor, dtype: torch.dtype, **sizes: Any) -> bool:
+    """Whether the operation takes a Triton kernel for x, computing in dtype; else its plain-torch twin."""
+    if misfit(operation, sizes) is not None:
+        return False
+    return obstacle(x.device.type, x.device.index, dtype) is None
+
+
+DEFAULT_SIZES: dict[str, dict[str, Any]] = {
+    "adapter": {"r": 64},
+    "masked_linear": {"columns": 768},
+    "packed_linear": {"columns": 768},
+    "block_sparse_linear": {"tile": (64, 64)},
+    "prefix_attention": {"head_dim": 64},
+}
+
+
+def explain(
+    operation: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, **sizes: Any
+) -> str:
+    """One line: which path an operation takes on a device in a dtype, and why.
+
+    Args:
+        operation: one of `OPERATIONS`.
+        device: a torch device, or an entry of the table such as "sm_90" for one that is elsewhere.
+        sizes: what the choice depends on besides: r (adapter), columns and nf4 (masked_linear, packed_linear), tile
+            (block_sparse_linear), head_dim (prefix_attention); those of BERT-base if not given.
+
+    Raises:
+        ValueError: an unknown operation or size.
+    """
+    if operation not in OPERATIONS:
+        raise ValueError(f"explain: operation {operation!r}; there are {', '.join(OPERATIONS)}")
+    unknown = set(sizes) - set(DEFAULT_SIZES[operation]) - ({"nf4"} if operation.endswith("ed_linear") else set())
+    if unknown:
+        raise ValueError(f"explain: {operation} does not depend on {', '.join(sorted(unknown))}")
+    entry = str(device) if str(device) in TABLE else None
+    where = torch.device("meta" if entry else device)
+    with pretending(entry) if entry else nullcontext():
+        reason = obstacle(where.type, where.index, dtype) or misfit(operation, DEFAULT_SIZES[operation] | sizes)
+        if reason is not None:
+            return f"{operation}: plain torch ({reason})"
+        if where.type == "cpu":
+            return f"{operation}: Triton kernel, interpreted on the CPU (TRITON_INTERPRET=1)"
+        settings = entries(where)[0]
+    kind = "compiled for its kind, not measured" if settings.startswith("sm_") else "measured on this device"
+    return f"{operation}: Triton kernel (settings of {settings!r}: {kind})"

@@ -1,0 +1,141 @@
+"""Every shipped configuration, launched as in real use on tensors without memory: what test_ahead.py compiles.
+
+One case per row of the table and whatever else changes the machine code; shapes are those of real models.
+"""
+
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+from compressft_kernels import dispatch
+from compressft_kernels.ops import linear
+
+HALF, SINGLE = torch.bfloat16, torch.float32
+
+
+def meta(*shape: int, dtype: torch.dtype = HALF) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def tables(size: int, double: bool) -> list[torch.Tensor | None]:
+    """NF4's tables for a weight of so many elements."""
+    blocks = size // 64
+    if not double:
+        return [meta(blocks, dtype=SINGLE), meta(16, dtype=SINGLE), None, None, None]
+    second = [meta(blocks // 256, dtype=SINGLE), meta(256, dtype=SINGLE), meta(dtype=SINGLE)]
+    return [meta(blocks, dtype=torch.uint8), meta(16, dtype=SINGLE), *second]
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """float32 products by tensor cores, or exactly."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def linears() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Row counts on both sides of every `rows_max`, all weights and masks, forward and backward."""
+    kinds = {"bfloat16": HALF, "float16": torch.float16, "tf32": SINGLE, "float32": SINGLE}
+    weights = ("same", "float32", "nf4", "nf4 double")
+    masks = {"scores": SINGLE, "half scores": HALF, "bits": torch.uint8, "no mask": None}
+    for (kind, dtype), weight, mask, rows in product(kinds.items(), weights, masks, (16, 64, 255, 8192)):
+        if weight == "float32" and dtype == SINGLE:
+            continue
+        name = f"{kind} {rows} rows, {weight} weight, {mask}"
+        yield f"linear {name}", partial(run_linear, kind, dtype, weight, masks[mask], rows, False)
+        yield f"linear backward {name}", partial(run_linear, kind, dtype, weight, masks[mask], rows, True)
+
+
+def run_linear(
+    kind: str, dtype: torch.dtype, weight: str, mask: torch.dtype | None, rows: int, backward: bool
+) -> None:
+    size = [4096, 1024]
+    stored, extra = meta(*size, dtype=SINGLE if weight == "float32" else dtype), [None] * 5
+    if weight.startswith("nf4"):
+        stored, extra = meta(4096 * 512, dtype=torch.uint8), tables(4096 * 1024, weight == "nf4 double")
+    gate = None if mask is None else meta(4096, 128 if mask == torch.uint8 else 1024, dtype=mask)
+    x, dy = meta(rows, 1024, dtype=dtype), meta(rows, 4096, dtype=dtype)
+    with tf32(kind == "tf32"):
+        if not backward:
+            linear.forward(x, meta(4096, dtype=dtype), stored, gate, 0.5, size, *extra)
+            return
+        scored = mask is not None and mask.is_floating_point
+        wanted = [True, not scored and not weight.startswith("nf4"), scored]
+        linear.backward(dy, x if wanted[1] or wanted[2] else None, wanted, stored, gate, 0.5, size, *extra)
+
+
+FAMILIES = (linears,)
+
+
+def everything() -> Iterator[tuple[str, Callable[[], Any]]]:
+    for family in FAMILIES:
+        yield from family()
+
+
+def chosen(entry: str, share: int) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """One case of every `share` by the hash of its name, and for each row of the table the first case that uses it."""
+    from compressft_kernels.launch_triton import intercepting
+
+    seen: set[int] = set()
+    for name, run in everything():
+        with rows_used(entry) as used, intercepting(lambda *_: None):
+            run()
+        if used - seen or zlib.crc32(name.encode()) % share == 0:
+            seen |= used
+            yield name, run
+
+
+@contextmanager
+def rows_used(entry: str) -> Iterator[set[int]]:
+    """Collects the identities of the table's configurations that choices inside fall on."""
+    used: set[int] = set()
+    choose = dispatch.configuration
+
+    def watched(*args: Any, **facts: Any) -> dict[str, int]:
+        config = choose(*args, **facts)
+        used.add(id(config))
+        return config
+
+    dispatch.configuration = watched
+    try:
+        with dispatch.pretending(entry):
+            yield used
+    finally:
+        dispatch.configuration = choose
+
+
+def compile_all(entry: str, share: int) -> dict[str, Any]:
+    """The gates' facts of every chosen case, and the rows of the table that no case uses."""
+    from compressft_kernels import ahead_triton
+
+    capability = int(entry.removeprefix("sm_"))
+    kernels, used_at_all = [], set()
+    for name, run in chosen(entry, share):
+        with rows_used(entry) as used, ahead_triton.compiling(capability) as compiled:
+            run()
+        used_at_all |= used
+        for kernel, code in compiled:
+            facts = ahead_triton.facts(code)
+            kernels.append(
+                {
+                    "case": name,
+                    "kernel": kernel,
+                    "faults": facts.faults(capability),
+                    "dots": "tt.dot" in code.asm["ttir"],
+                    "hgmma": facts.hgmma,
+                    "hmma": facts.hmma,
+                    "wide": facts.wide_loads,
+                    "narrow": facts.narrow_loads,
+                }
+            )
+    rows = [(kernel, row) for kernel, rows in dispatch.TABLE[entry].items() if kernel != "limits" for row in rows]
+    unused = [(kernel, row["when"]) for kernel, row in rows if id(row["config"]) not in used_at_all]
+    return {"kernels": kernels, "unused": unused}

@@ -1,0 +1,77 @@
+"""What ships compiles for devices that are not here, and its machine code keeps the promises that speed needs."""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+# The interpreter would replace the kernels; processes of their own also compile side by side.
+SCRIPT = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import shipped
+print(json.dumps(shipped.compile_all(sys.argv[2], int(sys.argv[3]))))
+"""
+TABLE = json.loads((HERE.parents[1] / "kernels" / "compressft_kernels" / "table.json").read_text(encoding="utf-8"))
+ENTRIES = [name for name in TABLE if name.startswith("sm_")]
+# Of sm_89 the rows' own cases alone: it differs from sm_80 in shared memory only.
+SHARES = {"sm_90": 8, "sm_80": 16, "sm_89": 32}
+
+
+def compiled(entry):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(HERE.parents[1] / "kernels")
+    command = [sys.executable, "-c", SCRIPT, str(HERE), entry, str(SHARES[entry])]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def results():
+    with ThreadPoolExecutor(2) as pool:
+        yield dict(zip(ENTRIES, pool.map(compiled, ENTRIES), strict=True))
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_nothing_spills_and_everything_fits(results, entry):
+    kernels = results[entry]["kernels"]
+    assert kernels
+    assert not [(k["case"], k["kernel"], k["faults"]) for k in kernels if k["faults"]]
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_every_row_of_the_table_was_compiled(results, entry):
+    assert not results[entry]["unused"]
+
+
+def products(results, entry):
+    """Kernels with a product; float32 without tf32 is added up by scalar instructions, by intent."""
+    found = [k for k in results[entry]["kernels"] if k["dots"] and "float32 " not in k["case"]]
+    assert found
+    return found
+
+
+def test_sm_90_multiplies_by_warpgroups(results):
+    for k in products(results, "sm_90"):
+        # Live tiles of 16 and 32 rows have no warpgroup instruction, which takes 64.
+        small = "tiles of 16" in k["case"] or "tiles of 32" in k["case"]
+        assert k["hmma"] if small else k["hgmma"] and not k["hmma"], (k["case"], k["kernel"])
+
+
+@pytest.mark.parametrize("entry", ["sm_80", "sm_89"])
+def test_others_multiply_by_warps(results, entry):
+    assert not [(k["case"], k["kernel"]) for k in products(results, entry) if not k["hmma"]]
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_inner_loops_copy_16_bytes_at_a_time(results, entry):
+    for k in products(results, entry):
+        assert k["wide"] > 0, (k["case"], k["kernel"])
+        # Scales of NF4 blocks are the only operand without 16 adjacent bytes.
+        assert k["narrow"] == 0 or "nf4" in k["case"], (k["case"], k["kernel"])
