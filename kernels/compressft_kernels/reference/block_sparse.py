@@ -83,6 +83,21 @@ def _traced(x_TCi: Tensor, blocks: Tensor, layout: Tensor) -> Tensor:
     return y_RTo.transpose(0, 1)
 
 
+def check_block_sparse(
+    x: Tensor, blocks: Tensor, layout: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """x and bias in the dtype to compute in; raises what `block_sparse_linear` documents."""
+    fits = blocks.dim() == 3 and layout.dim() == 2 and x.dim() >= 1 and not layout.is_floating_point()
+    fits = fits and x.shape[-1] == layout.shape[1] * blocks.shape[2]
+    if not fits or (bias is not None and bias.shape != (layout.shape[0] * blocks.shape[1],)):
+        given = describe(x=x, blocks=blocks, layout=layout, bias=bias)
+        raise ValueError(
+            f"block_sparse_linear: {given} do not fit (layout is {layout.dtype}); want x (..., in), "
+            "blocks (live, bo, bi), layout (out / bo, in / bi) bool or integer, bias (out,)"
+        )
+    return to_compute("block_sparse_linear", x, bias, blocks=blocks)
+
+
 def block_sparse_linear(x: Tensor, blocks: Tensor, layout: Tensor, *, bias: Tensor | None = None) -> Tensor:
     """y = x W^T + b for a W of which only some tiles are not zero; only those are multiplied.
 
@@ -102,15 +117,7 @@ def block_sparse_linear(x: Tensor, blocks: Tensor, layout: Tensor, *, bias: Tens
 
     Source: the deployed form of block movement pruning, Lagunas et al., "Block Pruning For Faster Transformers" (2021).
     """
-    fits = blocks.dim() == 3 and layout.dim() == 2 and x.dim() >= 1 and not layout.is_floating_point()
-    fits = fits and x.shape[-1] == layout.shape[1] * blocks.shape[2]
-    if not fits or (bias is not None and bias.shape != (layout.shape[0] * blocks.shape[1],)):
-        given = describe(x=x, blocks=blocks, layout=layout, bias=bias)
-        raise ValueError(
-            f"block_sparse_linear: {given} do not fit (layout is {layout.dtype}); want x (..., in), "
-            "blocks (live, bo, bi), layout (out / bo, in / bi) bool or integer, bias (out,)"
-        )
-    x, bias = to_compute("block_sparse_linear", x, bias, blocks=blocks)
+    x, bias = check_block_sparse(x, blocks, layout, bias)
     blocks = blocks.to(x.dtype)
     x_TCi = rows(x).unflatten(1, (layout.shape[1], blocks.shape[2]))
     if torch.compiler.is_compiling() or layout.is_meta or type(layout) not in (Tensor, torch.nn.Parameter):

@@ -19,7 +19,7 @@ def _own_visible(q: Tensor, k: Tensor, causal: bool, lengths: Tensor | None) -> 
     return None if visible is None else visible.clamp(min=0)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, lengths: Tensor | None) -> None:
+def check_prefix(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, lengths: Tensor | None) -> None:
     given = describe(q=q, k=k, v=v, prefix_k=prefix_k, prefix_v=prefix_v, lengths=lengths)
     want = "want q (B, Hq, T, D), k and v (B, Hkv, S, D), prefix_k and prefix_v (Hkv, P, D), lengths (B,) int64"
     fits = q.dim() == 4 and k.dim() == 4 and prefix_k.dim() == 3 and v.shape == k.shape
@@ -47,8 +47,7 @@ def prefix_attention(
     """softmax(q [prefix_k; k]^T * scale) [prefix_v; v] per head, the prefix shared by the whole batch.
 
     Every query sees the whole prefix. A query that sees no key at all (nothing visible and P = 0) gives zeros and
-    gets and gives zero gradients. Gradients for q, k, v, prefix_k and prefix_v; P = 0 is plain attention, in which
-    the (empty) prefix takes no part.
+    gets and gives zero gradients. Gradients for q, k, v, prefix_k and prefix_v; P = 0 is plain attention.
 
     Args:
         q: (B, Hq, T, D), floating.
@@ -67,9 +66,14 @@ def prefix_attention(
 
     Source: Li & Liang, "Prefix-Tuning" (ACL 2021), on each layer's keys and values.
     """
-    _check(q, k, v, prefix_k, prefix_v, lengths)
+    check_prefix(q, k, v, prefix_k, prefix_v, lengths)
     size, queries, keys = prefix_k.shape[1], q.shape[2], k.shape[2]
     grouped = q.shape[1] != k.shape[1]
+    if size == 0 and torch.is_grad_enabled() and (prefix_k.requires_grad or prefix_v.requires_grad):
+        # Joining nothing in front gives the empty prefix its empty gradients.
+        k, v = (
+            torch.cat([p.to(t.dtype).expand(q.shape[0], -1, -1, -1), t], 2) for p, t in ((prefix_k, k), (prefix_v, v))
+        )
     if causal and lengths is None and size == 0 and queries == keys:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
     visible = _own_visible(q, k, causal, lengths)

@@ -1,0 +1,158 @@
+"""`adapter` as a custom operator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressft_kernels import dispatch, reference
+from compressft_kernels.nf4 import NF4, dense
+from compressft_kernels.reference.bottleneck import Norm, check_adapter
+from compressft_kernels.reference.operands import autocast_dtype, rows
+
+# Shapes: x (T, d), down_weight (r, d), up_weight (out, r), gamma and beta (d,).
+OPERANDS = (
+    "Tensor down_weight, Tensor? down_bias, Tensor up_weight, Tensor? up_bias, Tensor? gamma, Tensor? beta, "
+    "str activation, float scale, bool residual_is_x"
+)
+
+
+def _configuration(kernel: str, x: Tensor, down_weight: Tensor, up_weight: Tensor, norm: bool) -> dict[str, int]:
+    facts = {"rows": x.shape[0], "bytes": x.element_size(), "d": max(x.shape[1], up_weight.shape[0]), "norm": norm}
+    padded = max(64, 1 << (down_weight.shape[0] - 1).bit_length())
+    config = dispatch.configuration(kernel, dispatch.entries(x.device), r=padded, **facts)
+    return {"BLOCK_R": padded} | config
+
+
+def forward(
+    x: Tensor, residual: Tensor | None, eps: float, save: bool,
+    down_weight: Tensor, down_bias: Tensor | None, up_weight: Tensor, up_bias: Tensor | None, gamma: Tensor | None,
+    beta: Tensor | None, activation: str, scale: float, residual_is_x: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """y (T, out), x's dtype promoted with the residual's; where save: the pre-activation z (T, r), mean and rstd (T,) of the norm; else empty tensors."""
+    from compressft_kernels import adapter_triton as kernels
+
+    config = _configuration("adapter", x, down_weight, up_weight, gamma is not None)
+    return kernels.forward(
+        x, down_weight, down_bias, up_weight, up_bias, activation, scale, residual, residual_is_x, gamma, beta, eps,
+        save, config,
+    )  # fmt: skip
+
+
+def backward(
+    dy: Tensor, x: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, wanted: list[bool],
+    down_weight: Tensor, down_bias: Tensor | None, up_weight: Tensor, up_bias: Tensor | None, gamma: Tensor | None,
+    beta: Tensor | None, activation: str, scale: float, residual_is_x: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, down weight, down bias, up weight, up bias, gamma and beta where wanted, else empty tensors."""
+    from compressft_kernels import adapter_backward_triton as kernels
+
+    norm = gamma is not None
+    gradients = kernels.backward(
+        dy, x, z, mean, rstd, down_weight, down_bias, up_weight, up_bias, gamma, beta, activation, scale,
+        residual_is_x, kernels.Wanted(*wanted), _configuration("adapter_rows", x, down_weight, up_weight, norm),
+        _configuration("adapter_weights", x, down_weight, up_weight, norm),
+    )  # fmt: skip
+    dx, *rest = (dy.new_empty(0) if gradient is None else gradient for gradient in gradients)
+    return dx, rest[0], rest[1], rest[2], rest[3], rest[4], rest[5]
+
+
+adapter_forward = torch.library.custom_op(
+    "compressft::adapter",
+    mutates_args=(),
+    schema=f"(Tensor x, Tensor? residual, float eps, bool save, {OPERANDS}) -> (Tensor, Tensor, Tensor, Tensor)",
+)(forward)
+adapter_backward = torch.library.custom_op(
+    "compressft::adapter_backward",
+    mutates_args=(),
+    schema=f"(Tensor dy, Tensor x, Tensor z, Tensor mean, Tensor rstd, bool[] wanted, {OPERANDS}) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)(backward)
+
+
+@adapter_forward.register_fake
+def _(
+    x: Tensor, residual: Tensor | None, eps: float, save: bool,
+    down_weight: Tensor, down_bias: Tensor | None, up_weight: Tensor, up_bias: Tensor | None, gamma: Tensor | None,
+    *_: Any,
+):  # fmt: skip
+    statistics = torch.float64 if x.dtype == torch.float64 else torch.float32
+    length = x.shape[0] if save and gamma is not None else 0
+    y_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    return (
+        x.new_empty((x.shape[0], up_weight.shape[0]), dtype=y_dtype),
+        x.new_empty((x.shape[0], down_weight.shape[0]) if save else (0,)),
+        x.new_empty(length, dtype=statistics),
+        x.new_empty(length, dtype=statistics),
+    )
+
+
+@adapter_backward.register_fake
+def _(
+    dy: Tensor, x: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, wanted: list[bool],
+    down_weight: Tensor, down_bias: Tensor | None, up_weight: Tensor, up_bias: Tensor | None, gamma: Tensor | None,
+    beta: Tensor | None, *_: Any,
+):  # fmt: skip
+    like = (x, down_weight, down_bias, up_weight, up_bias, gamma, beta)
+    return tuple(
+        dy.new_empty(t.shape, dtype=t.dtype) if want and t is not None else dy.new_empty(0)
+        for t, want in zip(like, wanted, strict=True)
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, _, _, _, down_weight, down_bias, up_weight, up_bias, gamma, beta, *ctx.settings = inputs
+    _, z, mean, rstd = output
+    ctx.mark_non_differentiable(z, mean, rstd)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, z, mean, rstd, down_weight, down_bias, up_weight, up_bias, gamma, beta)
+
+
+def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 13
+    x, z, mean, rstd, *weights = ctx.saved_tensors
+    wanted = [ctx.needs_input_grad[place] for place in (0, 4, 5, 6, 7, 8, 9)]
+    found = adapter_backward(dy.to(x.dtype), x, z, mean, rstd, wanted, *weights, *ctx.settings)
+    gradients = [gradient if want else None for gradient, want in zip(found, wanted, strict=True)]
+    residual = dy if ctx.needs_input_grad[1] else None
+    return gradients[0], residual, None, None, *gradients[1:], None, None, None
+
+
+adapter_forward.register_autograd(_backward, setup_context=_setup)
+
+
+def adapter(
+    x: Tensor,
+    down_weight: Tensor | NF4,
+    down_bias: Tensor | None,
+    up_weight: Tensor | NF4,
+    up_bias: Tensor | None,
+    *,
+    activation: str = "gelu",
+    scale: float = 1.0,
+    residual: Tensor | None = None,
+    norm: Norm | None = None,
+) -> Tensor:
+    dtype = autocast_dtype(x) or x.dtype
+    down_weight, up_weight = dense(down_weight, dtype), dense(up_weight, dtype)
+    operands = (x, down_weight, down_bias, up_weight, up_bias)
+    if not dispatch.runs_triton("adapter", x, dtype, r=down_weight.shape[0]):
+        return reference.adapter(*operands, activation=activation, scale=scale, residual=residual, norm=norm)
+    check_adapter(*operands, activation, residual, norm)
+    gamma, beta, eps = norm or (None, None, 0.0)
+    tensors = [t for t in (*operands, residual, gamma, beta) if t is not None]
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    # Under autocast the product is of rounded x, the residual is x as it was.
+    residual_is_x = residual is x and x.dtype == dtype
+    given = None if residual is None or residual_is_x else rows(residual)
+    y, *_ = adapter_forward(
+        rows(x.to(dtype)), given, eps, save, down_weight, down_bias, up_weight, up_bias, gamma, beta, activation,
+        float(scale), residual_is_x,
+    )  # fmt: skip
+    return y.view(*x.shape[:-1], up_weight.shape[0])
+
+
+adapter.__doc__ = reference.adapter.__doc__

@@ -1,0 +1,117 @@
+"""`prefix_attention` as a custom operator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressft_kernels import dispatch, reference
+from compressft_kernels.reference.operands import autocast_dtype
+from compressft_kernels.reference.prefix import check_prefix
+
+# Shapes: q (B, Hq, T, D), k and v (B, Hkv, S, D), prefix_k and prefix_v (Hkv, P, D), lengths (B,) int64.
+OPERANDS = "Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor? lengths, bool causal, float scale"
+
+
+def _configuration(kernel: str, q: Tensor, k: Tensor) -> dict[str, int]:
+    stacked = q.shape[2] * (q.shape[1] // k.shape[1])  # a group's query heads share one read of the keys
+    facts = {"queries": stacked, "head_dim": q.shape[3], "bytes": q.element_size()}
+    return dispatch.configuration(kernel, dispatch.entries(q.device), **facts)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, lengths: Tensor | None, causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """o like q, and the softmax's log2-denominators (B, Hq, T)."""
+    from compressft_kernels import prefix_triton as kernels
+
+    config = _configuration("prefix", q, k)
+    return kernels.forward(q, k, v, prefix_k, prefix_v, causal, lengths, scale, config)
+
+
+def backward(
+    do: Tensor, o: Tensor, lse: Tensor, wanted: list[bool],
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, lengths: Tensor | None, causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k, v, prefix_k and prefix_v where wanted, else empty tensors."""
+    from compressft_kernels import prefix_backward_triton as kernels
+
+    configs = [_configuration(name, q, k) for name in ("prefix_dq", "prefix_dkv", "prefix_dprefix")]
+    flags = (wanted[0], wanted[1], wanted[2], wanted[3], wanted[4])
+    found = kernels.backward(do, q, k, v, prefix_k, prefix_v, o, lse, causal, lengths, scale, *configs, flags)
+    dq, dk, dv, dpk, dpv = (q.new_empty(0) if gradient is None else gradient for gradient in found)
+    return dq, dk, dv, dpk, dpv
+
+
+prefix_forward = torch.library.custom_op(
+    "compressft::prefix_attention", mutates_args=(), schema=f"({OPERANDS}) -> (Tensor, Tensor)"
+)(forward)
+prefix_backward = torch.library.custom_op(
+    "compressft::prefix_attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor do, Tensor o, Tensor lse, bool[] wanted, {OPERANDS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)(backward)
+
+
+@prefix_forward.register_fake
+def _(q: Tensor, *_: Any):
+    statistics = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=statistics)
+
+
+@prefix_backward.register_fake
+def _(
+    do: Tensor, o: Tensor, lse: Tensor, wanted: list[bool],
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, *_: Any,
+):  # fmt: skip
+    own = [torch.empty_like(t) if want else t.new_empty(0) for t, want in zip((q, k, v), wanted[:3], strict=True)]
+    prefixes = ((prefix_k, wanted[3]), (prefix_v, wanted[4]))
+    return (*own, *(t.new_empty(t.shape) if want else q.new_empty(0) for t, want in prefixes))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.causal, ctx.scale = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output, *tensors)
+
+
+def _backward(ctx: Any, do: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if do is None:
+        return (None,) * 8
+    wanted = list(ctx.needs_input_grad[:5])
+    o, lse, *tensors = ctx.saved_tensors
+    found = prefix_backward(do, o, lse, wanted, *tensors, ctx.causal, ctx.scale)
+    return *(gradient if want else None for gradient, want in zip(found, wanted, strict=True)), None, None, None
+
+
+prefix_forward.register_autograd(_backward, setup_context=_setup)
+
+
+def prefix_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    *,
+    causal: bool = False,
+    lengths: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    dtype = autocast_dtype(q) or q.dtype
+    if not dispatch.runs_triton("prefix_attention", q, dtype, head_dim=q.shape[-1]):
+        return reference.prefix_attention(
+            q, k, v, prefix_k, prefix_v, causal=causal, lengths=lengths, scale=scale
+        )
+    check_prefix(q, k, v, prefix_k, prefix_v, lengths)
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    o, _ = prefix_forward(q.to(dtype), k.to(dtype), v.to(dtype), prefix_k, prefix_v, lengths, causal, scale)
+    return o
+
+
+prefix_attention.__doc__ = reference.prefix_attention.__doc__

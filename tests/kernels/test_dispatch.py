@@ -1,0 +1,91 @@
+"""Which path an operation takes where: the rules, the table's rows, and what `explain` says."""
+
+import re
+
+import pytest
+import torch
+from compressft_kernels import dispatch, explain
+from compressft_kernels.dispatch import OPERATIONS, TABLE, configuration, limit, pretending, table_of, unsupported
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_the_cpu_takes_the_twin(operation):
+    assert explain(operation) == f"{operation}: plain torch (there are no kernels for cpu)"
+    assert not dispatch.runs_triton(operation, torch.zeros(1), torch.float32, **dispatch.DEFAULT_SIZES[operation])
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("entry", ["sm_80", "sm_89", "sm_90"])
+def test_devices_that_are_elsewhere(operation, entry):
+    said = explain(operation, device=entry, dtype=torch.bfloat16)
+    assert said == f"{operation}: Triton kernel (settings of '{entry}': compiled for its kind, not measured)"
+    assert "plain torch (float64 has no kernel)" in explain(operation, device=entry, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("capability", "entry"),
+    [((8, 0), "sm_80"), ((8, 7), "sm_80"), ((8, 6), "sm_89"), ((8, 9), "sm_89"), ((9, 0), "sm_90"), ((10, 0), "sm_90"),
+     ((12, 0), "sm_89")],
+)  # fmt: skip
+def test_settings_go_by_shared_memory(capability, entry):
+    assert table_of(capability) == entry and entry in TABLE
+
+
+def test_what_the_hardware_does_not_multiply():
+    assert "7.5 does not multiply bf16 in hardware; use float16" in unsupported((7, 5), torch.bfloat16)
+    assert "no tensor-core products for compute capability 7.5" in unsupported((7, 5), torch.float16)
+    for capability in ((8, 0), (8, 9), (9, 0)):
+        assert all(unsupported(capability, dtype) is None for dtype in (*HALVES, torch.float32))
+        assert unsupported(capability, torch.float64) == "float64 has no kernel"
+
+
+@pytest.mark.parametrize(
+    ("operation", "sizes", "reason"),
+    [
+        ("adapter", {"r": 300}, "300 units"),
+        ("prefix_attention", {"head_dim": 320}, "320 wide"),
+        ("block_sparse_linear", {"tile": (32, 24)}, r"tiles are \(32, 24\)"),
+        ("packed_linear", {"columns": 100, "nf4": True}, "100 columns of NF4"),
+    ],
+)
+def test_sizes_that_no_kernel_takes(operation, sizes, reason):
+    said = explain(operation, device="sm_90", dtype=torch.float16, **sizes)
+    assert "plain torch" in said
+    assert re.search(reason, said)
+
+
+def test_explain_refuses_what_it_does_not_know():
+    with pytest.raises(ValueError, match="operation 'attention'; there are adapter, masked_linear"):
+        explain("attention")
+    with pytest.raises(ValueError, match="adapter does not depend on tile"):
+        explain("adapter", tile=(16, 16))
+    with pytest.raises(ValueError, match="no entry 'sm_70'; there are sm_90"), pretending("sm_70"):
+        pass
+
+
+def test_the_first_row_that_holds_wins(monkeypatch):
+    rows = [
+        {"when": {"bytes": 4, "rows_max": 16}, "config": {"n": 1}},
+        {"when": {"rows_max": 64}, "config": {"n": 2}},
+        {"when": {}, "config": {"n": 3}},
+    ]
+    monkeypatch.setitem(TABLE, "here", {"k": rows, "limits": {"most": 5}})
+    monkeypatch.setitem(TABLE, "more", {"other": [{"when": {}, "config": {"n": 4}}], "limits": {"most": 6, "least": None}})
+    for facts, want in (((4, 16), 1), ((2, 16), 2), ((4, 17), 2), ((4, 65), 3)):
+        assert configuration("k", ["here", "more"], bytes=facts[0], rows=facts[1])["n"] == want
+    assert configuration("other", ["here", "more"])["n"] == 4
+    assert (limit("most", ["here", "more"]), limit("least", ["here", "more"]), limit("none", ["here"])) == (5, None, None)
+    with pytest.raises(LookupError, match="no configuration of absent in"):
+        configuration("absent", ["here", "more"], rows=1)
+
+
+@pytest.mark.parametrize("entry", TABLE)
+def test_every_kernel_has_a_row_for_all_sizes(entry):
+    """The last row of each holds without conditions, and no earlier one hides those behind it."""
+    assert set(TABLE[entry]) == set(TABLE["sm_90"])
+    for kernel, rows in TABLE[entry].items():
+        if kernel != "limits":
+            assert rows[-1]["when"] == {}, kernel
+            assert all(row["when"] for row in rows[:-1]), kernel
