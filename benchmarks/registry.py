@@ -2,4 +2,5 @@
 
 BENCHMARKS: dict[str, tuple[str, str]] = {
     "edge": ("benchmarks.edge", "bytes, milliseconds and accuracy of the files that the edge recipes ship"),
+    "ops": ("benchmarks.ops", "correctness, time and memory of the kernels' operators beside every peer there is"),
 }

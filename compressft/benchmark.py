@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +107,28 @@ def training(recipe: Recipe, steps: int) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def ops(
+    device: str | None, only: Sequence[str], quick: bool, say: Callable[[str], None] = lambda line: None
+) -> tuple[dict[str, Any], dict[str, list[dict[str, str]]]]:
+    """The kernels' operators, checked against float64 and timed beside torch: (document, each one's rows to print).
+
+    Args:
+        device: "cpu" or "cuda"; None takes the GPU if there is one.
+        only: names of operators; all if empty.
+    """
+    import torch
+    from compressft_kernels.benchmark.run import measure, summary
+    from compressft_kernels.dispatch import OPERATIONS
+
+    for name in only:
+        if name not in OPERATIONS:
+            raise UserError(f"--only {name!r}: is no operator; there are {', '.join(OPERATIONS)}")
+    if device not in (None, "cpu", "cuda"):
+        raise UserError(f"--device {device!r}: wants cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no GPU")
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    document = measure(only or OPERATIONS, chosen, quick=quick, say=say)
+    return document, summary(document)

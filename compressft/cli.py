@@ -6,6 +6,7 @@ import errno
 import json
 import shlex
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -173,7 +174,31 @@ def training(
     _rows(measure_training(load_recipe(recipe, set or ()), steps), json_file)
 
 
-def _rows(rows: list[dict[str, Any]], json_file: Path | None) -> None:
+@benchmark.command()
+def ops(
+    device: Annotated[str | None, typer.Option(metavar="cpu|cuda", help="Default: the GPU if there is one.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="OP", help="An operator, repeatable (default: all).")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Small shapes, in seconds.")] = False,
+    json_file: Json = None,
+) -> None:
+    """Correctness and speed of the kernels' operators, beside PyTorch's."""
+    from compressft.benchmark import ops as measure_ops
+
+    document, tables = measure_ops(device, only or (), quick, lambda line: err.print(line, soft_wrap=True))
+    for operation, rows in tables.items():
+        out.print(operation)
+        _rows(rows, None)
+    for operation, reason in document["wrong"].items():
+        out.print(f"wrong: {operation}: {reason}", soft_wrap=True)
+    if json_file is not None:
+        json_file.write_text(json.dumps(document, indent=1), encoding="utf-8")
+    if document["wrong"]:
+        raise typer.Exit(1)
+
+
+def _rows(rows: Sequence[Mapping[str, Any]], json_file: Path | None) -> None:
     table = Table(*rows[0], box=None)
     for row in rows:
         table.add_row(*(f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -297,6 +298,43 @@ def test_benchmark_of_missing_and_broken_files(call, tmp_path, recipe):
 def test_benchmark_checks_where_its_rows_go_before_it_measures(call):
     assert "--json 'no/rows.json'" in said(call("benchmark", "edge", "nowhere.onnx", "--json", "no/rows.json"))
     assert "--json '.'" in said(call("benchmark", "edge", "nowhere.onnx", "--json", "."))
+    assert "--json '.'" in said(call("benchmark", "ops", "--json", "."))
+
+
+def test_benchmark_of_operators_that_cannot_be_measured(call, tmp_path, monkeypatch):
+    message = said(call("benchmark", "ops", "--only", "adapter", "--only", "sorting"))
+    assert "--only 'sorting': is no operator; there are adapter, masked_linear, " in message
+    assert "--device 'tpu': wants cpu or cuda" in said(call("benchmark", "ops", "--device", "tpu"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "--device cuda: torch finds no GPU" in said(call("benchmark", "ops", "--device", "cuda"))
+    assert contents(tmp_path) == {}
+
+
+def test_benchmark_of_operators(call, tmp_path, monkeypatch):
+    from compressft_kernels.benchmark import shapes
+
+    monkeypatch.setattr(shapes, "checks", lambda checks=shapes.checks: checks()[::9])
+    done = call("benchmark", "ops", "--device", "cpu", "--quick", "--only", "adapter", "--json", "rows.json")
+    assert done.code == 0
+    assert done.err.splitlines()[0] == "checking against float64"
+    assert done.err.splitlines()[-1] == "adapter 2x32 d96 r16, forward+backward"
+    title, head, *rows = done.out.splitlines()
+    assert title == "adapter" and head.split()[:3] == ["case", "pass", "ms"]
+    assert len(rows) == 2 and all(row.split()[:3] == ["2x32", "d96", "r16"] for row in rows)
+    document = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["pass"] for row in document["rows"]] == ["forward", "forward+backward"]
+    assert document["wrong"] == {} and {row["operation"] for row in document["correctness"]} == {"adapter"}
+
+
+def test_benchmark_says_which_operator_is_wrong(call, monkeypatch):
+    from compressft_kernels.benchmark import correctness
+
+    monkeypatch.setattr(correctness, "FACTOR", -1e6)
+    done = call("benchmark", "ops", "--device", "cpu", "--quick", "--only", "masked_linear")
+    assert done.code == 1
+    assert "\nwrong: masked_linear: " in done.out
+    assert not re.search(r"\dx ", done.out)
+    assert done.out.count(" wrong ") == 8
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no device that is always full")
@@ -327,6 +365,7 @@ def test_full_disk_is_one_line(call, tmp_path):
         ["benchmark", "edge", "x", "--rounds", "0"],
         ["benchmark", "training", "x", "--steps", "0"],
         ["benchmark", "training", "x", "--steps", "many"],
+        ["benchmark", "ops", "adapter"],
     ],
 )
 def test_wrong_usage(call, tmp_path, arguments):

@@ -242,7 +242,8 @@ def shares(
     tiles = triton.cdiv(width, block) + triton.cdiv(out, block)
     # No fewer than four tiles of tokens to a program.
     most = triton.cdiv(min(length, chunk), 4 * config_weights["BLOCK_T"])
-    split = max(1, min(2 * programs // tiles, most))
+    # A power of two: each value compiles a kernel.
+    split = 1 << max(1, min(2 * programs // tiles, most)).bit_length() - 1
     return {**config_rows, "CHUNK": chunk}, {**config_weights, "SPLIT": split}
 
 

@@ -87,12 +87,15 @@ class Facts:
     shared: int
     wide_loads: int  # 16-byte copies from global to shared memory, or by the bulk copy engine
     narrow_loads: int  # smaller copies from global to shared memory
+    overwritten: int  # shared operands of products in flight with fewer buffers than stages
 
     def faults(self, capability: int) -> list[str]:
         """Why this must not be shipped; empty if it may."""
         found = []
         if self.stack or self.local:
             found.append(f"{self.stack} B of stack and {self.local} local loads and stores: it spills")
+        if self.overwritten:
+            found.append(f"{self.overwritten} operands are refilled while a product still reads them")
         if self.shared > SHARED_LIMIT[capability]:
             found.append(f"{self.shared} B of shared memory; sm_{capability} has {SHARED_LIMIT[capability]}")
         return found
@@ -123,4 +126,26 @@ def facts(compiled: Any) -> Facts:
         shared=compiled.metadata.shared,
         wide_loads=wide,
         narrow_loads=count(r"LDGSTS") + count(r"UTMALDG") - wide,
+        overwritten=_overwritten(compiled.asm["ttgir"], compiled.metadata.num_stages),
     )
+
+
+def _overwritten(ttgir: str, stages: int) -> int:
+    """Operands of warpgroup products that a loop leaves in flight, in fewer buffers than there are stages.
+
+    Triton (3.6, 3.7) gives a tile that is loaded for a product and also used in registers one buffer too few.
+    """
+    found = 0
+    for loop in re.finditer(r"= scf\.for .*?\n(.*?)\n +scf\.yield", ttgir, re.DOTALL):
+        body = loop[1]
+        if not re.search(r"pendings = [1-9]", body):
+            continue
+        whole = dict(re.findall(r"(%\S+) = ttg\.memdesc_index (%\S+?)\[", body))
+        turned = dict(re.findall(r"(%\S+) = ttg\.memdesc_trans (%\S+) ", body))
+        for operands in re.findall(r"warp_group_dot (%\S+), (%\S+), .*isAsync", body):
+            for operand in (turned.get(o, o) for o in operands):
+                if operand in whole:
+                    allocation = re.escape(whole[operand]) + r" = ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x"
+                    buffers = re.search(allocation, ttgir)
+                    found += buffers is not None and int(buffers[1]) < stages
+    return found

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 BLOCK = 64
 # Quantiles of a normal distribution scaled to [-1, 1] (Dettmers et al., "QLoRA", 2023, appendix E).
@@ -67,7 +68,7 @@ class NF4:
     @classmethod
     def quantise(cls, weight: Tensor) -> NF4:
         """Quantise a weight (out, in) to the nearest codes; out * in is even."""
-        flat = torch.nn.functional.pad(weight.detach().float().flatten(), (0, -weight.numel() % BLOCK)).view(-1, BLOCK)
+        flat = F.pad(weight.detach().float().flatten(), (0, -weight.numel() % BLOCK)).view(-1, BLOCK)
         absmax = flat.abs().amax(1)
         code = torch.tensor(NF4_CODE, device=weight.device)
         scaled = flat / absmax.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1)
@@ -87,11 +88,12 @@ def dequantise(packed: Tensor, tables: list[Tensor], shape: tuple[int, int], dty
         absmax2, code2, offset = nested
         second = absmax2.repeat_interleave(256)[: absmax.numel()]
         absmax = code2[absmax.long()] * second + offset
-    # No shifts: torch's ONNX export translates those of uint8 wrongly.
-    pairs = packed.flatten().long()
-    value = code[torch.stack([pairs // 16, pairs % 16], dim=1).flatten()]
-    scale = absmax.repeat_interleave(BLOCK)[: value.numel()]
-    return (value * scale).view(shape).to(dtype)
+    # A byte looks up its two weights at once; shifting uint8 is slower, and torch's ONNX export translates it wrongly.
+    pairs = torch.stack([code.repeat_interleave(16), code.repeat(16)], dim=1)
+    value = F.embedding(packed.flatten().int(), pairs).flatten()
+    if value.numel() % BLOCK:
+        return (value * absmax.repeat_interleave(BLOCK)[: value.numel()]).view(shape).to(dtype)
+    return value.view(-1, BLOCK).mul_(absmax.unsqueeze(1)).view(shape).to(dtype)
 
 
 def dense(weight: Tensor | NF4, dtype: torch.dtype) -> Tensor:

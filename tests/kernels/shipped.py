@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from compressft_kernels import dispatch
-from compressft_kernels.ops import linear
+from compressft_kernels.ops import block_sparse, linear, prefix
+from compressft_kernels.ops import bottleneck as adapters_op
+from compressft_kernels.reference import bottleneck
 
 HALF, SINGLE = torch.bfloat16, torch.float32
 
@@ -54,9 +56,7 @@ def linears() -> Iterator[tuple[str, Callable[[], Any]]]:
         yield f"linear backward {name}", partial(run_linear, kind, dtype, weight, masks[mask], rows, True)
 
 
-def run_linear(
-    kind: str, dtype: torch.dtype, weight: str, mask: torch.dtype | None, rows: int, backward: bool
-) -> None:
+def run_linear(kind: str, dtype: torch.dtype, weight: str, mask: torch.dtype | None, rows: int, backward: bool) -> None:
     size = [4096, 1024]
     stored, extra = meta(*size, dtype=SINGLE if weight == "float32" else dtype), [None] * 5
     if weight.startswith("nf4"):
@@ -72,7 +72,86 @@ def run_linear(
         linear.backward(dy, x if wanted[1] or wanted[2] else None, wanted, stored, gate, 0.5, size, *extra)
 
 
-FAMILIES = (linears,)
+def adapters() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Widths and bottlenecks of small and large models, every activation, with and without norm and residual."""
+    kinds = {"bfloat16": HALF, "float16": torch.float16, "tf32": SINGLE, "float32": SINGLE}
+    extras = ("alone", "norm", "residual", "norm, on its input")
+    grid = product(kinds, (768, 384, 4096), (16, 64, 128, 256), extras, bottleneck.ACTIVATIONS, (16, 255, 32768))
+    for kind, width, size, extra, activation, rows in grid:
+        name = f"{kind} {rows} rows, {width} wide, {size} units, {activation}, {extra}"
+        arguments = (kind, kinds[kind], width, size, extra, activation, rows)
+        yield f"adapter {name}", partial(run_adapter, *arguments, False)
+        yield f"adapter backward {name}", partial(run_adapter, *arguments, True)
+
+
+def run_adapter(
+    kind: str, dtype: torch.dtype, width: int, size: int, extra: str, activation: str, rows: int, backward: bool
+) -> None:
+    def of(*shape: int) -> torch.Tensor:
+        return meta(*shape, dtype=dtype)
+
+    weights = (of(size, width), of(size), of(width, size), of(width))
+    norm = (of(width), of(width)) if "norm" in extra else (None, None)
+    settings = (*weights, *norm, activation, 0.5, "on its input" in extra)
+    x = of(rows, width)
+    with tf32(kind == "tf32"):
+        if not backward:
+            adapters_op.forward(x, of(rows, width) if extra == "residual" else None, 1e-5, True, *settings)
+            return
+        statistics = [meta(rows, dtype=SINGLE) if norm[0] is not None else None for _ in range(2)]
+        mean, rstd = (meta(0, dtype=SINGLE) if t is None else t for t in statistics)
+        adapters_op.backward(of(rows, width), x, of(rows, size), mean, rstd, [True] * 7, *settings)
+
+
+def prefixes() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Head widths from 16 to 256, plain and grouped heads, training and decoding, every mask."""
+    kinds = {"bfloat16": HALF, "float16": torch.float16, "tf32": SINGLE, "float32": SINGLE}
+    masks = ("all keys", "causal", "padded", "causal and padded")
+    grid = product(kinds, (64, 128, 16, 32, 80, 256), ((12, 12), (32, 8)), masks, ((1024, 1024), (1, 4096), (17, 130)))
+    for kind, width, heads, mask, length in grid:
+        name = f"{kind} {length[0]} queries, {length[1]} keys, {heads[0]} heads on {heads[1]}, {width} wide, {mask}"
+        yield f"prefix {name}", partial(run_prefix, kind, kinds[kind], width, heads, mask, length, False)
+        yield f"prefix backward {name}", partial(run_prefix, kind, kinds[kind], width, heads, mask, length, True)
+
+
+def run_prefix(
+    kind: str, dtype: torch.dtype, width: int, heads: tuple[int, int], mask: str, length: tuple[int, int],
+    backward: bool,
+) -> None:  # fmt: skip
+    # As transformers lays them out: heads between tokens and width.
+    q = meta(8, length[0], heads[0], width, dtype=dtype).transpose(1, 2)
+    k, v = (meta(8, length[1], heads[1], width, dtype=dtype).transpose(1, 2) for _ in range(2))
+    pk, pv = (meta(heads[1], 64, width, dtype=dtype) for _ in range(2))
+    lengths = meta(8, dtype=torch.int64) if "padded" in mask else None
+    settings = (q, k, v, pk, pv, lengths, "causal" in mask, width**-0.5)
+    with tf32(kind == "tf32"):
+        if backward:
+            prefix.backward(q, q, meta(8, heads[0], length[0], dtype=SINGLE), [True] * 5, *settings)
+        else:
+            prefix.forward(*settings)
+
+
+def sparse() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Tiles from 16 to 128, a quarter of them live."""
+    kinds = {"bfloat16": HALF, "float16": torch.float16, "tf32": SINGLE, "float32": SINGLE}
+    for kind, tile, rows in product(kinds, ((64, 64), (128, 128), (32, 32), (16, 16), (32, 64), (128, 32)), (16, 8192)):
+        name = f"{kind} {rows} rows, tiles of {min(tile)} by {max(tile)}, {'wide' if tile[1] > tile[0] else 'high'}"
+        yield f"sparse {name}", partial(run_sparse, kind, kinds[kind], tile, rows, False)
+        yield f"sparse backward {name}", partial(run_sparse, kind, kinds[kind], tile, rows, True)
+
+
+def run_sparse(kind: str, dtype: torch.dtype, tile: tuple[int, int], rows: int, backward: bool) -> None:
+    layout = meta(3072 // tile[0], 768 // tile[1], dtype=torch.bool)
+    blocks = meta(layout.numel() // 4, *tile, dtype=dtype)
+    x, dy = meta(rows, 768, dtype=dtype), meta(rows, 3072, dtype=dtype)
+    with tf32(kind == "tf32"):
+        if backward:
+            block_sparse.backward(dy, x, [True, True], blocks, layout)
+        else:
+            block_sparse.forward(x, meta(3072, dtype=dtype), blocks, layout)
+
+
+FAMILIES = (linears, adapters, prefixes, sparse)
 
 
 def everything() -> Iterator[tuple[str, Callable[[], Any]]]:

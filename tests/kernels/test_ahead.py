@@ -50,28 +50,41 @@ def test_every_row_of_the_table_was_compiled(results, entry):
     assert not results[entry]["unused"]
 
 
-def products(results, entry):
-    """Kernels with a product; float32 without tf32 is added up by scalar instructions, by intent."""
-    found = [k for k in results[entry]["kernels"] if k["dots"] and "float32 " not in k["case"]]
+def products(results, entry, *but):
+    """Kernels with a product, other than those of some kinds of case."""
+    found = [k for k in results[entry]["kernels"] if k["dots"] and not any(f" {kind} " in k["case"] for kind in but)]
     assert found
     return found
 
 
 def test_sm_90_multiplies_by_warpgroups(results):
-    for k in products(results, "sm_90"):
+    for k in products(results, "sm_90", "float32", "tf32"):
         # Live tiles of 16 and 32 rows have no warpgroup instruction, which takes 64.
         small = "tiles of 16" in k["case"] or "tiles of 32" in k["case"]
-        assert k["hmma"] if small else k["hgmma"] and not k["hmma"], (k["case"], k["kernel"])
+        assert k["hmma"] or k["hgmma"] if small else k["hgmma"] and not k["hmma"], (k["case"], k["kernel"])
+
+
+def test_tf32_takes_tensor_cores(results):
+    """On sm_90 some of either kind: its warpgroup product of tf32 reads transposed operands in one order only."""
+    for entry in ENTRIES:
+        for k in products(results, entry, "float32", "bfloat16", "float16"):
+            assert k["hmma"] or k["hgmma"], (k["case"], k["kernel"])
+
+
+def test_exact_float32_takes_none(results):
+    for entry in ENTRIES:
+        for k in products(results, entry, "tf32", "bfloat16", "float16"):
+            assert not k["hmma"] and not k["hgmma"], (k["case"], k["kernel"])
 
 
 @pytest.mark.parametrize("entry", ["sm_80", "sm_89"])
 def test_others_multiply_by_warps(results, entry):
-    assert not [(k["case"], k["kernel"]) for k in products(results, entry) if not k["hmma"]]
+    assert not [(k["case"], k["kernel"]) for k in products(results, entry, "float32") if not k["hmma"]]
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_inner_loops_copy_16_bytes_at_a_time(results, entry):
-    for k in products(results, entry):
+    for k in products(results, entry, "float32", "tf32"):
         assert k["wide"] > 0, (k["case"], k["kernel"])
         # Scales of NF4 blocks are the only operand without 16 adjacent bytes.
         assert k["narrow"] == 0 or "nf4" in k["case"], (k["case"], k["kernel"])

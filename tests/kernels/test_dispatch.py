@@ -72,11 +72,17 @@ def test_the_first_row_that_holds_wins(monkeypatch):
         {"when": {}, "config": {"n": 3}},
     ]
     monkeypatch.setitem(TABLE, "here", {"k": rows, "limits": {"most": 5}})
-    monkeypatch.setitem(TABLE, "more", {"other": [{"when": {}, "config": {"n": 4}}], "limits": {"most": 6, "least": None}})
+    monkeypatch.setitem(
+        TABLE, "more", {"other": [{"when": {}, "config": {"n": 4}}], "limits": {"most": 6, "least": None}}
+    )
     for facts, want in (((4, 16), 1), ((2, 16), 2), ((4, 17), 2), ((4, 65), 3)):
         assert configuration("k", ["here", "more"], bytes=facts[0], rows=facts[1])["n"] == want
     assert configuration("other", ["here", "more"])["n"] == 4
-    assert (limit("most", ["here", "more"]), limit("least", ["here", "more"]), limit("none", ["here"])) == (5, None, None)
+    assert (limit("most", ["here", "more"]), limit("least", ["here", "more"]), limit("none", ["here"])) == (
+        5,
+        None,
+        None,
+    )
     with pytest.raises(LookupError, match="no configuration of absent in"):
         configuration("absent", ["here", "more"], rows=1)
 

@@ -19,11 +19,10 @@ OPERANDS = (
 )
 
 
-def _configuration(kernel: str, x: Tensor, down_weight: Tensor, up_weight: Tensor, norm: bool) -> dict[str, int]:
-    facts = {"rows": x.shape[0], "bytes": x.element_size(), "d": max(x.shape[1], up_weight.shape[0]), "norm": norm}
-    padded = max(64, 1 << (down_weight.shape[0] - 1).bit_length())
-    config = dispatch.configuration(kernel, dispatch.entries(x.device), r=padded, **facts)
-    return {"BLOCK_R": padded} | config
+def _configuration(kernel: str, x: Tensor, down_weight: Tensor, up_weight: Tensor) -> dict[str, int]:
+    width = max(x.shape[1], up_weight.shape[0])
+    facts = {"rows": x.shape[0], "bytes": x.element_size(), "d": width, "r": down_weight.shape[0]}
+    return dispatch.configuration(kernel, dispatch.entries(x.device), **facts)
 
 
 def forward(
@@ -34,7 +33,7 @@ def forward(
     """y (T, out), x's dtype promoted with the residual's; where save: the pre-activation z (T, r), mean and rstd (T,) of the norm; else empty tensors."""
     from compressft_kernels import adapter_triton as kernels
 
-    config = _configuration("adapter", x, down_weight, up_weight, gamma is not None)
+    config = _configuration("adapter", x, down_weight, up_weight)
     return kernels.forward(
         x, down_weight, down_bias, up_weight, up_bias, activation, scale, residual, residual_is_x, gamma, beta, eps,
         save, config,
@@ -49,11 +48,12 @@ def backward(
     """Gradients of x, down weight, down bias, up weight, up bias, gamma and beta where wanted, else empty tensors."""
     from compressft_kernels import adapter_backward_triton as kernels
 
-    norm = gamma is not None
+    configs = (_configuration(name, x, down_weight, up_weight) for name in ("adapter_rows", "adapter_weights"))
+    size = (x.shape[0], x.shape[1], up_weight.shape[0])
+    configs = kernels.shares(size, x.element_size(), *configs, programs=dispatch.programs(x.device))
     gradients = kernels.backward(
         dy, x, z, mean, rstd, down_weight, down_bias, up_weight, up_bias, gamma, beta, activation, scale,
-        residual_is_x, kernels.Wanted(*wanted), _configuration("adapter_rows", x, down_weight, up_weight, norm),
-        _configuration("adapter_weights", x, down_weight, up_weight, norm),
+        residual_is_x, kernels.Wanted(*wanted), *configs,
     )  # fmt: skip
     dx, *rest = (dy.new_empty(0) if gradient is None else gradient for gradient in gradients)
     return dx, rest[0], rest[1], rest[2], rest[3], rest[4], rest[5]

@@ -119,12 +119,26 @@ def test_nf4(random, poison, close, dtype, double, turned, mask):
     tables = stored.tables()
     if double:
         scales = torch.randint(0, 256, stored.absmax.shape, dtype=torch.uint8)
-        more = (random(1, dtype=torch.float32).abs(), random(256, dtype=torch.float32), random(1, dtype=torch.float32)[0])
+        more = (
+            random(1, dtype=torch.float32).abs(),
+            random(256, dtype=torch.float32),
+            random(1, dtype=torch.float32)[0],
+        )
         tables = NF4(stored.packed, scales, stored.code, size, more).tables()
     weight = dequantise(stored.packed, tables, size, torch.float64)
     gate = masks(random, size, dtype)[mask]
     x = random(5, size[0] if turned else size[1], dtype=dtype)
-    arguments = (poison(x), poison(stored.packed), [poison(t) for t in tables], poison(gate), 0.25, None, size, SMALL, 4)
+    arguments = (
+        poison(x),
+        poison(stored.packed),
+        [poison(t) for t in tables],
+        poison(gate),
+        0.25,
+        None,
+        size,
+        SMALL,
+        4,
+    )
     # The weight is rounded to the dtype before it is multiplied, in the twin as in the kernel.
     kept = masked(weight.to(dtype) if dtype == torch.float16 else weight, gate, 0.25)
     close(kernels.product(*arguments, turned=turned), x.double() @ (kept if turned else kept.t()), dtype)

@@ -213,7 +213,9 @@ def test_operator_registration(random, name):
         torch.library.opcheck(operator, args, test_utils=("test_schema", "test_faketensor"))
     # The forward with gradients, on operands as the public function gives them.
     operator, args = calls[0]
-    kept = tuple(a.detach().clone().requires_grad_(a.is_floating_point()) if isinstance(a, torch.Tensor) else a for a in args)
+    kept = tuple(
+        a.detach().clone().requires_grad_(a.is_floating_point()) if isinstance(a, torch.Tensor) else a for a in args
+    )
     torch.library.opcheck(operator, kept, test_utils=("test_autograd_registration",))
 
 

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from torch.nn import functional as F
-
 from compressft_kernels.prefix_backward_triton import backward
 from compressft_kernels.prefix_triton import forward
 from compressft_kernels.reference.prefix import prefix_attention
+from torch.nn import functional as F
 
 DTYPES = [torch.float64, torch.float32, torch.float16]
 SCALE = 0.3
