@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from compressft_kernels.adapter_triton import finished, fold, rows, two_parts
-from compressft_kernels.launch_triton import launch
+from compressft_kernels.launch_triton import cdiv, launch
 from compressft_kernels.numerics_triton import accumulator, activate, derivative, dtypes
 
 
@@ -239,9 +239,9 @@ def shares(
     wave = programs * config_rows["BLOCK_T"]
     chunk = wave * max(1, cache // (wave * max(width, out) * itemsize))
     block = config_weights["BLOCK_D"]
-    tiles = triton.cdiv(width, block) + triton.cdiv(out, block)
+    tiles = cdiv(width, block) + cdiv(out, block)
     # No fewer than four tiles of tokens to a program.
-    most = triton.cdiv(min(length, chunk), 4 * config_weights["BLOCK_T"])
+    most = cdiv(min(length, chunk), 4 * config_weights["BLOCK_T"])
     # A power of two: each value compiles a kernel.
     split = 1 << max(1, min(2 * programs // tiles, most)).bit_length() - 1
     return {**config_rows, "CHUNK": chunk}, {**config_weights, "SPLIT": split}
@@ -304,17 +304,17 @@ def backward(
     else:
         down = down_weight.to(x.dtype)
     up = up_weight.to(x.dtype)
-    padded = triton.cdiv(size, 16) * 16
+    padded = cdiv(size, 16) * 16
     scratch = min(chunk, length), padded
     h = x.new_empty(scratch) if wanted.up_weight else None
     dz = x.new_empty(scratch) if outer_wanted else None
-    programs = triton.cdiv(length, block_t)
+    programs = cdiv(length, block_t)
     parts = x.new_empty((programs, 2, padded), dtype=total) if parts_wanted else None
     up_total = x.new_empty((split, out, padded), dtype=total) if wanted.up_weight else None
     column_total = x.new_empty((split, out), dtype=total) if wanted.up_weight and column_wanted else None
     down_total = x.new_empty((split, width, padded), dtype=total) if outer_wanted else None
-    up_tiles = triton.cdiv(out, block_d) if wanted.up_weight else 0
-    tiles = up_tiles + (triton.cdiv(width, block_d) if outer_wanted else 0)
+    up_tiles = cdiv(out, block_d) if wanted.up_weight else 0
+    tiles = up_tiles + (cdiv(width, block_d) if outer_wanted else 0)
     down_needed = wanted.x or outer_wanted or parts_wanted
     factor = two_parts(scale)
     # Rows of a tile that the threads load at a time, 16 bytes each.
@@ -326,7 +326,7 @@ def backward(
         dy_part, x_part = dy[part], x[part]
         mean_part, rstd_part = (mean[part], rstd[part]) if norm else (None, None)
         launch(
-            _rows_kernel, (triton.cdiv(end - start, block_t),),
+            _rows_kernel, (cdiv(end - start, block_t),),
             dy_part, x_part, z[part], mean_part, rstd_part, up, down, sums, None if dx is None else dx[part], h, dz,
             None if parts is None else parts[start // block_t :],
             end - start, width, size, out, padded, dy.stride(0), x.stride(0), up.stride(0), down.stride(0), *factor,
@@ -347,8 +347,8 @@ def backward(
     if column_wanted and d_up_bias is not None and column_total is None:
         d_up_bias.copy_(dy.sum(0, dtype=total) * scale)
     block = 16
-    up_tiles = triton.cdiv(out, block) if wanted.up_weight else 0
-    down_tiles = triton.cdiv(width, block) if outer_wanted or beta_wanted else 0
+    up_tiles = cdiv(out, block) if wanted.up_weight else 0
+    down_tiles = cdiv(width, block) if outer_wanted or beta_wanted else 0
     launch(
         _finish_kernel, (up_tiles + down_tiles,),
         up_total, column_total, down_total, summed, down_weight, gamma, beta, d_up, d_up_bias, d_down, d_gamma, d_beta,

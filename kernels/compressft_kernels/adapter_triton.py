@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from compressft_kernels.launch_triton import launch
+from compressft_kernels.launch_triton import cdiv, launch
 from compressft_kernels.numerics_triton import accumulator, activate, dtypes
 
 
@@ -191,7 +191,7 @@ def forward(
         down = down_weight.to(x.dtype)
     up = up_weight.to(x.dtype)
     launch(
-        _forward_kernel, (triton.cdiv(length, config["BLOCK_T"]),),
+        _forward_kernel, (cdiv(length, config["BLOCK_T"]),),
         x, down, down_bias, up, up_bias, residual, sums, y, z, mean, rstd,
         length, width, size, out, x.stride(0), down.stride(0), up.stride(0),
         0 if residual is None else residual.stride(0), *two_parts(scale), eps,

@@ -46,7 +46,7 @@ class _Absent(DriverBase):
         raise NotImplementedError
 
     def get_current_device(self) -> int:
-        return self.target.arch  # a cache of its own per target
+        return int(self.target.arch)  # a cache of its own per target
 
     def get_current_stream(self, device: int) -> int:
         return 0

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from compressft_kernels.launch_triton import launch
+from compressft_kernels.launch_triton import cdiv, launch
 from compressft_kernels.numerics_triton import accumulator, dtypes
 
 
@@ -74,7 +74,7 @@ def _product_kernel(
     acc = tl.zeros((BLOCK_T, OUT), ACC) if TOKENS_LEFT else tl.zeros((OUT, BLOCK_T), ACC)
     # One flat loop over (tile, chunk of it), so that loads run ahead across tiles too.
     for step in range(first * DEEP, last * DEEP):
-        r0 = (step % DEEP) * BLOCK_R
+        r0 = (step % DEEP) * BLOCK_R  # type: ignore[operator]
         a = tl.load(tile_o + (where.to(tl.int64) * (OUT * INNER) + r0 * (OUT if TURNED else 1))).to(COMPUTE)
         b = tl.load(x_t + (across.to(tl.int64) * INNER + r0), mask=known, other=0.0).to(COMPUTE)
         following = (step + 1) // DEEP
@@ -146,7 +146,7 @@ def _product(
     y = x.new_empty(x.shape[0], lines * out)
     config = {**config, "BLOCK_R": min(config["BLOCK_R"], inner)}
     launch(
-        _product_kernel, (lines * triton.cdiv(x.shape[0], config["BLOCK_T"]),),
+        _product_kernel, (lines * cdiv(x.shape[0], config["BLOCK_T"]),),
         x, blocks.contiguous(), start, other, place, bias, y, x.shape[0], lines, x.stride(0),
         OUT=out, INNER=inner, TURNED=place is not None, BIAS=bias is not None, **dtypes(x.dtype), **config,
     )  # fmt: skip
@@ -188,7 +188,7 @@ def backward_blocks(
     n, bo, bi = blocks.shape
     split = config["SPLIT"]
     dblocks = x.new_empty((split, n, bo, bi), dtype=accumulator(x.dtype) if split > 1 else blocks.dtype)
-    groups = size[0] * triton.cdiv(size[1], config["TILES"])
+    groups = size[0] * cdiv(size[1], config["TILES"])
     launch(
         _blocks_kernel, (groups if n else 0, split),
         x, dy, index.row_start, index.column, dblocks, x.shape[0], n, size[1], x.stride(0), dy.stride(0),

@@ -38,3 +38,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
             kernel[grid](*args, **options)
     else:
         kernel[grid](*args, **options)
+
+
+def cdiv(length: int, block: int) -> int:
+    """How many blocks cover a length."""
+    return -(-length // block)

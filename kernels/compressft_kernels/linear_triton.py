@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from compressft_kernels.launch_triton import launch
+from compressft_kernels.launch_triton import cdiv, launch
 from compressft_kernels.numerics_triton import accumulator, dtypes
 
 
@@ -243,8 +243,8 @@ def product(
     rows, out, inner = x.shape[0], *(reversed(size) if turned else size)
     if turned:
         strides, gate_strides = strides[::-1], gate_strides[::-1]
-    tiles = triton.cdiv(rows, config["BLOCK_T"]) * triton.cdiv(out, config["BLOCK_O"])
-    split = _split(tiles, triton.cdiv(inner, config["BLOCK_R"]), programs)
+    tiles = cdiv(rows, config["BLOCK_T"]) * cdiv(out, config["BLOCK_O"])
+    split = _split(tiles, cdiv(inner, config["BLOCK_R"]), programs)
     parts = split > 1
     y = x.new_empty((split, rows, out) if parts else (rows, out), dtype=accumulator(x.dtype) if parts else x.dtype)
     launch(
@@ -270,9 +270,9 @@ def gradients(
     kind, pointers, strides = _weight_arguments(weight, quant)
     mask, gate_strides = _mask_arguments(gate)
     size = (dy.shape[1], x.shape[1])
-    tiles = triton.cdiv(size[0], config["BLOCK_N"]) * triton.cdiv(size[1], config["BLOCK_K"])
+    tiles = cdiv(size[0], config["BLOCK_N"]) * cdiv(size[1], config["BLOCK_K"])
     dscores = dweight = parts = None
-    split = _split(tiles, triton.cdiv(x.shape[0], config["BLOCK_T"]), programs)
+    split = _split(tiles, cdiv(x.shape[0], config["BLOCK_T"]), programs)
     if split > 1:
         parts = x.new_empty((split, *size), dtype=accumulator(x.dtype))
     else:
@@ -306,7 +306,7 @@ def materialise(
     out = weight.new_empty(size, dtype=dtype)
     block_n, block_k = 16, 128
     launch(
-        _materialise_kernel, (triton.cdiv(size[0], block_n), triton.cdiv(size[1], block_k)),
+        _materialise_kernel, (cdiv(size[0], block_n), cdiv(size[1], block_k)),
         pointers[0], gate, *pointers[1:], out, threshold, *size, *strides, *gate_strides,
         WEIGHT=kind, MASK=mask, MASKED_OUT=True, COMPUTE=dtypes(dtype)["COMPUTE"], BLOCK_N=block_n, BLOCK_K=block_k,
         num_warps=4,

@@ -58,9 +58,7 @@ def forward(x: Tensor, bias: Tensor | None, blocks: Tensor, layout: Tensor) -> T
     return kernels.forward(x, blocks, _index(layout, blocks.shape[0]), size, bias, config)
 
 
-def backward(
-    dy: Tensor, x: Tensor | None, wanted: list[bool], blocks: Tensor, layout: Tensor
-) -> tuple[Tensor, Tensor]:
+def backward(dy: Tensor, x: Tensor | None, wanted: list[bool], blocks: Tensor, layout: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and the blocks where wanted, else empty tensors."""
     from compressft_kernels import block_sparse_triton as kernels
 

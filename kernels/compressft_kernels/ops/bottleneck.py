@@ -30,7 +30,10 @@ def forward(
     down_weight: Tensor, down_bias: Tensor | None, up_weight: Tensor, up_bias: Tensor | None, gamma: Tensor | None,
     beta: Tensor | None, activation: str, scale: float, residual_is_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """y (T, out), x's dtype promoted with the residual's; where save: the pre-activation z (T, r), mean and rstd (T,) of the norm; else empty tensors."""
+    """y (T, out), x's dtype promoted with the residual's, and what backward needs where `save`, else empty tensors:
+
+    the pre-activation z (T, r), and mean and rstd (T,) of the norm.
+    """
     from compressft_kernels import adapter_triton as kernels
 
     config = _configuration("adapter", x, down_weight, up_weight)

@@ -40,9 +40,11 @@ def backward(
     """Gradients of q, k, v, prefix_k and prefix_v where wanted, else empty tensors."""
     from compressft_kernels import prefix_backward_triton as kernels
 
-    configs = [_configuration(name, q, k) for name in ("prefix_dq", "prefix_dkv", "prefix_dprefix")]
+    dq_config, own, front = (_configuration(name, q, k) for name in ("prefix_dq", "prefix_dkv", "prefix_dprefix"))
     flags = (wanted[0], wanted[1], wanted[2], wanted[3], wanted[4])
-    found = kernels.backward(do, q, k, v, prefix_k, prefix_v, o, lse, causal, lengths, scale, *configs, flags)
+    found = kernels.backward(
+        do, q, k, v, prefix_k, prefix_v, o, lse, causal, lengths, scale, dq_config, own, front, flags
+    )
     dq, dk, dv, dpk, dpv = (q.new_empty(0) if gradient is None else gradient for gradient in found)
     return dq, dk, dv, dpk, dpv
 
@@ -105,9 +107,7 @@ def prefix_attention(
 ) -> Tensor:
     dtype = autocast_dtype(q) or q.dtype
     if not dispatch.runs_triton("prefix_attention", q, dtype, head_dim=q.shape[-1]):
-        return reference.prefix_attention(
-            q, k, v, prefix_k, prefix_v, causal=causal, lengths=lengths, scale=scale
-        )
+        return reference.prefix_attention(q, k, v, prefix_k, prefix_v, causal=causal, lengths=lengths, scale=scale)
     check_prefix(q, k, v, prefix_k, prefix_v, lengths)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     o, _ = prefix_forward(q.to(dtype), k.to(dtype), v.to(dtype), prefix_k, prefix_v, lengths, causal, scale)

@@ -83,9 +83,7 @@ def _traced(x_TCi: Tensor, blocks: Tensor, layout: Tensor) -> Tensor:
     return y_RTo.transpose(0, 1)
 
 
-def check_block_sparse(
-    x: Tensor, blocks: Tensor, layout: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+def check_block_sparse(x: Tensor, blocks: Tensor, layout: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """x and bias in the dtype to compute in; raises what `block_sparse_linear` documents."""
     fits = blocks.dim() == 3 and layout.dim() == 2 and x.dim() >= 1 and not layout.is_floating_point()
     fits = fits and x.shape[-1] == layout.shape[1] * blocks.shape[2]

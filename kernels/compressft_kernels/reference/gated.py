@@ -47,7 +47,7 @@ def effective(
 
 
 class GatedLinearFunction(torch.autograd.Function):
-    """Saves the weight as it is stored, the gate, and x where a gradient needs it; masks again (or kept) in backward."""
+    """Saves the weight as stored, the gate, and x where a gradient needs it; backward masks the weight again."""
 
     @staticmethod
     def _weight(

@@ -29,7 +29,7 @@ def masked_linear(
     """y = x (W * [scores > threshold])^T + b, the mask trained through its scores.
 
     Gradients: x and bias as usual; scores get (dY^T X) * W, the identity straight-through estimator, so that a
-    dropped weight's score still learns; weight gets dY^T X where it is kept and 0 elsewhere, if it is dense and requires grad.
+    dropped weight's score still learns; a dense weight that requires grad gets dY^T X where it is kept, 0 elsewhere.
     Once differentiable. The masked weight is not saved for backward. On CPU one is kept per (weight, scores) pair
     and reused until either changes or any optimiser steps (what `effective_weight` cannot see, it says).
 
