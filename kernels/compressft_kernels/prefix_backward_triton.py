@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from compressft_kernels.launch_triton import launch
+from compressft_kernels.launch_triton import cdiv, launch
 from compressft_kernels.numerics_triton import accumulator, dtypes, power_of_two
 from compressft_kernels.prefix_triton import LOG2E, own_keys, rows_of, seen_bounds, seen_by, tile_of, unit
 
@@ -282,7 +282,7 @@ def backward(
     delta = torch.empty_like(lse)
     if want_q or want_k or want_pk:
         launch(
-            _query_kernel, (triton.cdiv(group * queries, config_dq["BLOCK_M"]) * batch * kv_heads,),
+            _query_kernel, (cdiv(group * queries, config_dq["BLOCK_M"]) * batch * kv_heads,),
             do, q, k, v, prefix_k, prefix_v, lengths, o, lse, delta, dq, queries, keys, size, group, kv_heads,
             *do_strides, *q_strides, *k_strides, *v_strides, *prefix_strides, *o.stride()[:3],
             *(dq.stride() if dq is not None else (0, 0, 0, 0)),
@@ -290,7 +290,7 @@ def backward(
         )  # fmt: skip
     if want_k or want_v:
         launch(
-            _own_kernel, (triton.cdiv(keys, config_dkv["BLOCK_N"]) * batch * kv_heads,),
+            _own_kernel, (cdiv(keys, config_dkv["BLOCK_N"]) * batch * kv_heads,),
             do, q, k, v, lengths, lse, delta, dk, dv, queries, keys, group, kv_heads,
             *do_strides, *q_strides, *k_strides, *v_strides,
             *(dk.stride() if dk is not None else (0, 0, 0, 0)), *(dv.stride() if dv is not None else (0, 0, 0, 0)),
@@ -299,9 +299,9 @@ def backward(
     dprefix_k = dprefix_v = None
     if want_pk or want_pv:
         options = {name: value for name, value in config_prefix.items() if name != "PROGRAMS"}
-        tiles = triton.cdiv(size, options["BLOCK_N"]) * kv_heads
-        steps = batch * group * triton.cdiv(queries, options["BLOCK_M"])
-        parts = max(1, min(triton.cdiv(config_prefix["PROGRAMS"], max(1, tiles)), steps))
+        tiles = cdiv(size, options["BLOCK_N"]) * kv_heads
+        steps = batch * group * cdiv(queries, options["BLOCK_M"])
+        parts = max(1, min(cdiv(config_prefix["PROGRAMS"], max(1, tiles)), steps))
         shape = (parts, kv_heads, size, width)
         sums_k, sums_v = (
             q.new_empty(shape, dtype=accumulator(q.dtype)) if want else None for want in (want_pk, want_pv)

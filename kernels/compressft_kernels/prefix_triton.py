@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from compressft_kernels.launch_triton import launch
+from compressft_kernels.launch_triton import cdiv, launch
 from compressft_kernels.numerics_triton import accumulator, dtypes, power_of_two
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -195,7 +195,7 @@ def forward(
     group = heads // kv_heads
     lse = q.new_empty((batch, heads, queries), dtype=accumulator(q.dtype))
     launch(
-        _forward_kernel, (triton.cdiv(group * queries, config["BLOCK_M"]) * batch * kv_heads,),
+        _forward_kernel, (cdiv(group * queries, config["BLOCK_M"]) * batch * kv_heads,),
         q, k, v, prefix_k, prefix_v, lengths, o, lse, queries, k.shape[2], prefix_k.shape[1], group, kv_heads,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *prefix_k.stride()[:2], *prefix_v.stride()[:2], *o.stride(),
         SCALE=scale, CAUSAL=causal and queries > 1, LENGTHS=lengths is not None, D=width, BLOCK_D=power_of_two(width),

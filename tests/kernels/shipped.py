@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import product
+from itertools import cycle, product
 from typing import Any
 
 import torch
@@ -76,8 +76,9 @@ def adapters() -> Iterator[tuple[str, Callable[[], Any]]]:
     """Widths and bottlenecks of small and large models, every activation, with and without norm and residual."""
     kinds = {"bfloat16": HALF, "float16": torch.float16, "tf32": SINGLE, "float32": SINGLE}
     extras = ("alone", "norm", "residual", "norm, on its input")
-    grid = product(kinds, (768, 384, 4096), (16, 64, 128, 256), extras, bottleneck.ACTIVATIONS, (16, 255, 32768))
-    for kind, width, size, extra, activation, rows in grid:
+    activations = cycle(bottleneck.ACTIVATIONS)
+    grid = product(kinds, (768, 384, 4096), (16, 64, 128, 256), extras, (16, 255, 32768))
+    for (kind, width, size, extra, rows), activation in zip(grid, activations, strict=False):
         name = f"{kind} {rows} rows, {width} wide, {size} units, {activation}, {extra}"
         arguments = (kind, kinds[kind], width, size, extra, activation, rows)
         yield f"adapter {name}", partial(run_adapter, *arguments, False)

@@ -43,10 +43,17 @@ def _index(layout: Tensor, n: int) -> Any:
     return found
 
 
-def _configuration(kernel: str, x: Tensor, blocks: Tensor) -> dict[str, int]:
-    facts = {"rows": x.shape[0], "bytes": x.element_size(), "tile": min(blocks.shape[1:])}
-    facts |= {"tile_out": blocks.shape[1], "tile_in": blocks.shape[2]}
+def _configuration(kernel: str, x: Tensor, out: int, inner: int) -> dict[str, int]:
+    """out and inner: the sides of a tile, as the product reads it."""
+    facts = {"rows": x.shape[0], "bytes": x.element_size(), "out": out, "inner": inner}
     return dispatch.configuration(kernel, dispatch.entries(x.device), **facts)
+
+
+def _split(x: Tensor, live: int, config: dict[str, int]) -> dict[str, int]:
+    """The config completed by SPLIT: into how many parts (a power of two) the tokens go, so that all programs run."""
+    busy = 2 * dispatch.programs(x.device) // max(1, live // config["TILES"])
+    most = x.shape[0] // (4 * config["BLOCK_T"])
+    return {**config, "SPLIT": 1 << max(1, min(busy, most, 16)).bit_length() - 1}
 
 
 def forward(x: Tensor, bias: Tensor | None, blocks: Tensor, layout: Tensor) -> Tensor:
@@ -54,7 +61,7 @@ def forward(x: Tensor, bias: Tensor | None, blocks: Tensor, layout: Tensor) -> T
     from compressft_kernels import block_sparse_triton as kernels
 
     size = (layout.shape[0], layout.shape[1])
-    config = _configuration("block_sparse", x, blocks)
+    config = _configuration("block_sparse", x, blocks.shape[1], blocks.shape[2])
     return kernels.forward(x, blocks, _index(layout, blocks.shape[0]), size, bias, config)
 
 
@@ -65,9 +72,11 @@ def backward(dy: Tensor, x: Tensor | None, wanted: list[bool], blocks: Tensor, l
     size, index = (layout.shape[0], layout.shape[1]), _index(layout, blocks.shape[0])
     dx, dblocks = dy.new_empty(0), dy.new_empty(0)
     if wanted[0]:
-        dx = kernels.backward_x(dy, blocks, index, size, _configuration("block_sparse_turned", dy, blocks))
+        config = _configuration("block_sparse_turned", dy, blocks.shape[2], blocks.shape[1])
+        dx = kernels.backward_x(dy, blocks, index, size, config)
     if x is not None:
-        config = _configuration("block_sparse_blocks", dy, blocks)
+        config = _configuration("block_sparse_blocks", dy, blocks.shape[1], blocks.shape[2])
+        config = _split(dy, blocks.shape[0], config)
         dblocks = kernels.backward_blocks(dy, x, blocks, index, size, config)
     return dx, dblocks
 
