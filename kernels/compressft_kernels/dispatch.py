@@ -40,6 +40,11 @@ def pretending(entry: str) -> Iterator[None]:
 
 
 @cache
+def _triton_installed() -> bool:
+    return find_spec("triton") is not None
+
+
+@cache
 def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
@@ -116,14 +121,14 @@ def interpreted() -> bool:
 @torch.compiler.assume_constant_result
 def obstacle(device_type: str, index: int | None, dtype: torch.dtype) -> str | None:
     """Why no Triton kernel runs on this device in this dtype; None if they do."""
-    if find_spec("triton") is None:
-        return "triton is not installed"
     if _pretended.get() is not None:
         return "float64 has no kernel" if dtype == torch.float64 else None
-    if device_type == "cpu" and interpreted():
+    if device_type == "cpu" and interpreted() and _triton_installed():
         return "triton's interpreter multiplies bf16 wrongly" if dtype == torch.bfloat16 else None
     if device_type != "cuda":
         return f"there are no kernels for {device_type}"
+    if not _triton_installed():
+        return "triton is not installed"
     if torch.version.hip is not None:
         return "the kernels are compiled for NVIDIA devices alone"
     if not torch.cuda.is_available():  # fake tensors of a device that is elsewhere
@@ -158,9 +163,7 @@ def misfit(operation: str, sizes: Mapping[str, Any]) -> str | None:
 
 def runs_triton(operation: str, x: torch.Tensor, dtype: torch.dtype, **sizes: Any) -> bool:
     """Whether the operation takes a Triton kernel for x, computing in dtype; else its plain-torch twin."""
-    if misfit(operation, sizes) is not None:
-        return False
-    return obstacle(x.device.type, x.device.index, dtype) is None
+    return obstacle(x.device.type, x.device.index, dtype) is None and misfit(operation, sizes) is None
 
 
 DEFAULT_SIZES: dict[str, dict[str, Any]] = {

@@ -2,10 +2,17 @@
 
 import pytest
 import torch
-from compressft_kernels.reference import block_sparse_linear
+from compressft_kernels.reference import block_sparse, block_sparse_linear
 from torch.utils.flop_counter import FlopCounterMode
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(params=["tiles", "dense"])
+def path(request, monkeypatch):
+    """Each way to compute it, whichever is quicker for the test's shapes."""
+    monkeypatch.setattr(block_sparse, "OVERHEAD", {"tiles": -float("inf"), "dense": float("inf")}[request.param])
+    return request.param
 
 
 def dense(blocks, layout):
@@ -46,7 +53,7 @@ def check(close, gradients, x, blocks, layout, bias, dtype=torch.float64):
     [(1, 1, 1, 1, 1), (17, 5, 13, 13, 5), (65, 2, 3, 65, 21), (63, 10, 9, 1, 7)],
 )
 @pytest.mark.parametrize("density", [0.0, 0.3, 0.8, 1.0])
-def test_equals_the_dense_product(random, close, gradients, rows, lines, columns, bo, bi, density, dtype):
+def test_equals_the_dense_product(random, path, close, gradients, rows, lines, columns, bo, bi, density, dtype):
     order = random(lines, columns).flatten().argsort().view(lines, columns)
     layout = order < round(density * lines * columns)
     blocks = random(int(layout.sum()), bo, bi, dtype=dtype)
@@ -55,13 +62,13 @@ def test_equals_the_dense_product(random, close, gradients, rows, lines, columns
 
 
 @pytest.mark.parametrize("shape", [(6,), (0, 6), (2, 0, 6), (2, 3, 4, 6)])
-def test_any_leading_dimensions(random, shape):
+def test_any_leading_dimensions(random, path, shape):
     layout, blocks, x = torch.tensor([[1, 0, 1], [0, 0, 0], [0, 7, 1]]), random(4, 5, 2), random(*shape)
     y = block_sparse_linear(x, blocks, layout)
     torch.testing.assert_close(y, x @ dense(blocks, layout).t())
 
 
-def test_non_contiguous_and_broadcast_operands(random, close, gradients):
+def test_non_contiguous_and_broadcast_operands(random, path, close, gradients):
     layout = torch.tensor([[True, False, True, True], [False, True, False, True]])
     assert not layout.t().is_contiguous()
     blocks = random(5, 3, 2).transpose(1, 2)  # (5, 2, 3)
@@ -69,13 +76,23 @@ def test_non_contiguous_and_broadcast_operands(random, close, gradients):
     check(close, gradients, random(6).expand(3, 6), random(1, 2, 3).expand(5, 2, 3), layout.t(), random(8))
 
 
-def test_gradcheck(random):
+@pytest.mark.parametrize("rows", [1, 4, 5, 9])
+def test_in_pieces(random, close, gradients, monkeypatch, rows):
+    """Fewer rows at a time than there are, with and without a shorter piece at the end."""
+    monkeypatch.setattr(block_sparse, "CHUNK", 4)
+    monkeypatch.setattr(block_sparse, "OVERHEAD", -float("inf"))
+    layout = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0], [0, 1, 1, 0]])
+    check(close, gradients, random(rows, 8), random(4, 3, 2), layout, random(9))
+
+
+def test_gradcheck(random, path):
+    """On copies of the blocks: gradcheck moves its operands through `.data`, which a kept weight cannot see."""
     layout = torch.tensor([[1, 0, 1], [0, 1, 1]])
     leaves = [t.requires_grad_() for t in (random(2, 6), random(4, 3, 2), random(6))]
-    assert torch.autograd.gradcheck(lambda x, w, b: block_sparse_linear(x, w, layout, bias=b), leaves)
+    assert torch.autograd.gradcheck(lambda x, w, b: block_sparse_linear(x, w.clone(), layout, bias=b), leaves)
 
 
-def test_a_dead_column_and_a_dead_row(random):
+def test_a_dead_column_and_a_dead_row(random, path):
     """Their gradients are zeros, not what the memory held."""
     layout, bias = torch.tensor([[0, 1], [0, 0]]), random(6)
     x, blocks = random(4, 4).requires_grad_(), random(1, 3, 2).requires_grad_()
@@ -85,24 +102,61 @@ def test_a_dead_column_and_a_dead_row(random):
     assert x.grad is not None and not x.grad[:, :2].any() and x.grad[:, 2:].all()
 
 
-@pytest.mark.parametrize("live", [0, 1, 5, 12])
-def test_only_live_tiles_are_multiplied(random, live):
-    layout = torch.arange(12).view(3, 4).flip(1) < live
-    x, blocks = random(7, 20).requires_grad_(), random(live, 2, 5).requires_grad_()
+def flops(random, rows, layout, bo, bi):
+    """What forward and backward multiply."""
+    x = random(rows, layout.shape[1] * bi).requires_grad_()
+    blocks = random(int(layout.sum()), bo, bi).requires_grad_()
     with FlopCounterMode(display=False) as counter:
         block_sparse_linear(x, blocks, layout).sum().backward()
-    assert counter.get_total_flops() == 3 * 2 * 7 * live * 2 * 5
+    return counter.get_total_flops()
 
 
-def test_saves_its_operands_only(random):
+@pytest.mark.parametrize("live", [0, 1, 5, 12])
+def test_only_live_tiles_are_multiplied(random, monkeypatch, live):
+    monkeypatch.setattr(block_sparse, "OVERHEAD", -float("inf"))
+    layout = torch.arange(12).view(3, 4).flip(1) < live
+    assert flops(random, 7, layout, 2, 5) == 3 * 2 * 7 * live * 2 * 5
+
+
+@pytest.mark.parametrize(
+    ("tile", "live", "multiplied"), [(16, 2, 2), (16, 3, 16), (32, 4, 4), (32, 5, 16), (64, 7, 7), (64, 8, 16)]
+)
+def test_one_dense_product_where_it_is_quicker(random, tile, live, multiplied):
+    """Of 16 tiles; the smaller the tiles, the sooner."""
+    layout = torch.arange(16).view(4, 4).t() < live
+    assert flops(random, 3, layout, tile, tile) == 3 * 2 * 3 * multiplied * tile * tile
+
+
+def test_the_dense_weight_is_kept_until_it_changes(random, monkeypatch):
+    monkeypatch.setattr(block_sparse, "OVERHEAD", float("inf"))
+    built = []
+    real = block_sparse.effective_weight
+    monkeypatch.setattr(
+        block_sparse, "effective_weight", lambda *of: real(*of[:-1], lambda: built.append(of) or of[-1]())
+    )
+    x, blocks = random(2, 6).requires_grad_(), random(2, 4, 3).requires_grad_()
+    layout = torch.tensor([[1, 0], [0, 1]])
+    y = block_sparse_linear(x, blocks, layout)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    assert len(built) == 1
+    torch.testing.assert_close(dx, dense(blocks, layout).sum(0).expand(2, 6).detach())
+    with torch.no_grad():
+        blocks.neg_()
+    assert torch.equal(block_sparse_linear(x, blocks, layout), -y)
+    layout.copy_(torch.tensor([[0, 1], [1, 0]]))
+    torch.testing.assert_close(block_sparse_linear(x, blocks, layout), x @ dense(blocks, layout).t())
+    assert len(built) == 3
+
+
+def test_saves_its_operands_only(random, path):
     x, blocks = random(7, 20).requires_grad_(), random(2, 2, 5).requires_grad_()
-    saved = []
+    saved, layout = [], torch.eye(2, 4).bool()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
-        block_sparse_linear(x, blocks, torch.eye(2, 4).bool())
-    assert sorted(saved) == sorted([x.data_ptr(), blocks.data_ptr()])
+        block_sparse_linear(x, blocks, layout)
+    assert sorted(saved) == sorted(t.data_ptr() for t in (x, blocks, layout)[: 2 if path == "tiles" else 3])
 
 
-def test_under_autocast(random):
+def test_under_autocast(random, path):
     layout = torch.tensor([[1, 0], [1, 1]])
     x, blocks, bias = (t.float().requires_grad_() for t in (random(4, 6), random(3, 2, 3), random(4)))
     with torch.autocast("cpu", torch.bfloat16):
