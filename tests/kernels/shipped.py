@@ -135,7 +135,9 @@ def run_prefix(
 def sparse() -> Iterator[tuple[str, Callable[[], Any]]]:
     """Tiles from 16 to 128, a quarter of them live."""
     kinds = {"bfloat16": HALF, "float16": torch.float16, "tf32": SINGLE, "float32": SINGLE}
-    for kind, tile, rows in product(kinds, ((64, 64), (128, 128), (32, 32), (16, 16), (32, 64), (128, 32)), (16, 8192)):
+    for kind, tile, rows in product(
+        kinds, ((64, 64), (128, 128), (32, 32), (16, 16), (32, 64), (128, 32)), (16, 255, 8192)
+    ):
         name = f"{kind} {rows} rows, tiles of {min(tile)} by {max(tile)}, {'wide' if tile[1] > tile[0] else 'high'}"
         yield f"sparse {name}", partial(run_sparse, kind, kinds[kind], tile, rows, False)
         yield f"sparse backward {name}", partial(run_sparse, kind, kinds[kind], tile, rows, True)

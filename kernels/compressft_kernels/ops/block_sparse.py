@@ -49,11 +49,13 @@ def _configuration(kernel: str, x: Tensor, out: int, inner: int) -> dict[str, in
     return dispatch.configuration(kernel, dispatch.entries(x.device), **facts)
 
 
-def _split(x: Tensor, live: int, config: dict[str, int]) -> dict[str, int]:
-    """The config completed by SPLIT: into how many parts (a power of two) the tokens go, so that all programs run."""
-    busy = 2 * dispatch.programs(x.device) // max(1, live // config["TILES"])
+def _shares(x: Tensor, blocks: Tensor, config: dict[str, int]) -> dict[str, int]:
+    """TILES of a row to a program, about COLUMNS wide, and SPLIT (a power of two) parts of the tokens to keep it busy."""
+    config = dict(config)
+    config["TILES"] = max(1, config.pop("COLUMNS") // blocks.shape[2])
+    busy = 2 * dispatch.programs(x.device) // max(1, blocks.shape[0] // config["TILES"])
     most = x.shape[0] // (4 * config["BLOCK_T"])
-    return {**config, "SPLIT": 1 << max(1, min(busy, most, 16)).bit_length() - 1}
+    return config | {"SPLIT": 1 << max(1, min(busy, most, 16)).bit_length() - 1}
 
 
 def forward(x: Tensor, bias: Tensor | None, blocks: Tensor, layout: Tensor) -> Tensor:
@@ -76,7 +78,7 @@ def backward(dy: Tensor, x: Tensor | None, wanted: list[bool], blocks: Tensor, l
         dx = kernels.backward_x(dy, blocks, index, size, config)
     if x is not None:
         config = _configuration("block_sparse_blocks", dy, blocks.shape[1], blocks.shape[2])
-        config = _split(dy, blocks.shape[0], config)
+        config = _shares(dy, blocks, config)
         dblocks = kernels.backward_blocks(dy, x, blocks, index, size, config)
     return dx, dblocks
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from compressft_kernels.reference.effective import effective_weight
 from compressft_kernels.reference.operands import describe, rows, to_compute
@@ -70,19 +71,19 @@ class BlockSparseLinearFunction(torch.autograd.Function):
     """One product per tile row (forward, blocks' gradient) or tile column (x's gradient), over its live tiles."""
 
     @staticmethod
-    def forward(x_TCi: Tensor, blocks: Tensor, lines: int, tiles: list[Tile]) -> Tensor:
+    def forward(x_TCi: Tensor, blocks: Tensor, bias: Tensor | None, lines: int, tiles: list[Tile]) -> Tensor:
         todo = []
         for row, line in enumerate(_along(tiles, 1, lines)):
             if line:
                 weight = blocks[line[0][0] : line[-1][0] + 1].transpose(0, 1).flatten(1).t()
                 todo.append((row, _where([column for _, _, column in line], blocks.device), weight))
-        return _multiply(x_TCi, todo, x_TCi.new_empty(x_TCi.shape[0], lines, blocks.shape[1]))
+        y_TRo = _multiply(x_TCi, todo, x_TCi.new_empty(x_TCi.shape[0], lines, blocks.shape[1]))
+        return y_TRo if bias is None else y_TRo.add_(bias.view(y_TRo.shape[1:]))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x_TCi, blocks, _, tiles = inputs
+        x_TCi, blocks, *_, ctx.tiles = inputs
         ctx.save_for_backward(x_TCi, blocks)
-        ctx.tiles = tiles
 
     @staticmethod
     @once_differentiable
@@ -103,7 +104,8 @@ class BlockSparseLinearFunction(torch.autograd.Function):
                     x_Tki = _take(x_TCi, _where([column for _, _, column in line], blocks.device), 1).flatten(1)
                     d_oki = (dy_TRo[:, row].t() @ x_Tki).unflatten(1, (len(line), blocks.shape[2]))
                     dblocks[line[0][0] : line[-1][0] + 1] = d_oki.transpose(0, 1)
-        return dx_TCi, dblocks, None, None
+        dbias = dy_TRo.sum(0).flatten() if ctx.needs_input_grad[2] else None
+        return dx_TCi, dblocks, dbias, None, None
 
 
 def _by_tile(weight: Tensor, layout: Tensor) -> Tensor:
@@ -127,12 +129,13 @@ class ScatteredLinearFunction(torch.autograd.Function):
     """One product with the dense weight that the tiles spell: for many or small live tiles."""
 
     @staticmethod
-    def forward(x: Tensor, blocks: Tensor, layout: Tensor) -> Tensor:
-        return x @ _scattered(blocks, layout).t()
+    def forward(x: Tensor, blocks: Tensor, bias: Tensor | None, layout: Tensor) -> Tensor:
+        return F.linear(x, _scattered(blocks, layout), bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+        x, blocks, _, layout = inputs
+        ctx.save_for_backward(x, blocks, layout)
 
     @staticmethod
     @once_differentiable
@@ -142,7 +145,7 @@ class ScatteredLinearFunction(torch.autograd.Function):
         dblocks = None
         if ctx.needs_input_grad[1]:
             dblocks = _by_tile(dy.t() @ x, layout)[layout.nonzero(as_tuple=True)]
-        return dx, dblocks, None
+        return dx, dblocks, dy.sum(0) if ctx.needs_input_grad[2] else None, None
 
 
 def _traced(x_TCi: Tensor, blocks: Tensor, layout: Tensor) -> Tensor:
@@ -192,19 +195,19 @@ def block_sparse_linear(x: Tensor, blocks: Tensor, layout: Tensor, *, bias: Tens
     x, bias = check_block_sparse(x, blocks, layout, bias)
     blocks = blocks.to(x.dtype)
     x_TCi = rows(x).unflatten(1, (layout.shape[1], blocks.shape[2]))
+    shape = (*x.shape[:-1], layout.shape[0] * blocks.shape[1])
     if torch.compiler.is_compiling() or layout.is_meta or type(layout) not in (Tensor, torch.nn.Parameter):
-        y_TRo = _traced(x_TCi, blocks, layout)
+        y = _traced(x_TCi, blocks, layout).reshape(shape)
+        return y if bias is None else y + bias
+    tiles = _live(layout)
+    if len(tiles) != blocks.shape[0]:
+        raise ValueError(
+            f"block_sparse_linear: layout {tuple(layout.shape)} has {len(tiles)} live tiles, "
+            f"blocks {tuple(blocks.shape)}; want one block per live tile"
+        )
+    if _dense_is_quicker(blocks, layout):
+        y = ScatteredLinearFunction.apply(rows(x), blocks, bias, layout)
     else:
-        tiles = _live(layout)
-        if len(tiles) != blocks.shape[0]:
-            raise ValueError(
-                f"block_sparse_linear: layout {tuple(layout.shape)} has {len(tiles)} live tiles, "
-                f"blocks {tuple(blocks.shape)}; want one block per live tile"
-            )
-        if _dense_is_quicker(blocks, layout):
-            y_TRo = ScatteredLinearFunction.apply(rows(x), blocks, layout)
-        else:
-            y_TRo = BlockSparseLinearFunction.apply(x_TCi, blocks, layout.shape[0], tiles)
-        assert isinstance(y_TRo, Tensor)
-    y = y_TRo.reshape(*x.shape[:-1], layout.shape[0] * blocks.shape[1])
-    return y if bias is None else y + bias
+        y = BlockSparseLinearFunction.apply(x_TCi, blocks, bias, layout.shape[0], tiles)
+    assert isinstance(y, Tensor)
+    return y.reshape(shape)
