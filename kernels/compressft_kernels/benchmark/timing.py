@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -80,12 +81,14 @@ def medians(
         for call in calls[:2]:
             once(call)
     found: dict[str, list[tuple[float, float | None]]] = {name: [] for name in works}
+    names, shuffle = list(works), random.Random(0).shuffle
     end = time.perf_counter() + seconds * len(works)
     for place in range(most):
         if place >= least and time.perf_counter() > end:
             break
-        for name, calls in works.items():
-            found[name].append(once(calls[place % len(calls)]))
+        shuffle(names)  # what ran before decides what is in the cache
+        for name in names:
+            found[name].append(once(works[name][place % len(works[name])]))
     return {name: _median(samples, 3 if device.type == "cpu" else 1) for name, samples in found.items()}
 
 

@@ -50,7 +50,7 @@ def _configuration(kernel: str, x: Tensor, out: int, inner: int) -> dict[str, in
 
 
 def _shares(x: Tensor, blocks: Tensor, config: dict[str, int]) -> dict[str, int]:
-    """TILES of a row to a program, about COLUMNS wide, and SPLIT (a power of two) parts of the tokens to keep it busy."""
+    """TILES of a row to a program, about COLUMNS wide, and SPLIT (a power of two) parts of the tokens to fill all."""
     config = dict(config)
     config["TILES"] = max(1, config.pop("COLUMNS") // blocks.shape[2])
     busy = 2 * dispatch.programs(x.device) // max(1, blocks.shape[0] // config["TILES"])
