@@ -187,7 +187,7 @@ def explain(
             (block_sparse_linear), head_dim (prefix_attention); those of BERT-base if not given.
 
     Raises:
-        ValueError: an unknown operation or size.
+        ValueError: an unknown operation or size, or a CUDA device where there is none.
     """
     if operation not in OPERATIONS:
         raise ValueError(f"explain: operation {operation!r}; there are {', '.join(OPERATIONS)}")
@@ -196,6 +196,8 @@ def explain(
         raise ValueError(f"explain: {operation} does not depend on {', '.join(sorted(unknown))}")
     entry = str(device) if str(device) in TABLE else None
     where = torch.device("meta" if entry else device)
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"explain: torch sees no CUDA device; name one of {', '.join(e for e in TABLE if 'sm_' in e)}")
     with pretending(entry) if entry else nullcontext():
         reason = obstacle(where.type, where.index, dtype) or misfit(operation, DEFAULT_SIZES[operation] | sizes)
         if reason is not None:

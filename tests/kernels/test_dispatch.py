@@ -4,8 +4,9 @@ import re
 
 import pytest
 import torch
-from compressft_kernels import dispatch, explain
+from compressft_kernels import adapter, block_sparse_linear, dispatch, explain, masked_linear, prefix_attention
 from compressft_kernels.dispatch import OPERATIONS, TABLE, configuration, limit, pretending, table_of, unsupported
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -63,6 +64,30 @@ def test_explain_refuses_what_it_does_not_know():
         explain("adapter", tile=(16, 16))
     with pytest.raises(ValueError, match="no entry 'sm_70'; there are sm_90"), pretending("sm_70"):
         pass
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what it says where no GPU is")
+def test_explain_of_an_absent_gpu_names_what_can_be_asked():
+    with pytest.raises(ValueError, match="torch sees no CUDA device; name one of sm_90, sm_80, sm_89"):
+        explain("adapter", device="cuda")
+
+
+def test_fake_tensors_of_a_gpu_take_the_operators():
+    """Shapes and devices of a model for a GPU can be worked out on a machine without one."""
+    with FakeTensorMode():
+
+        def fake(*shape):
+            return torch.empty(shape, device="cuda", dtype=torch.bfloat16)
+
+        q, k, p = fake(2, 4, 5, 64), fake(2, 2, 9, 64), fake(2, 3, 64)
+        results = (
+            masked_linear(fake(4, 64), fake(32, 64), fake(32, 64)),
+            adapter(fake(4, 64), fake(16, 64), None, fake(64, 16), None),
+            prefix_attention(q, k, k, p, p, causal=True),
+            block_sparse_linear(fake(4, 48), fake(4, 16, 16), torch.empty(2, 3, dtype=torch.bool, device="cuda")),
+        )
+    assert [tuple(y.shape) for y in results] == [(4, 32), (4, 64), (2, 4, 5, 64), (4, 32)]
+    assert all(y.device.type == "cuda" and y.dtype == torch.bfloat16 for y in results)
 
 
 def test_the_first_row_that_holds_wins(monkeypatch):
