@@ -139,11 +139,12 @@ def adapter(
     residual: Tensor | None = None,
     norm: Norm | None = None,
 ) -> Tensor:
-    dtype = autocast_dtype(x) or x.dtype
-    down_weight, up_weight = dense(down_weight, dtype), dense(up_weight, dtype)
     operands = (x, down_weight, down_bias, up_weight, up_bias)
+    dtype = autocast_dtype(x) or x.dtype
     if not dispatch.runs_triton("adapter", x, dtype, r=down_weight.shape[0]):
         return reference.adapter(*operands, activation=activation, scale=scale, residual=residual, norm=norm)
+    down_weight, up_weight = dense(down_weight, dtype), dense(up_weight, dtype)
+    operands = (x, down_weight, down_bias, up_weight, up_bias)
     check_adapter(*operands, activation, residual, norm)
     gamma, beta, eps = norm or (None, None, 0.0)
     tensors = [t for t in (*operands, residual, gamma, beta) if t is not None]

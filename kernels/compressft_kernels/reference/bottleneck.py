@@ -93,11 +93,13 @@ def adapter(
     dtype = autocast_dtype(x) or x.dtype
     down_weight, up_weight = dense(down_weight, dtype), dense(up_weight, dtype)
     check_adapter(x, down_weight, down_bias, up_weight, up_bias, activation, residual, norm)
-    if norm is not None:
-        gamma, beta, eps = norm
-        x = F.layer_norm(x, x.shape[-1:], gamma, beta, eps)
-    hidden = ACTIVATIONS[activation](F.linear(x, down_weight, down_bias))
-    y = F.linear(hidden, up_weight, up_bias)
-    if scale != 1.0:
-        y = y * scale
-    return y if residual is None else residual + y
+    act = ACTIVATIONS[activation]
+
+    def normed() -> Tensor:
+        return x if norm is None else F.layer_norm(x, x.shape[-1:], *norm)
+
+    # No name holds an intermediate longer than it is needed: the next one then finds its memory in cache.
+    y = F.linear(act(F.linear(normed(), down_weight, down_bias)), up_weight, up_bias)
+    if residual is not None:
+        return torch.add(residual, y, alpha=scale) if scale != 1.0 else residual + y
+    return y * scale if scale != 1.0 else y
