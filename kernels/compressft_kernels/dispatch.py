@@ -162,7 +162,10 @@ def misfit(operation: str, sizes: Mapping[str, Any]) -> str | None:
 
 
 def runs_triton(operation: str, x: torch.Tensor, dtype: torch.dtype, **sizes: Any) -> bool:
-    """Whether the operation takes a Triton kernel for x, computing in dtype; else its plain-torch twin."""
+    """Whether the operation takes a Triton kernel for x, computing in dtype; else its plain-torch twin.
+
+    Asked before operands are checked: callers give a size as a sum over a slice of the shape, 0 where there is none.
+    """
     return obstacle(x.device.type, x.device.index, dtype) is None and misfit(operation, sizes) is None
 
 

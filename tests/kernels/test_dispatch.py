@@ -4,7 +4,15 @@ import re
 
 import pytest
 import torch
-from compressft_kernels import adapter, block_sparse_linear, dispatch, explain, masked_linear, prefix_attention
+from compressft_kernels import (
+    adapter,
+    block_sparse_linear,
+    dispatch,
+    explain,
+    masked_linear,
+    packed_linear,
+    prefix_attention,
+)
 from compressft_kernels.dispatch import OPERATIONS, TABLE, configuration, limit, pretending, table_of, unsupported
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -70,6 +78,20 @@ def test_explain_refuses_what_it_does_not_know():
 def test_explain_of_an_absent_gpu_names_what_can_be_asked():
     with pytest.raises(ValueError, match="torch sees no CUDA device; name one of sm_90, sm_80, sm_89"):
         explain("adapter", device="cuda")
+
+
+def test_operands_without_dimensions_are_refused_by_their_checks():
+    """Choosing a path looks at sizes before they are checked; the message is the check's all the same."""
+    none, some = torch.zeros(()), torch.zeros(2, 2)
+    for call in (
+        lambda: masked_linear(none, some, some),
+        lambda: packed_linear(none, some, None),
+        lambda: adapter(some, none, None, some, None),
+        lambda: prefix_attention(none, some, some, some, some),
+        lambda: block_sparse_linear(some, none, some.bool()),
+    ):
+        with pytest.raises(ValueError, match="do not fit"):
+            call()
 
 
 def test_fake_tensors_of_a_gpu_take_the_operators():

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 import compressft_kernels as kernels
 from compressft_kernels import reference
 from compressft_kernels.benchmark import peers
-from compressft_kernels.nf4 import BLOCK, NF4, dequantise
+from compressft_kernels.nf4 import BLOCK, NF4
+from compressft_kernels.nf4 import dense as dense_weight
 
 FORWARD, BOTH = "forward", "forward+backward"
 PASSES = (FORWARD, BOTH)
@@ -160,13 +161,6 @@ class _Binarise(torch.autograd.Function):
         return dmask, None
 
 
-def _dense(weight: Tensor | NF4, dtype: torch.dtype) -> Tensor:
-    """The weight as a tensor, dequantised if it is NF4."""
-    if isinstance(weight, NF4):
-        return dequantise(weight.packed, weight.tables(), weight.shape, dtype)
-    return weight
-
-
 def masked(
     tokens: tuple[int, ...], out: int, inner: int, *, threshold: float = 0.0, nf4: bool = False, bias: bool = True,
     changed: bool = False,
@@ -185,7 +179,7 @@ def masked(
 
     def naive(o: Operands) -> Tensor:
         mask = _Binarise.apply(o["scores"], threshold)
-        return F.linear(o["x"], _dense(o["weight"], o["x"].dtype) * mask, o.get("bias"))
+        return F.linear(o["x"], dense_weight(o["weight"], o["x"].dtype) * mask, o.get("bias"))
 
     def flip(o: Operands) -> None:
         with torch.no_grad():
@@ -198,7 +192,7 @@ def masked(
     dense = Way(
         lambda o: F.linear(o["x"], o["dense"], o.get("bias")),
         ("x", "dense", *biases),
-        lambda o: {"dense": _dense(o["weight"], o["x"].dtype).clone()},
+        lambda o: {"dense": dense_weight(o["weight"], o["x"].dtype).clone()},
         same=False,
     )
     return Case(
@@ -244,7 +238,7 @@ def packed(
         return lambda o: function(o["x"], o["weight"], o["bits"], bias=o.get("bias"))
 
     def effective(o: Operands) -> Tensor:
-        weight = _dense(o["weight"], o["x"].dtype)
+        weight = dense_weight(o["weight"], o["x"].dtype)
         return weight * kernels.unpack_mask(o["bits"], inner) if mask else weight
 
     # What the same result costs from a masked weight that is kept in full beside the packed one.

@@ -30,7 +30,7 @@ def _index(layout: Tensor, n: int) -> Any:
         return index(layout, n)  # what a graph allocates belongs to the graph
     stamp = None if layout.is_inference() else (layout._version, layout.data_ptr(), n)
     kept = _indexes.get(layout)
-    if kept is not None and stamp is not None and kept[0] == stamp:
+    if kept is not None and kept[0] == stamp:
         return kept[1]
     live = int(layout.count_nonzero())
     if live != n:
@@ -39,7 +39,8 @@ def _index(layout: Tensor, n: int) -> Any:
             "want one block per live tile"
         )
     found = index(layout, n)
-    _indexes[layout] = (stamp, found)
+    if stamp is not None:
+        _indexes[layout] = (stamp, found)
     return found
 
 

@@ -141,7 +141,7 @@ def adapter(
 ) -> Tensor:
     operands = (x, down_weight, down_bias, up_weight, up_bias)
     dtype = autocast_dtype(x) or x.dtype
-    if not dispatch.runs_triton("adapter", x, dtype, r=down_weight.shape[0]):
+    if not dispatch.runs_triton("adapter", x, dtype, r=sum(down_weight.shape[:1])):
         return reference.adapter(*operands, activation=activation, scale=scale, residual=residual, norm=norm)
     down_weight, up_weight = dense(down_weight, dtype), dense(up_weight, dtype)
     operands = (x, down_weight, down_bias, up_weight, up_bias)

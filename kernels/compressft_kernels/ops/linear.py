@@ -26,11 +26,11 @@ OPERANDS = (
 )
 
 
-def _runs_triton(x: Tensor, columns: int, quant: bool, gate: Tensor | None) -> bool:
+def _runs_triton(x: Tensor, quant: bool, gate: Tensor | None) -> bool:
     if gate is not None and gate.dtype == torch.float64 and not dispatch.interpreted():
         return False  # the kernel compares with the threshold in float32
     name = "masked_linear" if gate is not None and gate.is_floating_point() else "packed_linear"
-    return dispatch.runs_triton(name, x, autocast_dtype(x) or x.dtype, columns=columns, nf4=quant)
+    return dispatch.runs_triton(name, x, autocast_dtype(x) or x.dtype, columns=sum(x.shape[-1:]), nf4=quant)
 
 
 def _scratch(x: Tensor, quant: list[Tensor]) -> bool:
@@ -148,7 +148,7 @@ def _apply(x: Tensor, weight: Tensor | NF4, gate: Tensor | None, threshold: floa
 def masked_linear(
     x: Tensor, weight: Tensor | NF4, scores: Tensor, *, threshold: float = 0.0, bias: Tensor | None = None
 ) -> Tensor:
-    if not _runs_triton(x, x.shape[-1], isinstance(weight, NF4), scores):
+    if not _runs_triton(x, isinstance(weight, NF4), scores):
         return reference.masked_linear(x, weight, scores, threshold=threshold, bias=bias)
     x, bias = check_masked(x, weight, scores, bias)
     # The twin compares in the scores' dtype.
@@ -157,7 +157,7 @@ def masked_linear(
 
 
 def packed_linear(x: Tensor, weight: Tensor | NF4, bits: Tensor | None, *, bias: Tensor | None = None) -> Tensor:
-    if not _runs_triton(x, x.shape[-1], isinstance(weight, NF4), bits):
+    if not _runs_triton(x, isinstance(weight, NF4), bits):
         return reference.packed_linear(x, weight, bits, bias=bias)
     x, bias = check_packed(x, weight, bits, bias)
     return _apply(x, weight, bits, 0.0, bias)

@@ -106,7 +106,7 @@ def prefix_attention(
     scale: float | None = None,
 ) -> Tensor:
     dtype = autocast_dtype(q) or q.dtype
-    if not dispatch.runs_triton("prefix_attention", q, dtype, head_dim=q.shape[-1]):
+    if not dispatch.runs_triton("prefix_attention", q, dtype, head_dim=sum(q.shape[-1:])):
         return reference.prefix_attention(q, k, v, prefix_k, prefix_v, causal=causal, lengths=lengths, scale=scale)
     check_prefix(q, k, v, prefix_k, prefix_v, lengths)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
