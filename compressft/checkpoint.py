@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from compressft.errors import UserError
-from compressft.model import resize, resolve, shapes
+from compressft.model import resolve
 from compressft.modules.attention import TRAINING, register
 from compressft.modules.linear import CompressedLinear
 from compressft.modules.structure import describe, rebuild
+from compressft.shrink import resize, shapes
 
 MANIFEST = "compressft.json"
 WEIGHTS = "model.safetensors"
@@ -246,7 +247,9 @@ def _fill(model: nn.Module, modules: dict[str, Any], tensors: Mapping[str, Tenso
             target.copy_(source)
 
 
-def save_delta(model: nn.Module, base: Mapping[str, Tensor], folder: Path, info: Mapping[str, Any]) -> None:
+def save_delta(
+    model: nn.Module, tokenizer: Any, base: Mapping[str, Tensor], folder: Path, info: Mapping[str, Any]
+) -> None:
     """Write a `delta/` folder: only the tensors that differ from the base (by value or shape), and the base's hash.
 
     Args:
@@ -263,6 +266,8 @@ def save_delta(model: nn.Module, base: Mapping[str, Tensor], folder: Path, info:
             if name not in base or base[name].shape != tensor.shape or not torch.equal(base[name], tensor)
         }
         save_file(changed, target / DELTA, metadata={"format": "pt"})
+        if tokenizer is not None:
+            tokenizer.save_pretrained(target)
         manifest = {
             "format": 1,
             "kind": "delta",

@@ -38,8 +38,7 @@ def evaluate(source: str | Path, data: str | Path, batch: int = 32) -> dict[str,
     manifest = read_manifest(folder)
     if "task" not in manifest:
         raise UserError(f"evaluate: {folder} does not say what task it was trained for; give model/, delta/ or onnx/")
-    source_of_tokens = manifest["model"] if manifest["kind"] == "delta" else str(folder)
-    task = make_task(manifest["task"], load_tokenizer(source_of_tokens), manifest["max_length"], manifest["labels"])
+    task = make_task(manifest["task"], load_tokenizer(str(folder)), manifest["max_length"], manifest["labels"])
     rows = canonical_rows(read_rows(data), manifest["columns"], TASKS[manifest["task"]].fields)
     features = task.encode(rows)
     if manifest["kind"] == "onnx":

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -146,6 +147,18 @@ class RunFolder:
     def finished(self, name: str) -> dict[str, Any] | None:
         """What was recorded of a finished stage, None before."""
         return read_manifest(self.stage(name))["stage"] if (self.stage(name) / MANIFEST).is_file() else None
+
+    # What must not be measured or drawn again by a resumed run.
+
+    def memo(self, key: str, compute: Callable[[], Any]) -> Any:
+        """compute(), a JSON value, written to `memo/KEY.json`; read from there once it is."""
+        path = self.root / "memo" / f"{key}.json"
+        if not path.is_file():
+            path.parent.mkdir(exist_ok=True)
+            staging = path.with_name(f".{path.name}.tmp")
+            staging.write_text(json.dumps(compute()), encoding="utf-8")
+            staging.rename(path)
+        return json.loads(path.read_text(encoding="utf-8"))
 
     # Resumable checkpoints.
 

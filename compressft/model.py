@@ -1,17 +1,17 @@
-"""Models: load, select, replace, freeze, count, shrink."""
+"""Models: load, select, replace, freeze, count."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from compressft.anatomy import Layer, anatomy
+from compressft.anatomy import anatomy
 from compressft.errors import UserError
 from compressft.modules.attention import TRAINING, register
 from compressft.modules.linear import CompressedLinear
@@ -153,86 +153,6 @@ def count(model: nn.Module) -> dict[str, int]:
     }
 
 
-def shapes(model: nn.Module) -> list[dict[str, int]]:
-    """Per layer: {"heads", "kv_heads", "ffn"} as they are now."""
-    return [{"heads": x.heads, "kv_heads": x.kv_heads, "ffn": x.ffn} for x in anatomy(model).layers]
-
-
-def shrink(model: nn.Module, keep: Sequence[Mapping[str, Tensor]]) -> None:
-    """Really remove heads and FFN neurons.
-
-    Args:
-        keep: per layer {"heads": kept KV-group indices, "ffn": kept neuron indices}, int64, ascending. A KV group is
-            one key/value head with the query heads that share it (a single head without grouped-query attention).
-
-    Raises:
-        ValueError: a number of layers that is not the model's.
-    """
-    layers = anatomy(model).layers
-    if len(keep) != len(layers):
-        raise ValueError(f"shrink: {len(keep)} layers given, the model has {len(layers)}")
-    for layer, kept in zip(layers, keep, strict=True):
-        if "heads" in kept:
-            _shrink_heads(layer, kept["heads"])
-        if "ffn" in kept:
-            for path in layer.family.up:
-                _slice(layer.part(path), rows=kept["ffn"])
-            _slice(layer.part(layer.family.down), columns=kept["ffn"])
-
-
-def resize(model: nn.Module, target: Sequence[Mapping[str, int]]) -> None:
-    """Give a freshly built model the per-layer shapes of a compressed one (the values are loaded afterwards)."""
-    keep = [{"heads": torch.arange(shape["kv_heads"]), "ffn": torch.arange(shape["ffn"])} for shape in target]
-    shrink(model, keep)
-
-
-def _shrink_heads(layer: Layer, groups: Tensor) -> None:
-    family, dim = layer.family, layer.head_dim
-    queries_per_group = layer.heads // layer.kv_heads
-    kv_rows = _spans(groups, dim)
-    q_rows = _spans(groups, dim * queries_per_group)
-    if family.fused_qkv:
-        width = layer.heads * dim
-        fused = torch.cat([q_rows, width + kv_rows, 2 * width + kv_rows])
-        _slice(layer.part(family.fused_qkv), rows=fused)
-    else:
-        for path, rows in ((family.q, q_rows), (family.k, kv_rows), (family.v, kv_rows)):
-            assert path is not None
-            _slice(layer.part(path), rows=rows)
-    _slice(layer.part(family.o), columns=q_rows)
-    attention = layer.part(family.attention)
-    kept = len(groups)
-    for name, value in family.shape_attributes.items():
-        setattr(attention, name, value(kept * queries_per_group, kept, dim))
-
-
-def _spans(groups: Tensor, size: int) -> Tensor:
-    """Row indices of blocks of `size` rows."""
-    return (groups[:, None] * size + torch.arange(size, device=groups.device)[None, :]).reshape(-1)
-
-
-@torch.no_grad()
-def _slice(module: nn.Module, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
-    """Keep these output rows and input columns of a Linear, CompressedLinear or Conv1D, in place."""
-    weight = module.weight
-    assert isinstance(weight, nn.Parameter)
-    transposed = type(module).__name__ == "Conv1D"
-    row_dim, column_dim = (1, 0) if transposed else (0, 1)
-    new = weight.detach()
-    if rows is not None:
-        new = new.index_select(row_dim, rows.to(new.device))
-        bias = module.bias
-        if isinstance(bias, nn.Parameter):
-            module.bias = nn.Parameter(bias.detach()[rows.to(bias.device)].clone(), requires_grad=bias.requires_grad)
-    if columns is not None:
-        new = new.index_select(column_dim, columns.to(new.device))
-    module.weight = nn.Parameter(new.contiguous(), requires_grad=weight.requires_grad)
-    if transposed:
-        module.nx, module.nf = new.shape  # type: ignore[assignment]
-    else:
-        module.out_features, module.in_features = new.shape  # type: ignore[assignment]
-
-
 __all__ = [
     "compress_linear",
     "count",
@@ -242,8 +162,5 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "replace",
-    "resize",
     "restore_plain",
-    "shapes",
-    "shrink",
 ]

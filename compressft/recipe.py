@@ -119,8 +119,8 @@ class Stage(Part):
 
     @property
     def transforms(self) -> tuple[Transform, ...]:
-        """Method, objectives, passes, in this order."""
-        return (self.method, *self.objectives, *self.passes)
+        """Method, objectives and passes in the order in which they act (`Transform.order`, then as written)."""
+        return tuple(sorted((self.method, *self.objectives, *self.passes), key=lambda one: one.order))
 
     @model_validator(mode="after")
     def _compatible(self) -> Stage:

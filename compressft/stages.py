@@ -12,14 +12,15 @@ from rich.console import Console
 from torch import nn
 
 from compressft.checkpoint import load_compressed, save_compressed
-from compressft.data import Splits, Task
+from compressft.data import Splits, Task, make_task
 from compressft.errors import UserError, VerificationError
 from compressft.export.verify import model_logits
 from compressft.folder import RunFolder
 from compressft.measure import peak_memory
-from compressft.model import count, load_model, shapes
+from compressft.model import count, load_model, load_tokenizer
 from compressft.recipe import Recipe, Stage
-from compressft.transform import Context
+from compressft.shrink import shapes
+from compressft.transform import Context, TrainingData
 
 # Rows, and share of the logits' standard deviation, for the checks around finalize and save. One flipped int8 rounding
 # moves a logit by about 1 %; a lost mask or range by more than all of it.
@@ -29,14 +30,14 @@ SETTLE_LIMIT = 0.1
 
 def train_stages(
     recipe: Recipe, folder: RunFolder, task: Task, splits: Splits, info: dict[str, Any], console: Console
-) -> tuple[nn.Module, list[dict[str, Any]]]:
+) -> tuple[nn.Module, Task, list[dict[str, Any]]]:
     """Train all stages one after the other, each from the weights of the one before.
 
     Args:
         info: recorded in each stage's model folder.
 
     Returns:
-        the trained model on the CPU, and one record per stage.
+        the trained model on the CPU, the task with the tokenizer that it now has, and one record per stage.
     """
     from transformers import set_seed
 
@@ -45,19 +46,50 @@ def train_stages(
     folder.check_space(sum(p.numel() * p.element_size() for p in model.parameters()))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base = {"shapes": shapes(model), "parameters": count(model)["total"]}
-    features = (task.encode(splits.train), task.encode(splits.validation))
+    rows = StageRows(task, splits)
     records: list[dict[str, Any]] = []
     for stage in recipe.stages:
         record = folder.finished(stage.name)
         if record is None:
             offset = sum(r["steps"] for r in records)
-            record = train_stage(stage, model.to(device), recipe, folder, task, features, offset, console)
+            record = train_stage(stage, model.to(device), recipe, folder, rows, offset, console)
             record["base"] = base
-            save_compressed(model, None, folder.stage(stage.name), {**info, "stage": record})
+            save_compressed(model, rows.task.tokenizer, folder.stage(stage.name), {**info, "stage": record})
         else:
             model = load_compressed(folder.stage(stage.name))
+            tokenizer = load_tokenizer(str(folder.stage(stage.name)))
+            if len(tokenizer) != len(rows.task.tokenizer):
+                rows.retokenise(tokenizer)
         records.append(record)
-    return model.cpu().eval(), records
+    return model.cpu().eval(), rows.task, records
+
+
+class StageRows:
+    """Training and validation rows as features, encoded anew where a pass changes the tokenizer."""
+
+    def __init__(self, task: Task, splits: Splits) -> None:
+        self.splits = splits
+        self.task = task
+        self._encode()
+
+    def _encode(self) -> None:
+        self.train = self.task.encode(self.splits.train)
+        self.validation = self.task.encode(self.splits.validation)
+
+    def retokenise(self, tokenizer: Any) -> list[dict[str, Any]]:
+        """Go on with another tokenizer; returns the training features."""
+        self.task = make_task(self.task.type, tokenizer, self.task.max_length, self.task.labels)
+        self._encode()
+        return self.train
+
+    @property
+    def features(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Training, validation."""
+        return self.train, self.validation
+
+    def data(self) -> TrainingData:
+        """What Transforms see of it."""
+        return TrainingData(self.task.tokenizer, self.train, self.task.collate, self.retokenise)
 
 
 def train_stage(
@@ -65,8 +97,7 @@ def train_stage(
     model: nn.Module,
     recipe: Recipe,
     folder: RunFolder,
-    task: Task,
-    features: tuple[list[dict[str, Any]], list[dict[str, Any]]],
+    rows: StageRows,
     offset: int,
     console: Console,
 ) -> dict[str, Any]:
@@ -77,9 +108,17 @@ def train_stage(
     from compressft.trainer import CompressionTrainer
 
     set_seed(stage.train.seed)
-    context = Context(stage.transforms, {}, teacher_loader(recipe, folder, task, model), stage.train.seed)
+    context = Context(
+        stage.transforms,
+        {},
+        teacher_loader(recipe, folder, rows.task, model),
+        stage.train.seed,
+        rows.data(),
+        lambda key, compute: folder.memo(f"{stage.name}.{key}", compute),
+    )
     for transform in stage.transforms:
         transform.prepare(model, context)
+    task = rows.task
     if stage.train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     found = folder.newest(stage.name)
@@ -87,7 +126,7 @@ def train_stage(
     done = manifest.get("done", False)
     folder.rewind(manifest["step"], evaluated=not done)
     reporter = Reporter(folder, stage.name, task, stage.train.keep_checkpoints, offset, manifest["seconds"], console)
-    trainer = CompressionTrainer(model, task, stage.train, context, *features, folder.staging, [reporter])
+    trainer = CompressionTrainer(model, task, stage.train, context, *rows.features, folder.staging, [reporter])
     reporter.trainer = trainer
     trainer.tokens = manifest.get("tokens", 0)
     trainable = count(model)["trainable"]
@@ -98,7 +137,7 @@ def train_stage(
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if reporter.interrupted and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(f"stopped at step {trainer.state.global_step} of stage {stage.name!r}; saved")
-    sample = features[1][:SETTLE_ROWS]
+    sample = rows.validation[:SETTLE_ROWS]
     masked = model_logits(model, task, sample)
     for transform in stage.transforms:
         transform.finalize(model)

@@ -2,19 +2,50 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
+from compressft.errors import UserError
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import torch
     from torch import nn
 
 TASK_LOSS = "task"
+
+
+@dataclass
+class TrainingData:
+    """The stage's own training rows, for what is decided by looking at data before training.
+
+    Attributes:
+        tokenizer: the tokenizer in force; `retokenise` replaces it.
+        features: encoded training rows: token ids without padding, `labels` as the task has them.
+        collate: features -> padded batch.
+        replace: encodes everything anew with another tokenizer.
+    """
+
+    tokenizer: Any
+    features: Sequence[dict[str, Any]]
+    collate: Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]]
+    replace: Callable[[Any], Sequence[dict[str, Any]]]
+
+    def batches(self, rows: int, size: int, seed: int) -> list[dict[str, torch.Tensor]]:
+        """A calibration set: `rows` distinct training rows (all if there are fewer) in batches of `size`."""
+        drawn = random.Random(seed).sample(range(len(self.features)), min(rows, len(self.features)))
+        drawn.sort(key=lambda i: len(self.features[i]["input_ids"]))
+        return [self.collate([self.features[i] for i in drawn[k : k + size]]) for k in range(0, len(drawn), size)]
+
+    def retokenise(self, tokenizer: Any) -> None:
+        """Go on with another tokenizer."""
+        self.features = self.replace(tokenizer)
+        self.tokenizer = tokenizer
 
 
 @dataclass
@@ -26,12 +57,41 @@ class Context:
         teachers: finished earlier stages by name, dense models in eval mode.
         load_teacher: loads a model from a folder or hub id, ready for this task.
         seed: the stage's seed; a Transform that draws numbers makes its own generator from it.
+        data: the stage's training rows; None where a model is prepared without data.
+        memo: `memo(key, compute)` is compute(), a JSON value, or what it gave when this run directory first asked. For
+            what a resumed run must not measure anew.
+        fit_teacher: calls on every loaded teacher, so that it takes the batches the student takes.
     """
 
     transforms: Sequence[Transform] = ()
     teachers: dict[str, nn.Module] = field(default_factory=dict)
     load_teacher: Any = None
     seed: int = 0
+    data: TrainingData | None = None
+    memo: Callable[[str, Callable[[], Any]], Any] = lambda key, compute: compute()
+    fit_teacher: list[Callable[[nn.Module], None]] = field(default_factory=list)
+
+    def teacher(self, name: str) -> nn.Module:
+        """A teacher by name, frozen, in eval mode, loaded once."""
+        if name not in self.teachers:
+            model = self.load_teacher(name)
+            for fit in self.fit_teacher:
+                fit(model)
+            self.teachers[name] = model.requires_grad_(False).eval()
+        return self.teachers[name]
+
+    def calibration(self, rows: int, who: str) -> list[dict[str, torch.Tensor]]:
+        """A calibration set of training rows in batches of 32.
+
+        Raises:
+            UserError: there is no data here.
+        """
+        if self.data is None:
+            raise UserError(f"{who}: needs training rows to look at; run it in a recipe's stage")
+        return self.data.batches(rows, 32, self.seed)
+
+
+REMOVES, METHOD, OBJECTIVE, WEIGHTS, PARTS, QUANTISES = range(-10, 50, 10)
 
 
 class Transform(BaseModel):
@@ -46,6 +106,9 @@ class Transform(BaseModel):
 
     type: str
     needs_hidden_states: ClassVar[bool] = False
+    # Transforms are prepared, followed and finalised in ascending order: what removes parts before training, the
+    # method, what looks at activations, what gates single weights, what gates parts, what quantises.
+    order: ClassVar[int] = METHOD
 
     def prepare(self, model: nn.Module, context: Context) -> None:
         """Rewrite the model before training. Raises UserError where the model lacks what this needs."""

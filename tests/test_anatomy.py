@@ -9,7 +9,8 @@ from torch import nn
 
 from compressft.anatomy import FAMILIES, anatomy, family_of, linear_shape
 from compressft.errors import UserError
-from compressft.model import compress_linear, shrink
+from compressft.model import compress_linear
+from compressft.shrink import shrink
 from tests.tiny import SHAPE, TINY, batch_for, logits, random_keep, tiny
 
 

@@ -21,8 +21,9 @@ from compressft.checkpoint import (
 )
 from compressft.errors import UserError
 from compressft.methods.adapter import Adapter
-from compressft.model import count, load_model, shapes, shrink
+from compressft.model import count, load_model
 from compressft.passes.int8 import Int8
+from compressft.shrink import shapes, shrink
 from compressft.transform import Context
 from tests.tiny import batch_for, logits, random_keep, tiny
 
@@ -197,7 +198,7 @@ def test_delta_has_exactly_what_changed(base, tmp_path):
     model = fine_tuned(base)
     with torch.no_grad():
         model.bert.encoder.layer[1].attention.self.query.bias[3] += 0.5
-    save_delta(model, base_tensors(str(base)), tmp_path / "delta", {"model": str(base)})
+    save_delta(model, None, base_tensors(str(base)), tmp_path / "delta", {"model": str(base)})
     stored = load_file(tmp_path / "delta" / "delta.safetensors")
     assert set(stored) == {
         "bert.encoder.layer.1.attention.self.query.bias",
@@ -213,7 +214,7 @@ def test_delta_of_adapters_is_small(base, tmp_path):
         for name, parameter in model.named_parameters():
             if "adapter" in name:
                 parameter.add_(0.1)
-    save_delta(model, base_tensors(str(base)), tmp_path / "delta", {"model": str(base)})
+    save_delta(model, None, base_tensors(str(base)), tmp_path / "delta", {"model": str(base)})
     stored = load_file(tmp_path / "delta" / "delta.safetensors")
     assert all("adapter" in name or name.startswith("classifier") for name in stored)
     assert sum("adapter" in name for name in stored) == 2 * 4
@@ -230,7 +231,7 @@ def test_delta_of_a_compressed_model(base, tmp_path):
         model.train()(**batch_for("bert"))
     transform.finalize(model)
     model.eval()
-    save_delta(model, base_tensors(str(base)), tmp_path / "delta", {"model": str(base)})
+    save_delta(model, None, base_tensors(str(base)), tmp_path / "delta", {"model": str(base)})
     save_compressed(model, None, tmp_path / "model", {})
     loaded, whole = load_delta(tmp_path / "delta"), load_compressed(tmp_path / "model")
     assert loaded.state_dict().keys() == whole.state_dict().keys()
@@ -242,7 +243,7 @@ def test_delta_of_a_compressed_model(base, tmp_path):
 
 def test_delta_knows_its_base(base, tmp_path):
     model = fine_tuned(base)
-    save_delta(model, base_tensors(str(base)), tmp_path / "delta", {"model": str(base)})
+    save_delta(model, None, base_tensors(str(base)), tmp_path / "delta", {"model": str(base)})
     recorded = json.loads((tmp_path / "delta" / "compressft.json").read_text())["base_hash"]
     # From the base's own file: a moved base is found, another one refused.
     raw = load_file(base / "model.safetensors")
@@ -258,7 +259,7 @@ def test_delta_knows_its_base(base, tmp_path):
 
 
 def test_tampered_delta_is_refused(base, tmp_path):
-    save_delta(fine_tuned(base), base_tensors(str(base)), tmp_path / "delta", {"model": str(base)})
+    save_delta(fine_tuned(base), None, base_tensors(str(base)), tmp_path / "delta", {"model": str(base)})
     path = tmp_path / "delta" / "delta.safetensors"
     raw = path.read_bytes()
     path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 64]))
@@ -272,7 +273,7 @@ def test_delta_of_a_compressed_base(tmp_path):
     model = load_compressed(tmp_path / "base")
     with torch.no_grad():
         model.classifier.bias += 1
-    save_delta(model, base_tensors(str(tmp_path / "base")), tmp_path / "delta", {"model": str(tmp_path / "base")})
+    save_delta(model, None, base_tensors(str(tmp_path / "base")), tmp_path / "delta", {"model": str(tmp_path / "base")})
     assert set(load_file(tmp_path / "delta" / "delta.safetensors")) == {"classifier.bias"}
     assert torch.equal(logits(load_delta(tmp_path / "delta"), batch_for("bert")), logits(model, batch_for("bert")))
 

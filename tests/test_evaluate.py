@@ -39,7 +39,7 @@ def shipped(tmp_path_factory) -> Path:
         "metric": "accuracy",
     }
     save_compressed(model, load_tokenizer(base), folder / "model", info)
-    save_delta(model, base_tensors(base), folder / "delta", info)
+    save_delta(model, load_tokenizer(base), base_tensors(base), folder / "delta", info)
     return folder
 
 

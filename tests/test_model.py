@@ -13,14 +13,12 @@ from compressft.model import (
     head_parameters,
     load_model,
     replace,
-    resize,
     resolve,
     restore_plain,
-    shapes,
-    shrink,
 )
 from compressft.modules.gate import ColumnGate
 from compressft.modules.linear import CompressedLinear
+from compressft.shrink import resize, shapes, shrink
 from tests.tiny import TINY, batch_for, gated, logits, padded, random_keep, tiny
 
 
@@ -155,15 +153,15 @@ def test_a_dead_head_has_no_importance(family):
     gated(model, everything)
     linear = anatomy(model).layers[0].part(layer.family.o)
     with torch.no_grad():
-        linear.weight[:, linear.gate.size : 2 * linear.gate.size] = 0.0
-    linear.gate.measure(True)
+        linear.weight[:, linear.gates["structured"].size : 2 * linear.gates["structured"].size] = 0.0
+    linear.gates["structured"].measure(True)
     model(**batch_for(family)).logits.square().sum().backward()
-    linear.gate.accumulate(0.0)
+    linear.gates["structured"].accumulate(0.0)
     alive = torch.ones(layer.kv_heads, dtype=torch.bool)
     alive[1] = False
-    assert linear.gate.importance[1] == 0
-    assert (linear.gate.importance[alive] > 0).all()
-    assert linear.gate.mask.grad is None
+    assert linear.gates["structured"].importance[1] == 0
+    assert (linear.gates["structured"].importance[alive] > 0).all()
+    assert linear.gates["structured"].mask.grad is None
 
 
 @pytest.mark.parametrize("family", TINY)

@@ -115,8 +115,8 @@ def gated(model: nn.Module, keep: list[dict[str, Tensor]]) -> None:
             (family.down, layer.ffn, 1, "ffn"),
         ):
             linear = compress_linear(model, f"{layer.name}.{path}")
-            linear.gate = ColumnGate(groups, size)
-            linear.gate.keep(kept[name])
+            linear.gates["structured"] = ColumnGate(groups, size)
+            linear.gates["structured"].keep(kept[name])
 
 
 def random_keep(model: nn.Module, seed: int = 0) -> list[dict[str, Tensor]]:

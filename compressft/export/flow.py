@@ -30,9 +30,10 @@ from compressft.export.onnx import save, to_graph
 from compressft.export.session import open_session
 from compressft.export.verify import Check, metric, model_logits, verify
 from compressft.measure import hardware, latencies, versions
-from compressft.model import count, load_model, load_tokenizer, shapes
+from compressft.model import count, load_model, load_tokenizer
 from compressft.modules.structure import describe
 from compressft.recipe import Recipe
+from compressft.shrink import shapes
 
 
 def export(recipe: Recipe, root: Path, splits: Splits, console: Console) -> dict[str, Any]:
@@ -55,7 +56,10 @@ def export(recipe: Recipe, root: Path, splits: Splits, console: Console) -> dict
     quality = {"metric": task.metric, "split": split, "baseline": None, "torch": None, "onnx": None}
     if baseline is not None:
         dense = load_compressed(baseline, verify=False)
-        quality["baseline"] = metric(task, model_logits(dense, task, encoded[split]), encoded[split])
+        # Its vocabulary may be larger than that of the model that ships.
+        own = make_task(recipe.task, load_tokenizer(str(baseline)), recipe.data.max_length, manifest["labels"])
+        features = own.encode(getattr(splits, split))
+        quality["baseline"] = metric(own, model_logits(dense, own, features), features)
     if not recipe.export.enabled:
         quality["torch"] = metric(task, model_logits(model, task, encoded[split]), encoded[split])
         return {**report, "quality": quality}

@@ -13,7 +13,7 @@ from compressft.model import replace
 from compressft.modules.attention import EXPORT
 from compressft.modules.embedding import CompressedEmbedding
 from compressft.modules.linear import CompressedLinear
-from compressft.modules.quantizer import activation_scale, quantise_weight, weight_scale
+from compressft.modules.quantizer import Int8Quantizer, activation_scale, quantise_weight, weight_scale
 
 
 class Int8Linear(nn.Module):
@@ -26,7 +26,7 @@ class Int8Linear(nn.Module):
     def __init__(self, linear: CompressedLinear) -> None:
         super().__init__()
         quantizer = linear.quantizer
-        assert quantizer is not None
+        assert isinstance(quantizer, Int8Quantizer)
         self.dynamic = quantizer.dynamic
         scale = weight_scale(linear.weight)
         self.register_buffer("weight", quantise_weight(linear.weight.detach(), scale).to(torch.int8).t().contiguous())

@@ -1,12 +1,49 @@
-"""The `gate` slot: a structured 0/1 mask over groups of input columns, with the score that decides it."""
+"""The `gates` of a weight: what multiplies it while training decides what goes; folded into the values at the end."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from compressft_kernels import masked_linear, pack_mask, packed_linear, unpack_mask
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
-class ColumnGate(nn.Module):
+class Gate(nn.Module):
+    """Base: maps a weight (out, in) to the gated weight, differentiably."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """(out, in) -> (out, in)."""
+        raise NotImplementedError
+
+    def columns(self) -> Tensor | None:
+        """Factor per input column (in,), 0 for columns that are gone; None where the gate knows no whole columns."""
+        return None
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x (..., in) times the gated weight; gates with a kernel of their own override it."""
+        return F.linear(x, self(weight), bias)
+
+
+class Gates(nn.ModuleDict):
+    """All gates of one weight by the type of the pass that put them there; their factors multiply."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        for gate in self.values():
+            weight = gate(weight)
+        return weight
+
+    def columns(self) -> Tensor | None:
+        """Product of the gates' column factors, without a graph."""
+        known = [c.detach() for gate in self.values() if (c := gate.columns()) is not None]  # type: ignore[operator]
+        product = None
+        for columns in known:
+            product = columns if product is None else product * columns
+        return product
+
+
+class ColumnGate(Gate):
     """Groups of `size` adjacent input columns that are kept (1) or dropped (0) together: a head's, or one neuron's.
 
     Buffers: `mask` (groups,) fp32 0/1 and `importance` (groups,) fp32. While `measure()` is on, `mask` collects the
@@ -23,6 +60,9 @@ class ColumnGate(nn.Module):
         self.size = size
         self.register_buffer("mask", torch.ones(groups))
         self.register_buffer("importance", torch.zeros(groups))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.columns()
 
     def measure(self, on: bool) -> None:
         """Collect (or stop collecting) gradients of the mask."""
@@ -51,3 +91,122 @@ class ColumnGate(nn.Module):
         """Keep exactly these group indices."""
         self.mask.zero_()
         self.mask[groups] = 1.0
+
+
+class MaskGate(Gate):
+    """A 0/1 mask over single weights, stored at one bit each: `bits` (out, ceil(in / 8)) uint8.
+
+    The weight's gradient is masked like the weight, so what is pruned stays 0 in the product whatever momentum or
+    decay do to the stored value.
+    """
+
+    bits: Tensor
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__()
+        self.width = columns
+        self.register_buffer("bits", pack_mask(torch.ones(rows, columns, dtype=torch.bool)))
+
+    @property
+    def mask(self) -> Tensor:
+        """(out, in) bool."""
+        return unpack_mask(self.bits, self.width)
+
+    @torch.no_grad()
+    def keep(self, mask: Tensor) -> None:
+        """Set the mask, (out, in) bool."""
+        self.bits.copy_(pack_mask(mask))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.mask
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return packed_linear(x, weight, self.bits, bias=bias)
+
+
+class _Thresholded(torch.autograd.Function):
+    """W * 1[scores > threshold], straight-through: dL/dscores = dL/dW' * W, summed over each score's tile.
+
+    Sanh, Wolf & Rush (2020), equation 3.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scores: Tensor, threshold: Tensor, tile: tuple[int, int]) -> Tensor:
+        mask = spread(scores > threshold, tile, weight.shape)
+        ctx.save_for_backward(weight, mask)
+        ctx.tile = tile
+        return weight * mask
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        weight, mask = ctx.saved_tensors
+        d_weight = grad * mask if ctx.needs_input_grad[0] else None
+        d_scores = pool(grad * weight, ctx.tile) if ctx.needs_input_grad[1] else None
+        return d_weight, d_scores, None, None
+
+
+def spread(values: Tensor, tile: tuple[int, int], shape: torch.Size) -> Tensor:
+    """One value per tile -> one per weight, (out, in); the last row and column of tiles may be cut."""
+    if tile == (1, 1):
+        return values
+    return values.repeat_interleave(tile[0], 0).repeat_interleave(tile[1], 1)[: shape[0], : shape[1]]
+
+
+def pool(values: Tensor, tile: tuple[int, int]) -> Tensor:
+    """Sum over each tile of an (out, in) tensor."""
+    if tile == (1, 1):
+        return values
+    padded = F.pad(values, (0, -values.shape[1] % tile[1], 0, -values.shape[0] % tile[0]))
+    return padded.unflatten(1, (-1, tile[1])).unflatten(0, (-1, tile[0])).sum((1, 3))
+
+
+class ScoreGate(Gate):
+    """Learned scores decide: a weight (or tile of weights) lives while its score is above `threshold`.
+
+    Parameter `scores` (ceil(out / tile rows), ceil(in / tile columns)); buffer `threshold`, an fp32 scalar, -inf at the
+    start (everything lives). Without tiles the product runs on `masked_linear`, which never stores the masked weight.
+    """
+
+    threshold: Tensor
+
+    def __init__(self, rows: int, columns: int, tile: tuple[int, int] = (1, 1), initial: float = 0.0) -> None:
+        super().__init__()
+        self.tile = tile
+        shape = (-(-rows // tile[0]), -(-columns // tile[1]))
+        self.scores = nn.Parameter(torch.full(shape, initial))
+        self.register_buffer("threshold", torch.tensor(-torch.inf))
+
+    @property
+    def mask(self) -> Tensor:
+        """Live scores, bool, in the scores' shape."""
+        return self.scores.detach() > self.threshold
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return _Thresholded.apply(weight, self.scores, self.threshold, self.tile)  # type: ignore[return-value]
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.tile != (1, 1):
+            return F.linear(x, self(weight), bias)
+        return masked_linear(x, weight, self.scores, threshold=float(self.threshold), bias=bias)
+
+    @torch.no_grad()
+    def keep_top(self, number: int) -> None:
+        """Let exactly the `number` highest scores live; ties are broken by position.
+
+        A dropped score equal to the lowest kept one is moved to the next lower float, so that the comparison alone
+        tells the two apart.
+        """
+        flat = self.scores.data.view(-1)
+        if number >= flat.numel():
+            self.threshold.fill_(-torch.inf)
+            return
+        order = flat.sort(descending=True, stable=True).indices
+        if number <= 0:
+            self.threshold.copy_(flat[order[0]])
+            return
+        lowest = flat[order[number - 1]]
+        dropped = order[number:]
+        tied = dropped[flat[dropped] == lowest]
+        below = torch.nextafter(lowest, torch.full_like(lowest, -torch.inf))
+        flat[tied] = below
+        self.threshold.copy_(below)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressft.modules.gate import ColumnGate
-from compressft.modules.quantizer import Int8Quantizer, quantised_linear
+from compressft.modules.gate import Gates
+from compressft.modules.quantizer import Quantizer
 
 _dense: ContextVar[bool] = ContextVar("compressft_dense", default=False)
 
@@ -32,23 +32,23 @@ def is_dense() -> bool:
 
 
 class CompressedLinear(nn.Linear):
-    """y = adapter(x W_eff^T + b) with W_eff = quantise(gate * (W + delta)).
+    """y = adapter(x W_eff^T + b) with W_eff = quantise(gates * (W + delta)).
 
-    Slots (None when empty): `gate` (ColumnGate over input columns), `delta` (a module whose forward returns an
-    (out, in) tensor), `quantizer` (Int8Quantizer), `adapter` (a module on the output). The parameters keep the names
-    `weight` (out, in) and `bias` (out,) of the layer they came from. `transposed` remembers that it was a Conv1D,
-    whose weight is stored (in, out).
+    Slots: `gates` (by the type of the pass that put them there), `delta` (a module whose forward returns an (out, in)
+    tensor), `quantizer` (multiplies in the deployed arithmetic), `adapter` (a module on the output); the last three
+    are None when empty. The parameters keep the names `weight` (out, in) and `bias` (out,) of the layer they came
+    from. `transposed` remembers that it was a Conv1D, whose weight is stored (in, out).
     """
 
-    gate: ColumnGate | None
+    gates: Gates
     delta: nn.Module | None
-    quantizer: Int8Quantizer | None
+    quantizer: Quantizer | None
     adapter: nn.Module | None
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, transposed: bool = False) -> None:
         super().__init__(in_features, out_features, bias=bias)
         self.transposed = transposed
-        self.gate = None
+        self.gates = Gates()
         self.delta = None
         self.quantizer = None
         self.adapter = None
@@ -73,34 +73,42 @@ class CompressedLinear(nn.Linear):
         return new
 
     def effective_weight(self) -> Tensor:
-        """gate * (W + delta), (out, in), before quantisation."""
+        """gates * (W + delta), (out, in), before quantisation."""
         weight = self.weight
         if self.delta is not None:
             weight = weight + self.delta()
-        if self.gate is not None and not is_dense():
-            weight = weight * self.gate.columns()
-        return weight
+        return weight if is_dense() else self.gates(weight)
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        weight = self.effective_weight()
-        quantizer = None if is_dense() else self.quantizer
-        columns = None if self.gate is None or quantizer is None else self.gate.columns().detach()
-        if quantizer is not None and self.training and quantizer.observing and not quantizer.dynamic:
-            quantizer.observe(input, columns)
-        if quantizer is not None and quantizer.ready:
-            y = quantised_linear(input, weight, self.bias, *quantizer.scale(input, columns))
-        else:
-            y = F.linear(input, weight, self.bias)
+        y = self._product(input)
         return y if self.adapter is None else self.adapter(y)
 
+    def _product(self, x: Tensor) -> Tensor:
+        quantizer = None if is_dense() else self.quantizer
+        if quantizer is not None:
+            columns = self.gates.columns()
+            if self.training:
+                quantizer.observe(x, columns)
+            if quantizer.ready:
+                return quantizer.linear(x, self.effective_weight(), self.bias, columns)
+        elif len(self.gates) == 1 and self.delta is None and not is_dense():
+            (gate,) = self.gates.values()
+            return gate.linear(x, self.weight, self.bias)  # type: ignore[operator]
+        return F.linear(x, self.effective_weight(), self.bias)
+
     @torch.no_grad()
-    def fold(self) -> None:
-        """Settle gate and delta into the weight (values only; `model.shrink` removes the dead columns)."""
-        if self.delta is not None or self.gate is not None:
-            self.weight.data = self.effective_weight().detach()
-        self.gate = None
-        self.delta = None
+    def fold(self, *names: str) -> None:
+        """Settle the delta and these gates (all if none is named) into the weight's values.
+
+        `shrink` removes the dead rows and columns; the other gates keep working.
+        """
+        if self.delta is not None:
+            self.weight.data = self.weight + self.delta()
+            self.delta = None
+        for name in names or list(self.gates):
+            self.weight.data = self.gates[name](self.weight)
+            del self.gates[name]
 
     def restore(self) -> nn.Module:
         """The plain layer this came from: nn.Linear, or Conv1D with its transposed weight.
@@ -108,7 +116,8 @@ class CompressedLinear(nn.Linear):
         Raises:
             ValueError: a slot that a plain layer cannot hold is still filled.
         """
-        filled = [slot for slot in ("gate", "delta", "quantizer", "adapter") if getattr(self, slot) is not None]
+        filled = ["gates"] if len(self.gates) else []
+        filled += [slot for slot in ("delta", "quantizer", "adapter") if getattr(self, slot) is not None]
         if filled:
             raise ValueError(f"CompressedLinear.restore: slots {filled} are filled; fold or detach them first")
         if self.transposed:

@@ -99,8 +99,24 @@ def quantised_linear(x: Tensor, weight: Tensor, bias: Tensor | None, x_scale: Te
     return _QuantisedLinear.apply(x, weight, bias, x_scale, zero_point, dtype)  # type: ignore[return-value]
 
 
-class Int8Quantizer(nn.Module):
-    """The `quantizer` slot: input range of one linear layer.
+class Quantizer(nn.Module):
+    """Base of the `quantizer` slot: multiplies as the deployed layer will."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether the layer computes in the deployed arithmetic now (else in floating point)."""
+        raise NotImplementedError
+
+    def observe(self, x: Tensor, columns: Tensor | None) -> None:
+        """See an input (..., in) in training; those of columns whose factor is 0 (in,) do not count."""
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor | None) -> Tensor:
+        """x (..., in) times the quantised weight (out, in), plus the bias (out,): (..., out)."""
+        raise NotImplementedError
+
+
+class Int8Quantizer(Quantizer):
+    """u8 inputs by the range of one linear layer, s8 weights.
 
     Buffers: `low`, `high` (fp32, the range), `batches` (int64, how many batches were seen). `dynamic` takes each
     input tensor's own range instead. The range is an exponential average of per-batch minima and maxima; the first
@@ -128,12 +144,17 @@ class Int8Quantizer(nn.Module):
 
     @torch.no_grad()
     def observe(self, x: Tensor, columns: Tensor | None) -> None:
-        """Move the range towards x (..., in); inputs of gated-off columns (in,) do not count."""
+        """Move the range towards x; nothing when dynamic or frozen."""
+        if self.dynamic or not self.observing:
+            return
         low, high = _range(x, columns)
         momentum = self.momentum if int(self.batches) else 0.0
         self.low.mul_(momentum).add_(low * (1.0 - momentum))
         self.high.mul_(momentum).add_(high * (1.0 - momentum))
         self.batches += 1
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor | None) -> Tensor:
+        return quantised_linear(x, weight, bias, *self.scale(x, columns))
 
     def scale(self, x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Scale and zero point for the input x; `columns` as in `observe`."""

@@ -17,13 +17,13 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Module path -> {"kind", ...} for every module of ours; gates and deltas must have been folded.
 
     Raises:
-        ValueError: a gate or delta is still in place.
+        ValueError: gates or a delta are still in place.
     """
     table: dict[str, dict[str, Any]] = {}
     for path, module in model.named_modules():
         if isinstance(module, CompressedLinear):
-            if module.gate is not None or module.delta is not None:
-                raise ValueError(f"{path}: gate or delta is not folded; call the transforms' finalize first")
+            if len(module.gates) or module.delta is not None:
+                raise ValueError(f"{path}: gates or delta are not folded; call the transforms' finalize first")
             entry: dict[str, Any] = {"kind": "linear"}
             if module.quantizer is not None:
                 entry["quantizer"] = {"dynamic": module.quantizer.dynamic, "momentum": module.quantizer.momentum}

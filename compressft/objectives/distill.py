@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, NonNegativeInt
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from compressft.anatomy import anatomy, family_of
 from compressft.errors import UserError
 from compressft.modules.linear import dense
-from compressft.transform import Context, Transform
+from compressft.transform import OBJECTIVE, Context, Transform
 
 
 class Distill(Transform):
@@ -28,6 +28,7 @@ class Distill(Transform):
     """
 
     type: Literal["distill"] = "distill"
+    order: ClassVar[int] = OBJECTIVE
     teacher: str
     temperature: float = Field(default=2.0, gt=0)
     task: float = Field(default=0.5, ge=0)
@@ -47,10 +48,7 @@ class Distill(Transform):
     def prepare(self, model: nn.Module, context: Context) -> None:
         if self.teacher == "self":
             return
-        if self.teacher not in context.teachers:
-            context.teachers[self.teacher] = context.load_teacher(self.teacher)
-        teacher = context.teachers[self.teacher]
-        teacher.requires_grad_(False).eval()
+        teacher = context.teacher(self.teacher)
         if self.hidden > 0:
             for student_layer, teacher_layer in self.pairs(model, teacher):
                 depths = (len(anatomy(model).layers), len(anatomy(teacher).layers))

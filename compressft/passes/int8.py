@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import nn
@@ -13,7 +13,7 @@ from compressft.errors import UserError, nearest
 from compressft.model import compress_linear, replace
 from compressft.modules.embedding import CompressedEmbedding
 from compressft.modules.quantizer import Int8Quantizer
-from compressft.transform import Context, Transform
+from compressft.transform import QUANTISES, Context, Transform
 
 PARTS = ("q", "k", "v", "o", "up", "down", "pooler", "embeddings")
 
@@ -29,6 +29,7 @@ class Int8(Transform):
     """
 
     type: Literal["int8"] = "int8"
+    order: ClassVar[int] = QUANTISES
     ranges: Literal["static", "dynamic"] = "static"
     start: float = Field(default=0.0, ge=0, lt=1)
     freeze: float = Field(default=0.8, gt=0, le=1)

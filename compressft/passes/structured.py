@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from compressft.anatomy import anatomy
-from compressft.model import compress_linear, shrink
+from compressft.model import compress_linear
 from compressft.modules.gate import ColumnGate
 from compressft.modules.linear import CompressedLinear
 from compressft.schedule import SHAPES, ramp
-from compressft.transform import Context, Transform
+from compressft.shrink import shrink
+from compressft.transform import PARTS, Context, Transform
 
 
 class Structured(Transform):
@@ -31,6 +32,7 @@ class Structured(Transform):
     """
 
     type: Literal["structured"] = "structured"
+    order: ClassVar[int] = PARTS
     heads: float = Field(default=0.0, ge=0, lt=1)
     ffn: float = Field(default=0.0, ge=0, lt=1)
     start: float = Field(default=0.05, ge=0, lt=1)
@@ -52,7 +54,7 @@ class Structured(Transform):
 
     def _gate(self, model: nn.Module, path: str, groups: int, size: int) -> None:
         linear = compress_linear(model, path)
-        linear.gate = ColumnGate(groups, size).to(linear.weight.device)
+        linear.gates[self.type] = ColumnGate(groups, size).to(linear.weight.device)
 
     def planned(self, target: float, progress: float) -> float:
         """Sparsity the schedule asks for."""
@@ -76,10 +78,11 @@ class Structured(Transform):
             kept: dict[str, Tensor] = {}
             for name, path in (("heads", layer.family.o), ("ffn", layer.family.down)):
                 linear = layer.part(path)
-                if isinstance(linear, CompressedLinear) and linear.gate is not None:
-                    linear.gate.measure(False)
-                    kept[name] = torch.nonzero(linear.gate.mask).flatten()
-                    linear.fold()
+                if isinstance(linear, CompressedLinear) and self.type in linear.gates:
+                    gate: Any = linear.gates[self.type]
+                    gate.measure(False)
+                    kept[name] = torch.nonzero(gate.mask).flatten()
+                    linear.fold(self.type)
             keep.append(kept)
         shrink(model, keep)
 
@@ -109,7 +112,7 @@ class Structured(Transform):
             (self.ffn, self.align, self.floor_ffn, "down"),
         ):
             if target > 0:
-                gates = [layer.part(getattr(layer.family, path)).gate for layer in layers]
+                gates = [layer.part(getattr(layer.family, path)).gates[self.type] for layer in layers]  # type: ignore[index]
                 kinds.append((target, align, floor, gates))
         return kinds
 

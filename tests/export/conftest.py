@@ -21,8 +21,8 @@ from compressft.export.fuse import fuse_qattention
 from compressft.export.onnx import save, to_graph
 from compressft.export.verify import model_logits
 from compressft.methods.adapter import Adapter
-from compressft.model import shrink
 from compressft.passes.int8 import Int8
+from compressft.shrink import shrink
 from compressft.transform import Context
 from tests.tiny import LABELS, VOCABULARY, tiny
 

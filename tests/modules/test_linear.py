@@ -38,8 +38,8 @@ def filled(quantizer=True):
         linear.weight.copy_(torch.randn(6, 12, generator=torch.Generator().manual_seed(0)))
         linear.bias.copy_(torch.randn(6, generator=torch.Generator().manual_seed(1)))
     linear.delta = Delta(6, 12)
-    linear.gate = ColumnGate(4, 3)
-    linear.gate.keep(KEPT)
+    linear.gates["structured"] = ColumnGate(4, 3)
+    linear.gates["structured"].keep(KEPT)
     if quantizer:
         linear.quantizer = Int8Quantizer()
         linear.quantizer.observe(inputs(), None)
@@ -79,7 +79,7 @@ def test_folding_keeps_the_function_and_the_sparsity():
     linear, x = filled(), inputs()
     want = linear(x)
     linear.fold()
-    assert linear.gate is None and linear.delta is None and linear.quantizer is not None
+    assert len(linear.gates) == 0 and linear.delta is None and linear.quantizer is not None
     assert torch.equal(linear(x), want)
     # The delta is dense and would have filled the dropped columns.
     assert torch.equal(linear.weight != 0, MASK.bool().expand(6, 12))
@@ -87,7 +87,7 @@ def test_folding_keeps_the_function_and_the_sparsity():
 
 def test_gradients_reach_weight_delta_and_gate():
     linear, x = filled(quantizer=False), inputs()
-    linear.gate.measure(True)
+    linear.gates["structured"].measure(True)
     out = torch.randn(5, 7, 6, generator=torch.Generator().manual_seed(4))
     (linear(x) * out).sum().backward()
     dw = torch.einsum("btn,btk->nk", out.double(), x.double())
@@ -95,7 +95,7 @@ def test_gradients_reach_weight_delta_and_gate():
     left = (dw * MASK) @ linear.delta.right.detach().double().t()
     torch.testing.assert_close(linear.delta.left.grad.double(), left, atol=1e-4, rtol=1e-5)
     gate = (dw * (linear.weight + linear.delta()).detach()).sum(0).view(4, 3).sum(1)
-    torch.testing.assert_close(linear.gate.mask.grad.double(), gate, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(linear.gates["structured"].mask.grad.double(), gate, atol=1e-4, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -147,5 +147,5 @@ def test_takes_over_and_gives_back_a_conv1d():
 
 
 def test_filled_slots_cannot_be_restored():
-    with pytest.raises(ValueError, match=r"\['gate', 'delta', 'quantizer'\] are filled"):
+    with pytest.raises(ValueError, match=r"\['gates', 'delta', 'quantizer'\] are filled"):
         filled().restore()

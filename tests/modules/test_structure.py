@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from compressft.methods.adapter import Adapter
-from compressft.model import resize, shapes
 from compressft.modules.gate import ColumnGate
 from compressft.modules.linear import CompressedLinear
 from compressft.modules.structure import describe, rebuild
 from compressft.passes.int8 import Int8
 from compressft.passes.structured import Structured
+from compressft.shrink import resize, shapes
 from compressft.transform import Context
 from tests.tiny import batch_for, logits, tiny
 
@@ -60,11 +60,11 @@ def test_plain_models_have_nothing_to_describe():
 def test_unsettled_modules_are_refused():
     model = tiny()
     PRUNE.prepare(model, Context())
-    with pytest.raises(ValueError, match=r"layer\.0\.attention\.output\.dense: gate or delta is not folded"):
+    with pytest.raises(ValueError, match=r"layer\.0\.attention\.output\.dense: gates or delta are not folded"):
         describe(model)
     linear = CompressedLinear(4, 4)
-    linear.gate = ColumnGate(4, 1)
-    with pytest.raises(ValueError, match="is not folded"):
+    linear.gates["structured"] = ColumnGate(4, 1)
+    with pytest.raises(ValueError, match="are not folded"):
         describe(torch.nn.Sequential(linear))
 
 

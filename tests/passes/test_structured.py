@@ -6,16 +6,17 @@ import pytest
 import torch
 
 from compressft.anatomy import anatomy
-from compressft.model import count, shapes
+from compressft.model import count
 from compressft.modules.gate import ColumnGate
 from compressft.passes.structured import Structured, keep_equally, keep_globally
 from compressft.schedule import SHAPES
+from compressft.shrink import shapes
 from compressft.transform import Context
 from tests.tiny import TINY, batch_for, fit, labelled, logits, tiny
 
 
 def gates(model, path):
-    return [layer.part(getattr(layer.family, path)).gate for layer in anatomy(model).layers]
+    return [layer.part(getattr(layer.family, path)).gates["structured"] for layer in anatomy(model).layers]
 
 
 @pytest.mark.parametrize("schedule", SHAPES)
@@ -207,7 +208,7 @@ def test_only_what_is_asked_for_gets_a_gate():
     model = tiny()
     Structured(heads=0.5).prepare(model, Context())
     names = [n for n, m in model.named_modules() if isinstance(m, ColumnGate)]
-    assert names == [f"bert.encoder.layer.{i}.attention.output.dense.gate" for i in (0, 1)]
+    assert names == [f"bert.encoder.layer.{i}.attention.output.dense.gates.structured" for i in (0, 1)]
     assert set(Structured(heads=0.5).status(model, 0.0)) == {"heads"}
 
 

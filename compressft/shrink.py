@@ -1,0 +1,171 @@
+"""Real removal: heads, FFN neurons, layers and vocabulary rows leave the tensors, and the configuration follows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressft.anatomy import Layer, anatomy
+from compressft.errors import UserError
+from compressft.modules.linear import CompressedLinear
+
+
+def shapes(model: nn.Module) -> list[dict[str, int]]:
+    """Per layer: {"heads", "kv_heads", "ffn"} as they are now."""
+    return [{"heads": x.heads, "kv_heads": x.kv_heads, "ffn": x.ffn} for x in anatomy(model).layers]
+
+
+def shrink(model: nn.Module, keep: Sequence[Mapping[str, Tensor]]) -> None:
+    """Really remove heads and FFN neurons.
+
+    Args:
+        keep: per layer {"heads": kept KV-group indices, "ffn": kept neuron indices}, int64, ascending. A KV group is
+            one key/value head with the query heads that share it (a single head without grouped-query attention).
+
+    Raises:
+        ValueError: a number of layers that is not the model's.
+    """
+    layers = anatomy(model).layers
+    if len(keep) != len(layers):
+        raise ValueError(f"shrink: {len(keep)} layers given, the model has {len(layers)}")
+    for layer, kept in zip(layers, keep, strict=True):
+        if "heads" in kept:
+            _shrink_heads(layer, kept["heads"])
+        if "ffn" in kept:
+            for path in layer.family.up:
+                _slice(layer.part(path), rows=kept["ffn"])
+            _slice(layer.part(layer.family.down), columns=kept["ffn"])
+
+
+def resize(model: nn.Module, target: Sequence[Mapping[str, int]]) -> None:
+    """Give a freshly built model the per-layer shapes of a compressed one (the values are loaded afterwards)."""
+    keep = [{"heads": torch.arange(shape["kv_heads"]), "ffn": torch.arange(shape["ffn"])} for shape in target]
+    shrink(model, keep)
+
+
+def _shrink_heads(layer: Layer, groups: Tensor) -> None:
+    family, dim = layer.family, layer.head_dim
+    queries_per_group = layer.heads // layer.kv_heads
+    kv_rows = _spans(groups, dim)
+    q_rows = _spans(groups, dim * queries_per_group)
+    if family.fused_qkv:
+        width = layer.heads * dim
+        fused = torch.cat([q_rows, width + kv_rows, 2 * width + kv_rows])
+        _slice(layer.part(family.fused_qkv), rows=fused)
+    else:
+        for path, rows in ((family.q, q_rows), (family.k, kv_rows), (family.v, kv_rows)):
+            assert path is not None
+            _slice(layer.part(path), rows=rows)
+    _slice(layer.part(family.o), columns=q_rows)
+    attention = layer.part(family.attention)
+    kept = len(groups)
+    for name, value in family.shape_attributes.items():
+        setattr(attention, name, value(kept * queries_per_group, kept, dim))
+
+
+def _spans(groups: Tensor, size: int) -> Tensor:
+    """Row indices of blocks of `size` rows."""
+    return (groups[:, None] * size + torch.arange(size, device=groups.device)[None, :]).reshape(-1)
+
+
+@torch.no_grad()
+def _slice(module: nn.Module, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
+    """Keep these output rows and input columns of a Linear, CompressedLinear or Conv1D, in place."""
+    weight = module.weight
+    assert isinstance(weight, nn.Parameter)
+    # A gate has the weight's shape; passes that gate single weights settle theirs before anything is cut.
+    assert not (isinstance(module, CompressedLinear) and len(module.gates))
+    transposed = type(module).__name__ == "Conv1D"
+    row_dim, column_dim = (1, 0) if transposed else (0, 1)
+    new = weight.detach()
+    if rows is not None:
+        new = new.index_select(row_dim, rows.to(new.device))
+        bias = module.bias
+        if isinstance(bias, nn.Parameter):
+            module.bias = nn.Parameter(bias.detach()[rows.to(bias.device)].clone(), requires_grad=bias.requires_grad)
+    if columns is not None:
+        new = new.index_select(column_dim, columns.to(new.device))
+    module.weight = nn.Parameter(new.contiguous(), requires_grad=weight.requires_grad)
+    if transposed:
+        module.nx, module.nf = new.shape  # type: ignore[assignment]
+    else:
+        module.out_features, module.in_features = new.shape  # type: ignore[assignment]
+
+
+def drop_layers(model: nn.Module, keep: Sequence[int]) -> None:
+    """Keep these layers (indices, ascending) and remove the others; caches and configuration count anew.
+
+    Raises:
+        UserError: an index that is no layer, one given twice, or none.
+    """
+    parts = anatomy(model)
+    depth = len(parts.layers)
+    if not keep or sorted(set(keep)) != list(keep) or not 0 <= keep[0] <= keep[-1] < depth:
+        raise UserError(f"layers {list(keep)}: want ascending indices of 0 to {depth - 1}, at least one")
+    stack = nn.ModuleList(parts.layers[i].module for i in keep)
+    owner, _, name = parts.family.layers.rpartition(".")
+    setattr(parts.backbone.get_submodule(owner), name, stack)
+    for index, layer in enumerate(stack):
+        for module in layer.modules():
+            # Key/value caches are addressed by it.
+            if isinstance(getattr(module, "layer_idx", None), int):
+                module.layer_idx = index  # type: ignore[assignment]
+    config: Any = model.config
+    config.num_hidden_layers = len(keep)
+    for field in ("layer_types", "mlp_layer_types"):
+        kinds = getattr(config, field, None)
+        if kinds is not None:
+            setattr(config, field, [kinds[i] for i in keep])
+
+
+@torch.no_grad()
+def keep_vocabulary(model: nn.Module, rows: Tensor) -> None:
+    """Keep these rows (int64, ascending) of the token embedding and of an output projection over the vocabulary.
+
+    Token ids that the configuration names are renumbered; those of removed tokens become None.
+
+    Raises:
+        UserError: positions are counted from the padding id (RoBERTa) and that id would change.
+    """
+    owner: Any = model
+    table = owner.get_input_embeddings()
+    size = table.num_embeddings
+    new = {int(old): position for position, old in enumerate(rows.tolist())}
+    for module in model.modules():
+        # RoBERTa's position numbers start behind its padding id.
+        pad = getattr(module, "padding_idx", None)
+        if hasattr(module, "create_position_ids_from_input_ids") and pad is not None and new.get(pad) != pad:
+            raise UserError(f"vocabulary: the model counts positions from its padding id {pad}, which must stay")
+    head = owner.get_output_embeddings()
+    tied = head is not None and head.weight is table.weight
+    table.weight = _rows(table.weight, rows)
+    table.num_embeddings = len(rows)
+    if table.padding_idx is not None:
+        table.padding_idx = new.get(table.padding_idx)
+    if head is not None and (tied or head.weight.shape[0] == size):
+        head.weight = table.weight if tied else _rows(head.weight, rows)
+        head.out_features = len(rows)
+        if getattr(head, "bias", None) is not None:
+            head.bias = _rows(head.bias, rows)
+    for config in (owner.config, getattr(owner, "generation_config", None)):
+        if config is not None:
+            _renumber(config, new)
+    owner.config.vocab_size = len(rows)
+
+
+def _rows(parameter: nn.Parameter, rows: Tensor) -> nn.Parameter:
+    kept = parameter.detach().index_select(0, rows.to(parameter.device)).contiguous()
+    return nn.Parameter(kept, requires_grad=parameter.requires_grad)
+
+
+def _renumber(config: Any, new: Mapping[int, int]) -> None:
+    for name in ("pad", "bos", "eos", "unk", "sep", "decoder_start"):
+        name += "_token_id"
+        value = getattr(config, name, None)
+        if isinstance(value, list):
+            setattr(config, name, [new[v] for v in value if v in new] or None)
+        elif value is not None:
+            setattr(config, name, new.get(value))
