@@ -47,6 +47,7 @@ def training(recipe: Recipe, steps: int) -> list[dict[str, Any]]:
     from compressft.model import count, load_model, load_tokenizer
     from compressft.progress import quiet_libraries
     from compressft.run import load_task
+    from compressft.stages import StageRows
     from compressft.trainer import LengthGroupedSampler, autocast_dtype
     from compressft.transform import Context, trainable
 
@@ -54,7 +55,6 @@ def training(recipe: Recipe, steps: int) -> list[dict[str, Any]]:
     keep_freed_memory()
     tokenizer = load_tokenizer(recipe.model)
     task, splits = load_task(recipe, tokenizer)
-    features = task.encode(splits.train)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = []
     for stage in recipe.stages:
@@ -64,17 +64,17 @@ def training(recipe: Recipe, steps: int) -> list[dict[str, Any]]:
             return load_model(recipe.model, task.auto_class, **task.model_arguments()).to(device)
 
         model: Any = fresh()
-        context = Context(stage.transforms, {}, fresh, stage.train.seed)
+        data = StageRows(task, splits)
+        context = Context(stage.transforms, {}, fresh, stage.train.seed, data.data())
         for transform in stage.transforms:
             transform.prepare(model, context)
             transform.after_step(model, 0.0)
         model.train()
         optimizer = torch.optim.AdamW([p for _, p in trainable(model)], lr=1e-5, fused=True)
+        features, collate = data.train, data.task.collate
         size = min(stage.train.batch_size, len(features))
         order = list(LengthGroupedSampler([len(f["input_ids"]) for f in features], size, 0))
-        batches = [
-            task.collate([features[i] for i in order[k : k + size]]) for k in range(0, len(order) - size + 1, size)
-        ]
+        batches = [collate([features[i] for i in order[k : k + size]]) for k in range(0, len(order) - size + 1, size)]
         hidden = any(t.needs_hidden_states for t in stage.transforms)
         dtype = autocast_dtype(stage.train.precision, device)
         start, tokens, warmup = 0.0, 0, 3

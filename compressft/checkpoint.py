@@ -19,6 +19,7 @@ from compressft.modules.attention import TRAINING, register
 from compressft.modules.linear import CompressedLinear
 from compressft.modules.structure import describe, rebuild
 from compressft.shrink import resize, shapes
+from compressft.sparse import pack, unpack
 
 MANIFEST = "compressft.json"
 WEIGHTS = "model.safetensors"
@@ -252,6 +253,8 @@ def save_delta(
 ) -> None:
     """Write a `delta/` folder: only the tensors that differ from the base (by value or shape), and the base's hash.
 
+    Pruned matrices are stored as bits and values where that is smaller.
+
     Args:
         base: `base_tensors` of the model that training started from.
         info: recorded in the manifest; "model" names the base for `load_delta`.
@@ -265,7 +268,7 @@ def save_delta(
             for name, tensor in (plain | extra).items()
             if name not in base or base[name].shape != tensor.shape or not torch.equal(base[name], tensor)
         }
-        save_file(changed, target / DELTA, metadata={"format": "pt"})
+        save_file(pack(changed), target / DELTA, metadata={"format": "pt"})
         if tokenizer is not None:
             tokenizer.save_pretrained(target)
         manifest = {
@@ -308,7 +311,7 @@ def load_delta(folder: str | Path, base: str | None = None) -> Any:
     values = dict(manifest["config"])
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     model = _empty(config, manifest["architecture"], manifest["shapes"])
-    _fill(model, manifest["modules"], {**tensors, **load_file(folder / DELTA)})
+    _fill(model, manifest["modules"], {**tensors, **unpack(load_file(folder / DELTA))})
     return model.eval()
 
 
