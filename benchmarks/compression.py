@@ -66,9 +66,86 @@ def student(
     return Case(name, group, recipe, (f"{task}-teacher",), keep=export is not None, facts={"task": task, **facts})
 
 
+KEPT = (50, 25, 10, 5)
+TAUGHT = {"temperature": 2.0, "task": 0.5, "logits": 0.5, "hidden": 1.0}
+LAST = {"start": 0.0, "end": 0.6}
+PRUNING: dict[str, Any] = {
+    "magnitude": lambda removed: {"type": "magnitude", "sparsity": removed, **LAST},
+    "movement": lambda removed: {"type": "movement", "sparsity": removed, **LAST},
+    "structured": lambda removed: {"type": "structured", "target": {"sparsity": removed}, **LAST},
+    "ziplm": lambda removed: {"type": "ziplm", "target": {"sparsity": removed}},
+}
+
+
+def pruning() -> list[Case]:
+    """Accuracy against remaining weights of the layers, and what distillation adds at 10 %."""
+    found = []
+    for kind, one in PRUNING.items():
+        for kept in KEPT:
+            for seed in range(3) if kept == 10 else (0,):
+                train = {"epochs": 5, "learning_rate": 2e-4, "seed": seed}
+                passes = [one(round(1 - kept / 100, 2))]
+                facts = {"pass": kind, "kept": kept, "seed": seed}
+                name = f"sst2-{kind}-{kept}-{seed}"
+                found.append(student(name, "pruning", "sst2", passes, train, TAUGHT, **facts, distilled=True))
+                if kept == 10:
+                    found.append(student(f"{name}-alone", "pruning", "sst2", passes, train, **facts, distilled=False))
+    return found
+
+
+def quantising() -> list[Case]:
+    """Quantisation-aware training against rounding afterwards (ranges learned from the data, weights as they were)."""
+    found = []
+    still = {"max_steps": 60, "learning_rate": 1e-12, "weight_decay": 0.0}
+    aware = {"epochs": 2, "learning_rate": 5e-5}
+    forms = {"int8": {"type": "int8"}, "int4": {"type": "int4", "embeddings": "int4"}}
+    for task in DATA:
+        for name, one in forms.items():
+            for how, train, distill in (("afterwards", still, None), ("aware", aware, TAUGHT)):
+                case = f"{task}-{name}-{how}"
+                found.append(student(case, "quantising", task, [one], train, distill, form=name, how=how))
+    return found
+
+
+SHRINK = {"type": "structured", "heads": 0.7, "ffn": 0.9, "start": 0.0, "end": 0.4}
+
+
+def joint() -> list[Case]:
+    """The same passes in one run, and one after the other, at equal numbers of steps."""
+    found = []
+    for task, epochs in (("sst2", 6), ("banking77", 6)):
+        source = f"{{{task}-teacher}}/model"
+        terms = [{"type": "distill", "teacher": source, **TAUGHT}]
+        rate = {"learning_rate": 3e-4}
+        stages: dict[str, list[dict[str, Any]]] = {
+            "joint": [{"name": "all", "passes": [SHRINK, {"type": "int8"}], "objectives": terms}],
+            "sequence": [
+                {"name": "prune", "passes": [SHRINK]},
+                {"name": "distil", "objectives": terms},
+                {"name": "quantise", "passes": [{"type": "int8"}]},
+            ],
+            "sequence-distilled": [
+                {"name": "prune", "passes": [SHRINK], "objectives": terms},
+                {"name": "distil", "objectives": terms},
+                {"name": "quantise", "passes": [{"type": "int8"}], "objectives": terms},
+            ],
+        }
+        for name, parts in stages.items():
+            each = {"epochs": epochs / len(parts), **rate}
+            recipe = {
+                "name": f"{task}-{name}",
+                "model": source,
+                "data": DATA[task](),
+                "stages": [{**stage, "train": each} for stage in parts],
+                "export": {"enabled": False},
+            }
+            found.append(Case(recipe["name"], "joint", recipe, (f"{task}-teacher",), facts={"task": task, "how": name}))
+    return found
+
+
 def cases() -> list[Case]:
     """All of them."""
-    return [teacher("sst2"), teacher("banking77")]
+    return [teacher("sst2"), teacher("banking77"), *pruning(), *quantising(), *joint()]
 
 
 def main(arguments: list[str]) -> int:

@@ -19,6 +19,13 @@ class Family:
     residual stream (after dropout, where the family has one). `ffn_norm` is the LayerNorm after the FFN's residual add
     in post-norm families, None in pre-norm ones; these have a `final_norm` above the top layer instead.
     `embedding_tables` are tables looked up by one index per token.
+
+    Who else touches the residual stream: `norms` are a layer's norms over it, `embedding_norm` is the one above the
+    tables. `embedding_projection` maps narrower embeddings to it, in models that have it. `readers` are the linear
+    layers of the heads, seen from the whole model ("@" stands for the backbone): of each tuple the first that exists
+    reads the stream. `transforms` are (dense, norm, decoder) of language-model heads, which stay in the stream's
+    coordinates because the decoder shares the token embedding. `own_head_size`: the configuration states head_dim
+    beside hidden_size, so that either can change alone.
     """
 
     layers: str
@@ -37,6 +44,12 @@ class Family:
     ffn_norm: str | None = None
     pooler: str | None = None
     final_norm: str | None = None
+    norms: tuple[str, ...] = ()
+    embedding_norm: str | None = None
+    embedding_projection: str | None = None
+    readers: tuple[tuple[str, ...], ...] = ()
+    transforms: tuple[tuple[str, str, str], ...] = ()
+    own_head_size: bool = False
     causal: bool = False
     head_size: str = "attention_head_size"
     # Attributes of the attention module that repeat its shape: (query heads, KV heads, head_dim) -> value.
@@ -58,6 +71,19 @@ _BERT = Family(
     attention_out="attention.output.dropout",
     ffn_out="output.dropout",
     ffn_norm="output.LayerNorm",
+    norms=("attention.output.LayerNorm", "output.LayerNorm"),
+    embedding_norm="embeddings.LayerNorm",
+    embedding_projection="embeddings_project",
+    readers=(
+        ("@.pooler.dense", "classifier.dense", "classifier"),
+        ("qa_outputs",),
+        ("discriminator_predictions.dense",),
+    ),
+    transforms=(
+        ("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.decoder"),
+        ("lm_head.dense", "lm_head.layer_norm", "lm_head.decoder"),
+        ("generator_predictions.dense", "generator_predictions.LayerNorm", "generator_lm_head"),
+    ),
     pooler="pooler",
     shape_attributes={
         "num_attention_heads": lambda heads, kv, dim: heads,
@@ -78,8 +104,14 @@ _DISTILBERT = Family(
     attention_out="attention.out_lin",
     ffn_out="ffn.dropout",
     ffn_norm="output_layer_norm",
+    norms=("sa_layer_norm", "output_layer_norm"),
+    embedding_norm="embeddings.LayerNorm",
+    readers=(("pre_classifier", "classifier"), ("qa_outputs",)),
+    transforms=(("vocab_transform", "vocab_layer_norm", "vocab_projector"),),
     shape_attributes={"n_heads": lambda heads, kv, dim: heads},
 )
+# Heads of decoders: one linear layer on the final norm's output.
+_TOP = (("lm_head",), ("score",), ("classifier",), ("qa_outputs",))
 _LLAMA = Family(
     layers="layers",
     embeddings=("embed_tokens",),
@@ -94,6 +126,9 @@ _LLAMA = Family(
     attention_out="self_attn.o_proj",
     ffn_out="mlp.down_proj",
     final_norm="norm",
+    norms=("input_layernorm", "post_attention_layernorm"),
+    readers=_TOP,
+    own_head_size=True,
     causal=True,
     head_size="head_dim",
 )
@@ -109,6 +144,8 @@ _GPT2 = Family(
     attention_out="attn.resid_dropout",
     ffn_out="mlp.dropout",
     final_norm="ln_f",
+    norms=("ln_1", "ln_2"),
+    readers=_TOP,
     causal=True,
     head_size="head_dim",
     shape_attributes={
@@ -162,6 +199,21 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Stream:
+    """Model-level paths of everything that touches the residual stream.
+
+    `norms` normalise it, `reads` are linear layers whose columns are its dimensions, `writes` those whose rows are,
+    `tables` embeddings whose columns are. `projection` (also among `writes`) writes it without a norm behind.
+    """
+
+    norms: tuple[str, ...]
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    tables: tuple[str, ...]
+    projection: str | None
+
+
+@dataclass(frozen=True)
 class Anatomy:
     """The parts of one model. `prefix` is the backbone's name inside the model ('' where the model is the backbone)."""
 
@@ -173,6 +225,11 @@ class Anatomy:
     def path(self, relative: str) -> str:
         """A backbone-relative path as seen from the whole model."""
         return f"{self.prefix}.{relative}" if self.prefix else relative
+
+    @property
+    def width(self) -> int:
+        """Dimensions of the residual stream."""
+        return linear_shape(self.layers[0].part(self.layers[0].projections[0]))[0]
 
     @property
     def embedding_paths(self) -> tuple[str, ...]:
@@ -210,8 +267,48 @@ def anatomy(model: nn.Module) -> Anatomy:
     )
 
 
+def stream(model: nn.Module) -> Stream:
+    """Who reads, writes and normalises the residual stream of a model with any of its family's heads."""
+    parts = anatomy(model)
+    family = parts.family
+
+    def found(path: str | None) -> str | None:
+        """The model-level path, or None where this model has no such module (a pooler may be there as None)."""
+        if path is None:
+            return None
+        path = path.replace("@.", f"{parts.prefix}." if parts.prefix else "")
+        owner: object = model
+        for name in path.split("."):
+            owner = getattr(owner, name, None)
+        return path if isinstance(owner, nn.Module) else None
+
+    projection = found(family.embedding_projection and f"@.{family.embedding_projection}")
+    norms, reads, writes = [], [], [projection] if projection else []
+    tables = () if projection else tuple(parts.path(table) for table in family.embedding_tables)
+    if tables and family.embedding_norm:
+        norms.append(parts.path(family.embedding_norm))
+    for layer in parts.layers:
+        norms += [f"{layer.name}.{path}" for path in family.norms]
+        reads += [f"{layer.name}.{path}" for path in (*layer.projections, *family.up)]
+        writes += [f"{layer.name}.{path}" for path in (family.o, family.down)]
+    if family.final_norm:
+        norms.append(parts.path(family.final_norm))
+    reads += [path for group in family.readers for path in [p for p in map(found, group) if p][:1]]
+    for dense, norm, decoder in family.transforms:
+        if found(dense):
+            reads.append(dense)
+            if tables:
+                writes.append(dense)
+                norms.append(norm)
+                reads.append(decoder)
+    return Stream(tuple(norms), tuple(reads), tuple(writes), tables, projection)
+
+
 def linear_shape(module: nn.Module) -> tuple[int, int]:
     """(in_features, out_features) of a Linear or of GPT-2's Conv1D, whose weight is (in, out)."""
+    if isinstance(module, nn.Linear):
+        # Its weight may be stored otherwise than as a tensor of its shape.
+        return module.in_features, module.out_features
     weight = module.weight
     assert isinstance(weight, nn.Parameter)
     rows, columns = weight.shape

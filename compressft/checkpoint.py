@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressft.anatomy import anatomy
 from compressft.errors import UserError
-from compressft.model import resolve
+from compressft.model import content_hash, resolve
 from compressft.modules.attention import TRAINING, register
 from compressft.modules.linear import CompressedLinear
 from compressft.modules.structure import describe, rebuild
@@ -31,16 +32,6 @@ def file_hash(path: Path) -> str:
     """SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def content_hash(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes, in name order: the identity of a base model."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return "sha256:" + digest.hexdigest()
 
 
 def write_atomically(folder: Path, write: Any) -> None:
@@ -168,6 +159,7 @@ def save_compressed(model: nn.Module, tokenizer: Any, folder: Path, info: Mappin
             "kind": "model",
             "architecture": type(model).__name__,
             "shapes": shapes(model),
+            "width": anatomy(model).width,
             "modules": describe(model),
             **info,
             "files": hash_files(target),
@@ -181,7 +173,7 @@ def uniform_config(model: nn.Module) -> Any:
     """A copy of the model's configuration that states its FFN width and heads where they are equal in all layers.
 
     Plain `from_pretrained` can then load the folder as far as the family's configuration can express the shape: FFN
-    width always; heads only where the family has a `head_dim` of its own.
+    width always; heads and the width of the residual stream only where the family has a `head_dim` of its own.
     """
     import copy
 
@@ -192,10 +184,22 @@ def uniform_config(model: nn.Module) -> Any:
         for name in ("intermediate_size", "hidden_dim", "n_inner"):
             if hasattr(config, name) and name in config.to_dict():
                 setattr(config, name, present[0]["ffn"])
-    if all(shape["heads"] == present[0]["heads"] for shape in present) and getattr(config, "head_dim", None):
+    names = ("head_dim", "num_attention_heads", "num_key_value_heads", "hidden_size")
+    stated = {name: getattr(config, name, None) for name in names}
+    if all(shape["heads"] == present[0]["heads"] for shape in present) and stated["head_dim"]:
         config.num_attention_heads = present[0]["heads"]
-        if getattr(config, "num_key_value_heads", None):
+        if stated["num_key_value_heads"]:
             config.num_key_value_heads = present[0]["kv_heads"]
+    parts = anatomy(model)
+    if parts.family.own_head_size and parts.width != stated["hidden_size"]:
+        config.head_dim, config.hidden_size = parts.layers[0].head_dim, parts.width
+    try:
+        getattr(config, "validate_architecture", lambda: None)()
+    except ValueError:
+        # Llama refuses a width that is no multiple of the number of heads, needlessly where head_dim is stated.
+        for name, value in stated.items():
+            if hasattr(config, name):
+                setattr(config, name, value)
     return config
 
 
@@ -213,7 +217,7 @@ def load_compressed(folder: str | Path, verify: bool = True) -> Any:
     if verify:
         verify_files(folder, manifest["files"])
     config = AutoConfig.from_pretrained(folder)
-    model = _empty(config, manifest["architecture"], manifest["shapes"])
+    model = _empty(config, manifest["architecture"], manifest["shapes"], manifest.get("width"))
     tensors = load_file(folder / WEIGHTS)
     if (folder / EXTRA).is_file():
         tensors |= load_file(folder / EXTRA)
@@ -221,12 +225,12 @@ def load_compressed(folder: str | Path, verify: bool = True) -> Any:
     return model.eval()
 
 
-def _empty(config: Any, architecture: str, target: list[dict[str, int]]) -> Any:
+def _empty(config: Any, architecture: str, target: list[dict[str, int]], width: int | None) -> Any:
     import transformers
 
     register()
     model = getattr(transformers, architecture)._from_config(config, attn_implementation=TRAINING, dtype=torch.float32)
-    resize(model, target)
+    resize(model, target, width)
     return model
 
 
@@ -278,6 +282,7 @@ def save_delta(
             "base_hash": content_hash(base),
             "config": json.loads(uniform_config(model).to_json_string(use_diff=False)),
             "shapes": shapes(model),
+            "width": anatomy(model).width,
             "modules": describe(model),
             **info,
             "files": hash_files(target),
@@ -310,7 +315,7 @@ def load_delta(folder: str | Path, base: str | None = None) -> Any:
         )
     values = dict(manifest["config"])
     config = AutoConfig.for_model(values.pop("model_type"), **values)
-    model = _empty(config, manifest["architecture"], manifest["shapes"])
+    model = _empty(config, manifest["architecture"], manifest["shapes"], manifest.get("width"))
     _fill(model, manifest["modules"], {**tensors, **unpack(load_file(folder / DELTA))})
     return model.eval()
 

@@ -59,7 +59,7 @@ def latencies(
     for _ in range(rounds):
         for (runtime, name), path in models.items():
             command = [sys.executable, "-m", "compressft.measure", runtime, str(path), str(threads), json.dumps(shapes)]
-            done = subprocess.run(command, capture_output=True, text=True, env=_environment())
+            done = subprocess.run(command, capture_output=True, text=True, env=child_environment())
             if done.returncode:
                 raise RuntimeError(f"measuring {path} failed:\n{done.stderr[-2000:]}")
             for shape, samples in json.loads(done.stdout.splitlines()[-1]):
@@ -79,13 +79,13 @@ def latencies(
     ]
 
 
-def _environment() -> dict[str, str]:
+def child_environment() -> dict[str, str]:
     # The child must find the same compressft, also from a source tree that is not installed.
     paths = [p for p in sys.path if p]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONWARNINGS": "ignore"}
 
 
-def _inputs(names: Sequence[str], batch: int, length: int) -> dict[str, Any]:
+def sample_inputs(names: Sequence[str], batch: int, length: int) -> dict[str, Any]:
     import numpy as np
 
     ids = np.random.default_rng(0).integers(10, 400, (batch, length))
@@ -103,7 +103,7 @@ def _onnx_calls(path: str, threads: int) -> Callable[[int, int], Callable[[], An
     names = [value.name for value in session.get_inputs()]
 
     def build(batch: int, length: int) -> Callable[[], Any]:
-        feed = _inputs(names, batch, length)
+        feed = sample_inputs(names, batch, length)
         return lambda: session.run(None, feed)
 
     return build
@@ -118,7 +118,9 @@ def _torch_calls(path: str, threads: int) -> Callable[[int, int], Callable[[], A
     model = load_compressed(path, verify=False)
 
     def build(batch: int, length: int) -> Callable[[], Any]:
-        feed = {k: torch.from_numpy(v) for k, v in _inputs(["input_ids", "attention_mask"], batch, length).items()}
+        feed = {
+            k: torch.from_numpy(v) for k, v in sample_inputs(["input_ids", "attention_mask"], batch, length).items()
+        }
 
         def call() -> Any:
             with torch.inference_mode():

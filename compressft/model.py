@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import hashlib
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from compressft.anatomy import anatomy
 from compressft.errors import UserError
@@ -130,6 +131,14 @@ def freeze(model: nn.Module, names: Iterable[str] | None = None) -> None:
         root.requires_grad_(False)
 
 
+def checkpoint_activations(model: nn.Module) -> None:
+    """Recompute activations in the backward pass instead of keeping them."""
+    owner: Any = model
+    # transformers renamed it in 5.23.
+    enable = getattr(owner, "activation_checkpointing_enable", None) or owner.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def head_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Parameters outside the backbone, plus its pooler: what a new task always trains. Tied weights are not head."""
     parts = anatomy(model)
@@ -143,6 +152,16 @@ def head_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     ]
 
 
+def content_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes, in name order: the identity of a base model."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return "sha256:" + digest.hexdigest()
+
+
 def count(model: nn.Module) -> dict[str, int]:
     """Parameters: total, trainable, nonzero."""
     parameters = list(model.parameters())
@@ -154,7 +173,9 @@ def count(model: nn.Module) -> dict[str, int]:
 
 
 __all__ = [
+    "checkpoint_activations",
     "compress_linear",
+    "content_hash",
     "count",
     "freeze",
     "head_parameters",

@@ -118,7 +118,7 @@ def _stage(stage: Stage, model: Any, lengths: list[int]) -> dict[str, Any]:
     )
     longest = max(lengths)
     tokens = stage.train.batch_size * longest
-    teachers = sum(1 for o in stage.objectives if getattr(o, "teacher", "self") != "self")
+    teachers = sum(1 for o in stage.objectives if getattr(o, "teacher", "self") not in ("self", "base"))
     moments = {"adamw_8bit": 2, "paged_adamw_8bit": 2}.get(stage.train.optimizer, 8)
     bytes_ = {
         "weights": 4 * parameters * (1 + teachers),
@@ -155,7 +155,7 @@ def activation_bytes(model: Any, tokens: int, stage: Stage) -> int:
     one hidden state per layer and one layer in full. int8 training keeps two more bytes per projection input.
     """
     parts = anatomy(model)
-    hidden = model.config.hidden_size
+    hidden = parts.width
     quantised = any(p.type == "int8" for p in stage.passes)
     layers = [
         4 * (14 * hidden + 3 * layer.ffn) + (2 * (5 * hidden + layer.ffn) if quantised else 0) for layer in parts.layers

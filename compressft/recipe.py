@@ -171,8 +171,9 @@ class Recipe(Part):
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise ValueError(f"stages: names must differ; got {names}")
-        if "self" in names:
-            raise ValueError("stages: the name 'self' is taken by the distillation teacher")
+        for taken in ("self", "base"):
+            if taken in names:
+                raise ValueError(f"stages: the name {taken!r} is taken by the distillation teacher")
         for position, stage in enumerate(self.stages):
             for objective in stage.objectives:
                 teacher = getattr(objective, "teacher", None)

@@ -1,4 +1,4 @@
-"""Real removal: heads, FFN neurons, layers and vocabulary rows leave the tensors, and the configuration follows."""
+"""Real removal: heads, neurons, layers, hidden dimensions and vocabulary rows leave the tensors."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressft.anatomy import Layer, anatomy
+from compressft.anatomy import Layer, anatomy, stream
 from compressft.errors import UserError
+from compressft.modules.bottleneck import Bottleneck
 from compressft.modules.linear import CompressedLinear
 
 
@@ -40,10 +41,58 @@ def shrink(model: nn.Module, keep: Sequence[Mapping[str, Tensor]]) -> None:
             _slice(layer.part(layer.family.down), columns=kept["ffn"])
 
 
-def resize(model: nn.Module, target: Sequence[Mapping[str, int]]) -> None:
-    """Give a freshly built model the per-layer shapes of a compressed one (the values are loaded afterwards)."""
+def resize(model: nn.Module, target: Sequence[Mapping[str, int]], width: int | None = None) -> None:
+    """Give a freshly built model the shapes of a compressed one (the values are loaded afterwards).
+
+    Args:
+        target: per layer, as `shapes` gives them.
+        width: dimensions of the residual stream; None leaves them.
+    """
     keep = [{"heads": torch.arange(shape["kv_heads"]), "ffn": torch.arange(shape["ffn"])} for shape in target]
     shrink(model, keep)
+    if width is not None and width != anatomy(model).width:
+        narrow(model, torch.arange(width))
+
+
+@torch.no_grad()
+def narrow(model: nn.Module, dims: Tensor) -> None:
+    """Keep these dimensions (int64, ascending) of the residual stream: in embeddings, norms, layers and heads.
+
+    A pooler (or a head's first layer) keeps its output as wide as it was; tied weights stay tied. The configuration is
+    not changed: most families cannot state a width that is not heads * head_dim.
+    """
+    flow = stream(model)
+    size = anatomy(model).width
+    # Old weight (kept alive, so that its id stays its own) -> its narrower self, for weights that are tied.
+    cut: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+    for path in flow.tables:
+        table: Any = model.get_submodule(path)
+        old = table.weight
+        table.weight = _keep(old, 1, dims)
+        table.embedding_dim = len(dims)
+        cut[id(old)] = (old, table.weight)
+    for path in flow.reads:
+        linear: Any = model.get_submodule(path)
+        if id(linear.weight) in cut:
+            linear.weight = cut[id(linear.weight)][1]
+            linear.in_features = len(dims)
+        else:
+            _slice(linear, columns=dims)
+    for path in flow.writes:
+        _slice(model.get_submodule(path), rows=dims)
+    for path in flow.norms:
+        norm: Any = model.get_submodule(path)
+        norm.weight = _keep(norm.weight, 0, dims)
+        if getattr(norm, "bias", None) is not None:
+            norm.bias = _keep(norm.bias, 0, dims)
+        if isinstance(norm, nn.LayerNorm):
+            norm.normalized_shape = (len(dims),)
+    for module in model.modules():
+        # Adapters sit on the stream wherever a method puts them.
+        if isinstance(module, Bottleneck) and module.up_bias.shape[0] == size:
+            module.down_weight = _keep(module.down_weight, 1, dims)
+            module.up_weight = _keep(module.up_weight, 0, dims)
+            module.up_bias = _keep(module.up_bias, 0, dims)
 
 
 def _shrink_heads(layer: Layer, groups: Tensor) -> None:
@@ -74,25 +123,25 @@ def _spans(groups: Tensor, size: int) -> Tensor:
 @torch.no_grad()
 def _slice(module: nn.Module, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
     """Keep these output rows and input columns of a Linear, CompressedLinear or Conv1D, in place."""
+    if isinstance(module, CompressedLinear):
+        module.unpack()
     weight = module.weight
     assert isinstance(weight, nn.Parameter)
     # A gate has the weight's shape; passes that gate single weights settle theirs before anything is cut.
     assert not (isinstance(module, CompressedLinear) and len(module.gates))
     transposed = type(module).__name__ == "Conv1D"
     row_dim, column_dim = (1, 0) if transposed else (0, 1)
-    new = weight.detach()
     if rows is not None:
-        new = new.index_select(row_dim, rows.to(new.device))
-        bias = module.bias
-        if isinstance(bias, nn.Parameter):
-            module.bias = nn.Parameter(bias.detach()[rows.to(bias.device)].clone(), requires_grad=bias.requires_grad)
+        weight = _keep(weight, row_dim, rows)
+        if isinstance(module.bias, nn.Parameter):
+            module.bias = _keep(module.bias, 0, rows)
     if columns is not None:
-        new = new.index_select(column_dim, columns.to(new.device))
-    module.weight = nn.Parameter(new.contiguous(), requires_grad=weight.requires_grad)
+        weight = _keep(weight, column_dim, columns)
+    module.weight = weight
     if transposed:
-        module.nx, module.nf = new.shape  # type: ignore[assignment]
+        module.nx, module.nf = weight.shape  # type: ignore[assignment]
     else:
-        module.out_features, module.in_features = new.shape  # type: ignore[assignment]
+        module.out_features, module.in_features = weight.shape  # type: ignore[assignment]
 
 
 def drop_layers(model: nn.Module, keep: Sequence[int]) -> None:
@@ -141,23 +190,24 @@ def keep_vocabulary(model: nn.Module, rows: Tensor) -> None:
             raise UserError(f"vocabulary: the model counts positions from its padding id {pad}, which must stay")
     head = owner.get_output_embeddings()
     tied = head is not None and head.weight is table.weight
-    table.weight = _rows(table.weight, rows)
+    table.weight = _keep(table.weight, 0, rows)
     table.num_embeddings = len(rows)
     if table.padding_idx is not None:
         table.padding_idx = new.get(table.padding_idx)
     if head is not None and (tied or head.weight.shape[0] == size):
-        head.weight = table.weight if tied else _rows(head.weight, rows)
+        head.weight = table.weight if tied else _keep(head.weight, 0, rows)
         head.out_features = len(rows)
         if getattr(head, "bias", None) is not None:
-            head.bias = _rows(head.bias, rows)
+            head.bias = _keep(head.bias, 0, rows)
     for config in (owner.config, getattr(owner, "generation_config", None)):
         if config is not None:
             _renumber(config, new)
     owner.config.vocab_size = len(rows)
 
 
-def _rows(parameter: nn.Parameter, rows: Tensor) -> nn.Parameter:
-    kept = parameter.detach().index_select(0, rows.to(parameter.device)).contiguous()
+def _keep(parameter: nn.Parameter, dim: int, indices: Tensor) -> nn.Parameter:
+    """A new parameter with these indices of one dimension."""
+    kept = parameter.detach().index_select(dim, indices.to(parameter.device)).contiguous()
     return nn.Parameter(kept, requires_grad=parameter.requires_grad)
 
 

@@ -1,4 +1,4 @@
-"""Pruned tensors in files: one bit a weight and the values that are left. Storage alone: no dense runtime gets faster."""
+"""Pruned tensors in files: one bit a weight and the values that are left. Storage alone: nothing gets faster."""
 
 from __future__ import annotations
 

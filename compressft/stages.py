@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -14,13 +15,18 @@ from torch import nn
 from compressft.checkpoint import load_compressed, save_compressed
 from compressft.data import Splits, Task, make_task
 from compressft.errors import UserError, VerificationError
+from compressft.export.flow import sample_batch
+from compressft.export.table import Deployment, measure_table
 from compressft.export.verify import model_logits
+from compressft.flops import FLOPS_LENGTH, flops
 from compressft.folder import RunFolder
 from compressft.measure import peak_memory
-from compressft.model import count, load_model, load_tokenizer
+from compressft.model import checkpoint_activations, count, load_model, load_tokenizer
+from compressft.passes.int8 import Int8
 from compressft.recipe import Recipe, Stage
 from compressft.shrink import shapes
-from compressft.transform import Context, TrainingData
+from compressft.target import CostTable, Target
+from compressft.transform import QUANTISES, Context, TrainingData
 
 # Rows, and share of the logits' standard deviation, for the checks around finalize and save. One flipped int8 rounding
 # moves a logit by about 1 %; a lost mask or range by more than all of it.
@@ -45,14 +51,15 @@ def train_stages(
     model = load_model(recipe.model, task.auto_class, **task.model_arguments())
     folder.check_space(sum(p.numel() * p.element_size() for p in model.parameters()))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    base = {"shapes": shapes(model), "parameters": count(model)["total"]}
+    base = {"shapes": shapes(model), "parameters": count(model)["total"], "flops": flops(model, FLOPS_LENGTH)}
     rows = StageRows(task, splits)
+    costs = known_costs(recipe, folder, model, rows, console)
     records: list[dict[str, Any]] = []
     for stage in recipe.stages:
         record = folder.finished(stage.name)
         if record is None:
             offset = sum(r["steps"] for r in records)
-            record = train_stage(stage, model.to(device), recipe, folder, rows, offset, console)
+            record = train_stage(stage, model.to(device), recipe, folder, rows, offset, console, costs)
             record["base"] = base
             save_compressed(model, rows.task.tokenizer, folder.stage(stage.name), {**info, "stage": record})
         else:
@@ -100,6 +107,7 @@ def train_stage(
     rows: StageRows,
     offset: int,
     console: Console,
+    costs: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Train one stage in place, from its newest checkpoint where there is one; returns its record."""
     from transformers import set_seed
@@ -115,12 +123,14 @@ def train_stage(
         stage.train.seed,
         rows.data(),
         lambda key, compute: folder.memo(f"{stage.name}.{key}", compute),
+        folder=folder.root / "cache",
+        **costs,
     )
     for transform in stage.transforms:
         transform.prepare(model, context)
     task = rows.task
     if stage.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        checkpoint_activations(model)
     found = folder.newest(stage.name)
     checkpoint, manifest = found if found else (None, {"seconds": 0.0, "step": offset})
     done = manifest.get("done", False)
@@ -155,6 +165,38 @@ def train_stage(
         "validation": reporter.evaluations[-1] if reporter.evaluations else {},
         "dense": not stage.passes,
     }
+
+
+def known_costs(
+    recipe: Recipe, folder: RunFolder, model: nn.Module, rows: StageRows, console: Console
+) -> dict[str, Any]:
+    """What `Context` says of costs: the uncompressed model's shapes, the shipped arithmetic, and measured tables.
+
+    A table is measured when it is first asked for, once per run directory.
+    """
+    # Stages change the model in place: what the closure needs of it is taken now.
+    architecture, config, options = type(model), copy.deepcopy(model.config), recipe.export
+    quantisers = [p for stage in recipe.stages for p in stage.passes if p.order == QUANTISES]
+
+    def latency(target: Target, precision: str) -> CostTable:
+        def compute() -> dict[str, Any]:
+            console.print("measuring what heads and neurons cost on this machine", highlight=False)
+            int8 = next((p for p in reversed(quantisers) if isinstance(p, Int8)), Int8())
+            deployment = Deployment(
+                architecture,
+                config,
+                sample_batch(rows.task, {"train": rows.train}),
+                int8 if precision == "int8" else None,
+                options.attention,
+                options.threads,
+                options.latency_rounds,
+            )
+            return measure_table(deployment, target.batch, target.length).model_dump(mode="json")
+
+        key = f"latency-{target.batch}x{target.length}-{precision}"
+        return CostTable.model_validate(folder.memo(key, compute))
+
+    return {"base": shapes(model), "ships": quantisers[-1].type if quantisers else "fp32", "latency": latency}
 
 
 def unchanged(step: str, before: Sequence[Any], after: Sequence[Any]) -> None:

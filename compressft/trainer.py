@@ -146,9 +146,11 @@ class CompressionTrainer(Trainer):
         outputs = model(**inputs, output_hidden_states=True) if hidden else model(**inputs)
         loss = outputs["loss"]
         if training:
-            terms: dict[str, Tensor] = {TASK_LOSS: loss * math.prod(t.task_weight for t in self.transforms)}
+            # Without the wrapper that distributed training puts around it.
+            plain: Any = self.model
+            terms: dict[str, Tensor] = {TASK_LOSS: loss * math.prod(t.task_weight(plain) for t in self.transforms)}
             for transform in self.transforms:
-                terms |= transform.loss(model, inputs, outputs, self.context)
+                terms |= transform.loss(plain, inputs, outputs, self.context)
             loss = torch.stack([term.float() for term in terms.values()]).sum()
             if not math.isfinite(loss.item()):
                 raise UserError(
@@ -160,6 +162,11 @@ class CompressionTrainer(Trainer):
             self.terms["steps"] += 1
             self.tokens += int(inputs["attention_mask"].sum())
         return (loss, outputs) if return_outputs else loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As the Trainer's, but it draws no random number: a checkpoint of the same step may be written before it."""
+        with torch.random.fork_rng(devices=[]):
+            return super().evaluate(*args, **kwargs)
 
     def restore(self, checkpoint: Path) -> None:
         """Take over a checkpoint of the last step and evaluate it; the Trainer's resume would train one step more."""

@@ -13,9 +13,12 @@ from compressft.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
 
     import torch
     from torch import nn
+
+    from compressft.target import CostTable, Target
 
 TASK_LOSS = "task"
 
@@ -61,6 +64,12 @@ class Context:
         memo: `memo(key, compute)` is compute(), a JSON value, or what it gave when this run directory first asked. For
             what a resumed run must not measure anew.
         fit_teacher: calls on every loaded teacher, so that it takes the batches the student takes.
+        folder: where large values that a resumed run must not compute anew may be kept; None outside a run directory.
+        opened: what Transforms keep open during the stage (files), by a key of their own.
+        base: per-layer shapes of the recipe's uncompressed model, as `shrink.shapes` gives them; None: as it is now.
+        ships: arithmetic of the model that the recipe ends with: "fp32" or the quantising pass's type.
+        latency: (target, arithmetic) -> what parts of the recipe's model cost on this machine; None where nothing can
+            be measured.
     """
 
     transforms: Sequence[Transform] = ()
@@ -70,6 +79,11 @@ class Context:
     data: TrainingData | None = None
     memo: Callable[[str, Callable[[], Any]], Any] = lambda key, compute: compute()
     fit_teacher: list[Callable[[nn.Module], None]] = field(default_factory=list)
+    folder: Path | None = None
+    opened: dict[str, Any] = field(default_factory=dict)
+    base: Sequence[Mapping[str, int]] | None = None
+    ships: str = "fp32"
+    latency: Callable[[Target, str], CostTable] | None = None
 
     def teacher(self, name: str) -> nn.Module:
         """A teacher by name, frozen, in eval mode, loaded once."""
@@ -129,9 +143,8 @@ class Transform(BaseModel):
     def finalize(self, model: nn.Module) -> None:
         """Settle the model after training: from here on it is what ships."""
 
-    @property
-    def task_weight(self) -> float:
-        """Factor on the task's own loss; the factors of all objectives multiply."""
+    def task_weight(self, model: nn.Module) -> float:
+        """Factor on the task's own loss now; the factors of all objectives multiply."""
         return 1.0
 
     def conflict(self, others: Sequence[Transform]) -> str | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -375,7 +377,18 @@ def leaves(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 def full() -> Recipe:
-    """A recipe in which every kind of Transform occurs."""
+    """A recipe in which every kind of Transform occurs, each pass that nothing else asks for in a stage of its own."""
+    fields: dict[str, dict[str, Any]] = {
+        "structured": {"heads": 0.5},
+        "ziplm": {"target": {"speedup": 2.0}},
+        "depth": {"keep": 2},
+        "magnitude": {"sparsity": 0.5},
+        "movement": {"sparsity": 0.5},
+        "block": {"sparsity": 0.5},
+        "wanda": {"sparsity": 0.5},
+        "sparsegpt": {"sparsity": 0.5},
+    }
+    methods = {"nf4": "adapter"}
     stages = [
         {"name": "teacher"},
         {"name": "probe", "method": "probe"},
@@ -386,6 +399,23 @@ def full() -> Recipe:
             "objectives": [{"type": "distill", "teacher": "teacher"}],
             "passes": [{"type": "structured", "heads": 0.5}, "int8"],
         },
+        *(
+            {"name": name, "method": methods.get(name, "full"), "passes": [{"type": name, **fields.get(name, {})}]}
+            for name in PASSES
+            if name not in ("structured", "int8")
+        ),
+        # Fields that mean something beside others only.
+        {
+            "name": "attentive",
+            "objectives": [
+                {"type": "distill", "teacher": "teacher", "hidden": 1.0, "attention": 1.0, "relations": 1.0}
+            ],
+        },
+        {"name": "soft", "passes": [{"type": "movement", "variant": "soft"}]},
+        {"name": "pattern", "passes": [{"type": "wanda", "pattern": "1:4"}]},
+        {"name": "pattern2", "passes": [{"type": "sparsegpt", "pattern": "1:4"}]},
+        {"name": "learned", "passes": [{"type": "structured", "decide": "learned", "sparsity": 0.5}]},
+        {"name": "target", "passes": [{"type": "structured", "target": {"speedup": 3.0}}]},
     ]
     recipe = parse_recipe({**BASE, "stages": stages})
     used = {type(t) for stage in recipe.stages for t in stage.transforms}
@@ -412,79 +442,65 @@ def test_shipped_recipes_round_trip(write, name):
     assert load_recipe(write("recipe.yaml", recipe.to_yaml())).hash == recipe.hash
 
 
-def other(path: tuple[Any, ...], value: Any) -> Any:
-    """Another valid value of the field."""
-    by_name = {
-        "placement": "pfeiffer",
-        "activation": "relu",
-        "ranges": "dynamic",
-        "schedule": "linear",
-        "task": "regression",
-        "precision": "fp32",
-        "optimizer": "adamw_torch",
-        "scheduler": "cosine",
-        "attention": "fused",
-        "save": 7,
-        "latency_shapes": [[1, 8]],
-        "columns": {"text": "t"},
-        "exclude": ["q"],
-        "max_steps": 9,
-        "warmup": 0.5,
-        "validation_fraction": 0.5,
-        "train": "other.jsonl",
-        "validation": "v.jsonl",
-        "test": "t.jsonl",
-        "size": 8,
-        "reduction_factor": 4,
-        "subset": "x",
-        "per_class": 3,
-        "limit": 3,
-        "threads": 1,
-        "max_abs_error": 1.0,
-    }
-    if path[-1] in by_name and path[-3:-2] != ("objectives",):
-        return by_name[path[-1]]
-    if path[-3:-2] == ("objectives",) and not isinstance(value, float):
-        return {"teacher": "self", "layer_map": [[1, 1]]}[path[-1]]
+def others(model: type[BaseModel], name: str, value: Any) -> list[Any]:
+    """Values to try for a field: the other literals of its annotation, and some of every kind."""
+    literals = re.findall(r"Literal\[(.*?)\]", str(model.model_fields[name].annotation))
+    words = [ast.literal_eval(word) for text in literals for word in text.split(", ")]
     if isinstance(value, bool):
-        return not value
+        return [not value]
     if isinstance(value, int | float):
-        return value + 1 if isinstance(value, int) else value * 0.5 + 0.1
-    return value + "x"
+        words += [value + 1, value * 0.5 + 0.1, value * 0.5, value * 0.9, 1]
+    texts = ["q", "adapter", "2:4", "1e3", f"{value}x"]
+    lists: list[Any] = [["q"], ["heads"], [[1, 8]], [[1, 1]], {"text": "t"}, {"speedup": 2.0}, {"speedup": 3.0}]
+    return [other for other in [*words, *texts, *lists, 1, 2, 0.5] if other != value]
+
+
+def settings(recipe: Recipe) -> list[tuple[tuple[Any, ...], BaseModel]]:
+    """Every part of a recipe that has fields, with the path to it."""
+    found: list[tuple[tuple[Any, ...], BaseModel]] = [
+        ((), recipe),
+        (("data",), recipe.data),
+        (("export",), recipe.export),
+    ]
+    for i, stage in enumerate(recipe.stages):
+        at = ("stages", i)
+        found += [(at, stage), ((*at, "train"), stage.train), ((*at, "method"), stage.method)]
+        for kind in ("objectives", "passes"):
+            found += [((*at, kind, k), one) for k, one in enumerate(getattr(stage, kind))]
+    return found
+
+
+# Fields that cannot change alone in this recipe: other fields of the same Transform must change with them.
+TOGETHER = {"variant", "rounding", "decide"}
 
 
 def test_hash_changes_with_every_field():
     recipe = full()
     plain = json.loads(recipe.model_dump_json())
-    paths = leaves(plain)
-    fixed = {("data", "sample"), ("data", "dataset")}
-    changed = 0
-    hashes = {recipe.hash}
-    for path in paths:
-        if path in fixed or path[-1] == "type" or path[-1] in ("objectives", "passes"):
-            continue
-        document = json.loads(json.dumps(plain))
-        node = document
-        for step in path[:-1]:
-            node = node[step]
-        if path == ("stages", 0, "name"):
-            document["stages"][4]["objectives"][0]["teacher"] = "self"
-        node[path[-1]] = other(path, node[path[-1]])
-        hashes.add(parse_recipe(document).hash)
-        changed += 1
+    hashes, changed, seen = {recipe.hash}, 0, set()
+    for path, part in settings(recipe):
+        for name in type(part).model_fields:
+            if (type(part), name) in seen or name in ("type", "method", "objectives", "passes", "stages", "name"):
+                continue
+            for value in others(type(part), name, getattr(part, name)):
+                document = json.loads(json.dumps(plain))
+                node = document
+                for step in path:
+                    node = node[step]
+                node[name] = value
+                with suppress(UserError):
+                    again = parse_recipe(document)
+                    if again != recipe:
+                        hashes.add(again.hash)
+                        changed += 1
+                        seen.add((type(part), name))
+                        break
     assert len(hashes) == changed + 1
     # Every field of every part was among them.
-    seen = {path[-1] for path in paths} | {step for path in paths for step in path if isinstance(step, str)}
-    parts: list[type[BaseModel]] = [
-        Recipe,
-        DataConfig,
-        TrainConfig,
-        ExportConfig,
-        *METHODS.values(),
-        *OBJECTIVES.values(),
-        *PASSES.values(),
-    ]
-    assert seen >= {name for part in parts for name in part.model_fields}
+    parts = [DataConfig, TrainConfig, ExportConfig, *METHODS.values(), *OBJECTIVES.values(), *PASSES.values()]
+    missed = {(part, name) for part in parts for name in part.model_fields if name != "type"} - seen
+    assert {name for part, name in missed if part is not DataConfig} <= TOGETHER
+    assert {name for part, name in missed if part is DataConfig} == {"sample", "dataset"}
     for source in ("sample", "dataset"):
         assert parse_recipe({**plain, "data": {source: "x"}}).hash not in hashes
 

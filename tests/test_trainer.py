@@ -36,8 +36,7 @@ class Watch(Transform):
     rate: float | None = None
     seen: ClassVar[list[Any]] = []
 
-    @property
-    def task_weight(self) -> float:
+    def task_weight(self, model: nn.Module) -> float:
         return self.weight
 
     def loss(self, model, batch, outputs, context) -> dict[str, Tensor]:

@@ -153,7 +153,7 @@ def fit(
     for step in range(steps):
         batch = batches[step % len(batches)]
         outputs = model(**batch, output_hidden_states=any(t.needs_hidden_states for t in transforms))
-        loss = outputs.loss * math.prod(t.task_weight for t in transforms)
+        loss = outputs.loss * math.prod(t.task_weight(model) for t in transforms)
         for transform in transforms:
             loss = loss + sum(transform.loss(model, batch, outputs, context).values())
         loss.backward()

@@ -29,11 +29,15 @@ from compressft.export.locate import diverging_layer
 from compressft.export.onnx import save, to_graph
 from compressft.export.session import open_session
 from compressft.export.verify import Check, metric, model_logits, verify
+from compressft.flops import FLOPS_LENGTH, flops
 from compressft.measure import hardware, latencies, versions
 from compressft.model import count, load_model, load_tokenizer
 from compressft.modules.structure import describe
 from compressft.recipe import Recipe
 from compressft.shrink import shapes
+
+# Dead rows and columns are removed; this share of zeros is from single weights.
+NOTEWORTHY_ZEROS = 0.1
 
 
 def export(recipe: Recipe, root: Path, splits: Splits, console: Console) -> dict[str, Any]:
@@ -112,11 +116,27 @@ def describe_run(recipe: Recipe, root: Path, model: nn.Module, baseline: Path | 
             "delta": weight_bytes(root / "delta"),
         },
         "shapes": {"base": report_shapes(stages[0]["base"]["shapes"]), "kept": report_shapes(shapes(model))},
+        "flops": {"length": FLOPS_LENGTH, "base": stages[0]["base"].get("flops"), "kept": flops(model, FLOPS_LENGTH)},
+        "notes": notes(counted, model, weight_bytes(root / "delta")),
         "latency_ms": [],
         "parity": None,
         "versions": versions(),
         "hardware": hardware(),
     }
+
+
+def notes(counted: Mapping[str, int], model: nn.Module, delta_bytes: int) -> list[str]:
+    """What a reader could mistake: zeros that are still there."""
+    zeros = 1 - counted["nonzero"] / counted["total"]
+    if zeros < NOTEWORTHY_ZEROS:
+        return []
+    dense = sum(p.numel() * p.element_size() for p in model.parameters())
+    return [
+        f"{100 * zeros:.0f} % of the parameters are zeros inside matrices. Dense runtimes multiply zeros at full cost: "
+        "the ONNX file is neither faster nor smaller for them. What they save is storage: delta/ holds pruned matrices "
+        f"as bits and values, {delta_bytes / 1e6:.1f} MB; the dense parameters take {dense / 1e6:.1f} MB. For speed, "
+        "remove structures (pass 'structured' or 'ziplm')."
+    ]
 
 
 def report_shapes(layers: list[dict[str, int]]) -> list[dict[str, int]]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from compressft.anatomy import anatomy
 from compressft.methods.layers import Layers
-from compressft.transform import Context, Transform
+from compressft.transform import WEIGHTS, Context, Transform
 
 
 class Probe(Transform):
@@ -36,7 +36,7 @@ class Probe(Transform):
 
     def conflict(self, others: Sequence[Transform]) -> str | None:
         for other in others:
-            if self.cache and other.type in ("structured", "int8"):
+            if self.cache and other.order >= WEIGHTS:
                 return (
                     f"method 'probe' caches features that pass {other.type!r} would change; "
                     "set method.cache to false, or compress in a stage of its own"

@@ -5,6 +5,10 @@ Model code is never patched: a model whose config names one of them calls it thr
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,15 +18,78 @@ TRAINING = "compressft"
 EXPORT = "compressft_onnx"
 
 
+@dataclass(frozen=True)
+class Attended:
+    """What one attention call was given, a prefix's keys and values left out.
+
+    query (B, Hq, T, D), key and value (B, Hkv, T, D) with their graphs, mask boolean (B or 1, 1, T, T) or None where
+    only `causal` says who sees whom, and the factor `scaling` on the products.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    causal: bool
+    scaling: float
+
+
+class Recorder:
+    """Keeps what the attention calls of some modules are given: `taken` by the number given to each module."""
+
+    def __init__(self, modules: Mapping[nn.Module, int]) -> None:
+        self.modules = modules
+        self.taken: dict[int, Attended] = {}
+
+    def take(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+    ) -> None:
+        """Called by `attention`; other modules' calls are passed over."""
+        number = self.modules.get(module)
+        if number is None:
+            return
+        length = query.shape[2]
+        causal = kwargs.get("is_causal")
+        scaling = kwargs.get("scaling")
+        self.taken[number] = Attended(
+            query,
+            key[:, :, -length:],
+            value[:, :, -length:],
+            None if mask is None else mask[..., -length:],
+            getattr(module, "is_causal", True) if causal is None else causal,
+            query.shape[-1] ** -0.5 if scaling is None else scaling,
+        )
+
+
+_recorder: ContextVar[Recorder | None] = ContextVar("compressft_recorder", default=None)
+
+
+@contextmanager
+def recording(recorder: Recorder | None) -> Iterator[None]:
+    """Inside, `attention` shows its calls to `recorder` (None: to nobody).
+
+    A layer that gradient checkpointing computes again in the backward pass is outside, so nothing is taken twice.
+    """
+    token = _recorder.set(recorder)
+    try:
+        yield
+    finally:
+        _recorder.reset(token)
+
+
 def attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """Scaled dot-product attention; query (B, Hq, T, D), key and value (B, Hkv, S, D), boolean mask (B, 1, T, S).
 
-    Grouped-query heads and causality are SDPA's. Returns (B, T, Hq, D) and no weights.
+    Grouped-query heads and causality are SDPA's. Returns (B, T, Hq, D) and no weights. What distillation wants of the
+    scores it computes from what a `recording` kept; nothing leaves SDPA for it.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    recorder = _recorder.get()
+    if recorder is not None:
+        recorder.take(module, query, key, value, attention_mask, kwargs)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 

@@ -6,6 +6,8 @@ import torch
 from compressft_kernels import adapter as adapter_kernel
 from torch import Tensor, nn
 
+from compressft.modules.linear import is_bare
+
 
 class Bottleneck(nn.Module):
     """y = residual + up(act(down(x))); x (..., d), `down_weight` (r, d), `up_weight` (d, r).
@@ -50,7 +52,8 @@ class AdaptedOutput(nn.Module):
         self.adapter = adapter
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.adapter(self.inner(x))
+        y = self.inner(x)
+        return y if is_bare() else self.adapter(y)
 
 
 class AdaptedNorm(nn.LayerNorm):
@@ -71,4 +74,5 @@ class AdaptedNorm(nn.LayerNorm):
         return new
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(self.adapter(super().forward(input), residual=input))
+        normed = super().forward(input)
+        return normed if is_bare() else super().forward(self.adapter(normed, residual=input))

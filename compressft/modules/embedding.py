@@ -1,33 +1,43 @@
-"""CompressedEmbedding: an embedding table whose rows are int8 with one scale each."""
+"""CompressedEmbedding: an embedding table whose rows are int8 with one scale each, or int4 in blocks."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compressft.modules.int4 import fake_quantise, on_live_columns, straight_through
+from compressft.modules.int8 import quantise_weight, weight_scale
 from compressft.modules.linear import is_dense
-from compressft.modules.quantizer import quantise_weight, weight_scale
 
 
 class CompressedEmbedding(nn.Embedding):
-    """Lookup of fake-quantised rows (s8, scale = max|row| / 127, straight-through gradient).
+    """Lookup of fake-quantised rows, straight-through gradient.
 
-    Only the rows that are looked up are quantised. `active` off gives the plain table. Input (...) int64, output
-    (..., dim).
+    `bits` 8: s8, scale = max|row| / 127. `bits` 4: symmetric blocks of `block` along the row
+    (`compressft.modules.int4`). Only the rows that are looked up are quantised. `active` off gives the plain table.
+    Input (...) int64, output (..., dim). `columns` gives factors per column (dim,), 0 for those that will be gone and
+    that scales and blocks must not see.
     """
 
     active: bool = True
+    columns: Callable[[], Tensor] | None = None
+    bits: int = 8
+    block: int = 32
 
     @classmethod
-    def of(cls, module: nn.Embedding) -> CompressedEmbedding:
-        """Take over an embedding, sharing its weight; itself if it is one."""
+    def of(cls, module: nn.Embedding, bits: int = 8, block: int = 32) -> CompressedEmbedding:
+        """Take over an embedding, sharing its weight; itself, at these bits, if it is one."""
         if isinstance(module, cls):
-            return module
-        with torch.device("meta"):
-            new = cls(module.num_embeddings, module.embedding_dim, padding_idx=module.padding_idx)
-        new.weight = module.weight
-        new.train(module.training)
+            new = module
+        else:
+            with torch.device("meta"):
+                new = cls(module.num_embeddings, module.embedding_dim, padding_idx=module.padding_idx)
+            new.weight = module.weight
+            new.train(module.training)
+        new.bits, new.block = bits, block
         return new
 
     def forward(self, input: Tensor) -> Tensor:
@@ -35,6 +45,11 @@ class CompressedEmbedding(nn.Embedding):
         if not self.active or is_dense():
             return rows
         flat = rows.detach().reshape(-1, rows.shape[-1])
+        live = None if self.columns is None else self.columns()
+        return straight_through(rows, on_live_columns(flat, live, self._quantised).view_as(rows))
+
+    def _quantised(self, flat: Tensor) -> Tensor:
+        if self.bits == 4:
+            return fake_quantise(flat, self.block, symmetric=True)
         scale = weight_scale(flat)
-        quantised = (quantise_weight(flat, scale) * scale[:, None]).view_as(rows)
-        return rows + (quantised - rows).detach() if rows.requires_grad else quantised
+        return quantise_weight(flat, scale) * scale[:, None]

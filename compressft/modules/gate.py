@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from compressft_kernels import masked_linear, pack_mask, packed_linear, unpack_mask
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from compressft.modules.rank import keep_largest
 
 
 class Gate(nn.Module):
@@ -94,18 +97,21 @@ class ColumnGate(Gate):
 
 
 class MaskGate(Gate):
-    """A 0/1 mask over single weights, stored at one bit each: `bits` (out, ceil(in / 8)) uint8.
+    """A 0/1 mask over single weights, stored at one bit each.
 
-    The weight's gradient is masked like the weight, so what is pruned stays 0 in the product whatever momentum or
-    decay do to the stored value.
+    Buffers: `bits` (out, ceil(in / 8)) uint8, all ones at the start; `updates` int64, how many updates of the mask the
+    pass has done (so that a resumed run does none twice). The weight's gradient is masked like the weight; what is
+    pruned stays 0 in the product whatever momentum or decay do to the stored value.
     """
 
     bits: Tensor
+    updates: Tensor
 
     def __init__(self, rows: int, columns: int) -> None:
         super().__init__()
         self.width = columns
         self.register_buffer("bits", pack_mask(torch.ones(rows, columns, dtype=torch.bool)))
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
 
     @property
     def mask(self) -> Tensor:
@@ -165,13 +171,29 @@ class ScoreGate(Gate):
 
     Parameter `scores` (ceil(out / tile rows), ceil(in / tile columns)); buffer `threshold`, an fp32 scalar, -inf at the
     start (everything lives). Without tiles the product runs on `masked_linear`, which never stores the masked weight.
+
+    Args:
+        rows, columns: the weight's shape.
+        tile: (rows, columns) of a tile; those at the last row and column of tiles may be smaller.
+        initial: every score's first value.
+        unit: so many adjacent input columns will be removed together once all their tiles are dead (the first ones
+            stay if all are); None where none will.
     """
 
     threshold: Tensor
 
-    def __init__(self, rows: int, columns: int, tile: tuple[int, int] = (1, 1), initial: float = 0.0) -> None:
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        tile: tuple[int, int] = (1, 1),
+        initial: float = 0.0,
+        unit: int | None = None,
+    ) -> None:
         super().__init__()
         self.tile = tile
+        self.unit = unit
+        self.width = columns
         shape = (-(-rows // tile[0]), -(-columns // tile[1]))
         self.scores = nn.Parameter(torch.full(shape, initial))
         self.register_buffer("threshold", torch.tensor(-torch.inf))
@@ -189,24 +211,41 @@ class ScoreGate(Gate):
             return F.linear(x, self(weight), bias)
         return masked_linear(x, weight, self.scores, threshold=float(self.threshold), bias=bias)
 
-    @torch.no_grad()
-    def keep_top(self, number: int) -> None:
-        """Let exactly the `number` highest scores live; ties are broken by position.
+    def columns(self) -> Tensor | None:
+        """0 for columns that will be removed, (in,); None without a `unit`."""
+        if self.unit is None:
+            return None
+        columns = self.mask.any(0).repeat_interleave(self.tile[1])[: self.width]
+        groups = columns.unflatten(0, (-1, self.unit)).any(1)
+        groups[0] |= ~groups.any()
+        return groups.repeat_interleave(self.unit).to(self.threshold.dtype)
 
-        A dropped score equal to the lowest kept one is moved to the next lower float, so that the comparison alone
-        tells the two apart.
-        """
-        flat = self.scores.data.view(-1)
-        if number >= flat.numel():
-            self.threshold.fill_(-torch.inf)
-            return
-        order = flat.sort(descending=True, stable=True).indices
-        if number <= 0:
-            self.threshold.copy_(flat[order[0]])
-            return
-        lowest = flat[order[number - 1]]
-        dropped = order[number:]
-        tied = dropped[flat[dropped] == lowest]
-        below = torch.nextafter(lowest, torch.full_like(lowest, -torch.inf))
-        flat[tied] = below
-        self.threshold.copy_(below)
+    def keep_top(self, number: int) -> None:
+        """Let exactly the `number` highest scores live, as `keep_top` does."""
+        keep_top([self], number)
+
+
+@torch.no_grad()
+def keep_top(gates: Sequence[ScoreGate], number: int) -> None:
+    """Let exactly the `number` highest scores of all these gates live; ties are broken by position.
+
+    A dropped score equal to the lowest kept one is moved to the next lower float, so that the comparison alone tells
+    the two apart. Subnormal scores become 0: hardware may take them for 0 when it compares.
+    """
+    scores = [gate.scores for gate in gates]
+    tiny = torch.finfo(scores[0].dtype).tiny
+    for values in scores:
+        values.masked_fill_(values.abs() < tiny, 0.0)
+    if number <= 0 or number >= sum(values.numel() for values in scores):
+        limit = scores[0].new_tensor(torch.inf if number <= 0 else -torch.inf)
+    else:
+        kept = keep_largest(scores, number)
+        lowest = torch.stack([v[k].amin() for v, k in zip(scores, kept, strict=True) if k.any()]).amin()
+        limit = torch.nextafter(lowest, lowest.new_tensor(-torch.inf))
+        if limit.abs() < tiny:
+            # Below 0 and below the least normal number.
+            limit = lowest.new_tensor(0.0 if lowest > 0 else -tiny)
+        for values, mask in zip(scores, kept, strict=True):
+            values.masked_fill_(~mask & (values == lowest), limit)
+    for gate in gates:
+        gate.threshold.copy_(limit)

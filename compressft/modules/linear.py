@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
+from compressft_kernels import packed_linear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressft.modules.gate import Gates
+from compressft.modules.gate import Gates, MaskGate, ScoreGate
 from compressft.modules.quantizer import Quantizer
+from compressft.modules.store import NF4Store
 
 _dense: ContextVar[bool] = ContextVar("compressft_dense", default=False)
+_bare: ContextVar[bool] = ContextVar("compressft_bare", default=False)
 
 
 @contextmanager
@@ -31,19 +35,37 @@ def is_dense() -> bool:
     return _dense.get()
 
 
+@contextmanager
+def bare() -> Iterator[None]:
+    """Inside, deltas and adapters are off too: the model acts as the base that it started from (the `base` teacher)."""
+    token = _bare.set(True)
+    try:
+        with dense():
+            yield
+    finally:
+        _bare.reset(token)
+
+
+def is_bare() -> bool:
+    """Whether `bare()` is in force."""
+    return _bare.get()
+
+
 class CompressedLinear(nn.Linear):
     """y = adapter(x W_eff^T + b) with W_eff = quantise(gates * (W + delta)).
 
     Slots: `gates` (by the type of the pass that put them there), `delta` (a module whose forward returns an (out, in)
-    tensor), `quantizer` (multiplies in the deployed arithmetic), `adapter` (a module on the output); the last three
-    are None when empty. The parameters keep the names `weight` (out, in) and `bias` (out,) of the layer they came
-    from. `transposed` remembers that it was a Conv1D, whose weight is stored (in, out).
+    tensor), `quantizer` (multiplies in the deployed arithmetic), `adapter` (a module on the output), `store` (holds a
+    frozen weight in place of the parameter); the last four are None when empty. The parameters keep the names `weight`
+    (out, in) and `bias` (out,) of the layer they came from; a stored weight is built anew, fp32, whenever `weight` is
+    read. `transposed` remembers that it was a Conv1D, whose weight is stored (in, out).
     """
 
     gates: Gates
     delta: nn.Module | None
     quantizer: Quantizer | None
     adapter: nn.Module | None
+    store: NF4Store | None
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, transposed: bool = False) -> None:
         super().__init__(in_features, out_features, bias=bias)
@@ -52,6 +74,12 @@ class CompressedLinear(nn.Linear):
         self.delta = None
         self.quantizer = None
         self.adapter = None
+        self.store = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and self._modules.get("store") is not None:
+            return self._modules["store"]()  # type: ignore[misc]
+        return super().__getattr__(name)
 
     @classmethod
     def of(cls, module: nn.Module) -> CompressedLinear:
@@ -72,17 +100,29 @@ class CompressedLinear(nn.Linear):
         new.train(module.training)
         return new
 
+    def pack(self, store: NF4Store) -> None:
+        """Hold the weight in `store` from now on; the parameter is gone."""
+        self.store = store
+        del self._parameters["weight"]
+
+    def unpack(self) -> None:
+        """Make a stored weight a parameter again, frozen, with the values that training used."""
+        if self.store is not None:
+            weight = self.weight
+            self.store = None
+            self.weight = nn.Parameter(weight, requires_grad=False)
+
     def effective_weight(self) -> Tensor:
         """gates * (W + delta), (out, in), before quantisation."""
         weight = self.weight
-        if self.delta is not None:
+        if self.delta is not None and not is_bare():
             weight = weight + self.delta()
         return weight if is_dense() else self.gates(weight)
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         y = self._product(input)
-        return y if self.adapter is None else self.adapter(y)
+        return y if self.adapter is None or is_bare() else self.adapter(y)
 
     def _product(self, x: Tensor) -> Tensor:
         quantizer = None if is_dense() else self.quantizer
@@ -92,17 +132,24 @@ class CompressedLinear(nn.Linear):
                 quantizer.observe(x, columns)
             if quantizer.ready:
                 return quantizer.linear(x, self.effective_weight(), self.bias, columns)
-        elif len(self.gates) == 1 and self.delta is None and not is_dense():
-            (gate,) = self.gates.values()
-            return gate.linear(x, self.weight, self.bias)  # type: ignore[operator]
+        elif self.delta is None:
+            gates: list[Any] = [] if is_dense() else list(self.gates.values())
+            weight: Any = None
+            if self.store is not None and all(_reads_nf4(gate) for gate in gates):
+                weight = self.store.nf4
+            if len(gates) == 1:
+                return gates[0].linear(x, self.weight if weight is None else weight, self.bias)
+            if weight is not None and not gates:
+                return packed_linear(x, weight, None, bias=self.bias)
         return F.linear(x, self.effective_weight(), self.bias)
 
     @torch.no_grad()
     def fold(self, *names: str) -> None:
-        """Settle the delta and these gates (all if none is named) into the weight's values.
+        """Settle the delta and these gates (all if none is named) into the weight's values; a stored weight unpacks.
 
         `shrink` removes the dead rows and columns; the other gates keep working.
         """
+        self.unpack()
         if self.delta is not None:
             self.weight.data = self.weight + self.delta()
             self.delta = None
@@ -117,7 +164,7 @@ class CompressedLinear(nn.Linear):
             ValueError: a slot that a plain layer cannot hold is still filled.
         """
         filled = ["gates"] if len(self.gates) else []
-        filled += [slot for slot in ("delta", "quantizer", "adapter") if getattr(self, slot) is not None]
+        filled += [slot for slot in ("delta", "quantizer", "adapter", "store") if getattr(self, slot) is not None]
         if filled:
             raise ValueError(f"CompressedLinear.restore: slots {filled} are filled; fold or detach them first")
         if self.transposed:
@@ -134,3 +181,8 @@ class CompressedLinear(nn.Linear):
         if self.bias is not None:
             new.bias = self.bias
         return new.train(self.training)
+
+
+def _reads_nf4(gate: nn.Module) -> bool:
+    """Whether a gate's own product takes NF4 codes as they are."""
+    return isinstance(gate, MaskGate) or (isinstance(gate, ScoreGate) and gate.tile == (1, 1))

@@ -1,111 +1,49 @@
-"""Fake quantisation in onnxruntime's own arithmetic: u8 activations, s8 weights symmetric per channel.
-
-Formulas: ONNX QuantizeLinear / DynamicQuantizeLinear (u8, range extended to contain 0, scale = (max - min) / 255,
-zero point = round(-min / scale), round half to even) and weights with scale = max|w| / 127. The training forward
-multiplies the *integers*: both factors are exact in bf16 (|n| <= 256) and their sums are exact in fp32 below 2^24, so
-training computes what the integer kernel of the exported graph computes.
-"""
+"""What sits in the `quantizer` slot of a linear layer: it multiplies as the deployed layer will."""
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-QMAX = 255.0
-WMAX = 127.0
+from compressft.modules.int4 import (
+    Grid,
+    dequantise,
+    grid_of,
+    on_live_columns,
+    quantise,
+    round_inputs,
+    straight_through,
+)
+from compressft.modules.int8 import activation_scale, quantised_linear
 
-
-def activation_scale(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and zero point (both fp32 scalars, the zero point integral in [0, 255]) of the range [low, high]."""
-    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
-    scale = (high - low) / QMAX
-    # A range of zero width (all inputs 0) would give scale 0; any positive scale represents it exactly.
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    return scale, torch.round(-low / scale).clamp(0.0, QMAX)
-
-
-def weight_scale(weight: Tensor) -> Tensor:
-    """Per-row scale max|w| / 127 of a (rows, columns) weight, fp32, shape (rows,); 1 for rows of zeros."""
-    peak = weight.detach().abs().amax(dim=1).float()
-    return torch.where(peak > 0, peak / WMAX, torch.ones_like(peak))
-
-
-def quantise_weight(weight: Tensor, scale: Tensor) -> Tensor:
-    """Integers (as floats of the weight's dtype) in [-127, 127]."""
-    return torch.round(weight / scale.to(weight.dtype)[:, None])
-
-
-class _QuantisedLinear(torch.autograd.Function):
-    """y = (q_x - z) q_W^T * (s_x s_W) + b; straight-through for rounding, zero gradient where x was clipped.
-
-    Saves one byte for the quantised input and one for its clipping mask per element, and the integer weight.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, x_scale, zero_point, dtype):
-        q = torch.round(x.float() / x_scale).add_(zero_point)
-        level = q.clamp(0.0, QMAX)
-        clipped = q != level
-        w_scale = weight_scale(weight)
-        q_weight = quantise_weight(weight, w_scale).to(dtype)
-        scale = x_scale * w_scale
-        centred = level.sub(zero_point).to(dtype)
-        if dtype is torch.float16:
-            # Sums of integer products overflow fp16; powers of two keep them exact.
-            acc = (centred * 2.0**-8) @ (q_weight * 2.0**-7).t()
-            scale = scale * 2.0**15
-        else:
-            acc = centred @ q_weight.t()
-        y = acc.float() * scale
-        if bias is not None:
-            y += bias
-        ctx.save_for_backward(level.to(torch.uint8), clipped, q_weight, w_scale, x_scale, zero_point)
-        ctx.has_bias = bias is not None
-        ctx.dtype = dtype
-        ctx.x_dtype = x.dtype
-        return y.to(dtype)
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[override]
-        q, clipped, q_weight, w_scale, x_scale, zero_point = ctx.saved_tensors
-        grad = grad.to(ctx.dtype)
-        flat = grad.reshape(-1, grad.shape[-1])
-        grad_x = grad_w = grad_b = None
-        if ctx.needs_input_grad[0]:
-            grad_x = ((flat * w_scale.to(ctx.dtype)) @ q_weight).view(q.shape)
-            grad_x = grad_x.masked_fill(clipped, 0.0).to(ctx.x_dtype)
-        if ctx.needs_input_grad[1]:
-            centred = (q.to(ctx.dtype) - zero_point.to(ctx.dtype)).reshape(-1, q.shape[-1])
-            grad_w = (flat.t() @ centred).float() * x_scale
-        if ctx.has_bias and ctx.needs_input_grad[2]:
-            grad_b = flat.float().sum(0)
-        return grad_x, grad_w, grad_b, None, None, None
-
-
-def quantised_linear(x: Tensor, weight: Tensor, bias: Tensor | None, x_scale: Tensor, zero_point: Tensor) -> Tensor:
-    """Linear layer in int8 arithmetic.
-
-    Args:
-        x: (..., in) floating.
-        weight: (out, in), quantised here with one symmetric scale per row.
-        bias: (out,) or None, kept in fp32.
-        x_scale, zero_point: fp32 scalars of the input's range (`activation_scale`).
-
-    Returns:
-        (..., out) in the autocast dtype where autocast is on, else in x's dtype.
-    """
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    return _QuantisedLinear.apply(x, weight, bias, x_scale, zero_point, dtype)  # type: ignore[return-value]
+Ranges = Literal["static", "dynamic", "learned"]
+Format = Literal["operators", "qdq"]
+# Batches whose minima and maxima a learned range starts from.
+FIRST_BATCHES = 16
 
 
 class Quantizer(nn.Module):
-    """Base of the `quantizer` slot: multiplies as the deployed layer will."""
+    """Base of the `quantizer` slot.
+
+    Attributes:
+        active: off leaves the layer in floating point.
+        rate: share of the weights that is rounded in training; the others are drawn anew at each call.
+    """
+
+    kind: str
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.active = True
+        self.rate = 1.0
 
     @property
     def ready(self) -> bool:
         """Whether the layer computes in the deployed arithmetic now (else in floating point)."""
-        raise NotImplementedError
+        return self.active
 
     def observe(self, x: Tensor, columns: Tensor | None) -> None:
         """See an input (..., in) in training; those of columns whose factor is 0 (in,) do not count."""
@@ -114,51 +52,154 @@ class Quantizer(nn.Module):
         """x (..., in) times the quantised weight (out, in), plus the bias (out,): (..., out)."""
         raise NotImplementedError
 
+    def describe(self) -> dict[str, Any]:
+        """The constructor's arguments, JSON values."""
+        raise NotImplementedError
+
+    def settle(self) -> None:
+        """Training is over: everything is quantised, nothing is learned any more."""
+        self.active, self.rate = True, 1.0
+
 
 class Int8Quantizer(Quantizer):
     """u8 inputs by the range of one linear layer, s8 weights.
 
-    Buffers: `low`, `high` (fp32, the range), `batches` (int64, how many batches were seen). `dynamic` takes each
-    input tensor's own range instead. The range is an exponential average of per-batch minima and maxima; the first
-    batch is copied. A static quantizer that has seen no batch yet leaves its layer in floating point.
+    `low`, `high` (fp32) are the range, `batches` (int64) is how many batches were seen. `ranges` "static" moves the
+    range as an exponential average of per-batch minima and maxima (the first batch is copied); "learned" makes its two
+    ends parameters, which start from the average over the first 16 batches and get a gradient afterwards; "dynamic"
+    takes each input tensor's own range. Unless dynamic, a layer that has seen no batch yet stays in floating point.
     """
 
+    kind = "int8"
     low: Tensor
     high: Tensor
     batches: Tensor
 
-    def __init__(self, dynamic: bool = False, momentum: float = 0.99) -> None:
+    def __init__(
+        self, ranges: Ranges = "static", momentum: float = 0.99, weight_bits: int = 8, format: Format = "operators"
+    ) -> None:
         super().__init__()
-        self.dynamic = dynamic
+        self.ranges = ranges
         self.momentum = momentum
-        self.active = True
+        self.weight_bits = weight_bits
+        self.format = format
         self.observing = True
-        self.register_buffer("low", torch.zeros(()))
-        self.register_buffer("high", torch.zeros(()))
+        for name in ("low", "high"):
+            if ranges == "learned":
+                self.register_parameter(name, nn.Parameter(torch.zeros(())))
+            else:
+                self.register_buffer(name, torch.zeros(()))
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
 
     @property
     def ready(self) -> bool:
         """Whether the layer computes in int8 now."""
-        return self.active and (self.dynamic or int(self.batches) > 0)
+        return self.active and (self.ranges == "dynamic" or int(self.batches) > 0)
 
     @torch.no_grad()
     def observe(self, x: Tensor, columns: Tensor | None) -> None:
-        """Move the range towards x; nothing when dynamic or frozen."""
-        if self.dynamic or not self.observing:
+        """Move the range towards x; nothing when dynamic or frozen, or when the gradient moves it."""
+        if self.ranges == "dynamic" or not self.observing:
             return
+        seen = int(self.batches)
+        if self.ranges == "learned":
+            momentum = seen / (seen + 1)
+            if seen >= FIRST_BATCHES:
+                self.batches += 1
+                return
+        else:
+            momentum = self.momentum if seen else 0.0
         low, high = _range(x, columns)
-        momentum = self.momentum if int(self.batches) else 0.0
         self.low.mul_(momentum).add_(low * (1.0 - momentum))
         self.high.mul_(momentum).add_(high * (1.0 - momentum))
         self.batches += 1
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor | None) -> Tensor:
-        return quantised_linear(x, weight, bias, *self.scale(x, columns))
+        scale, zero_point = self.scale(x, columns)
+        rate = self.rate if self.training else 1.0
+        learns = self.ranges == "learned" and self.training and self.observing and int(self.batches) > FIRST_BATCHES
+        ends = (self.low, self.high) if learns else None
+        return quantised_linear(x, weight, bias, scale, zero_point, self.weight_bits, rate, ends)
 
+    @torch.no_grad()
     def scale(self, x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Scale and zero point for the input x; `columns` as in `observe`."""
-        return activation_scale(*_range(x, columns)) if self.dynamic else activation_scale(self.low, self.high)
+        low, high = _range(x, columns) if self.ranges == "dynamic" else (self.low.detach(), self.high.detach())
+        return activation_scale(low, high)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "ranges": self.ranges,
+            "momentum": self.momentum,
+            "weight_bits": self.weight_bits,
+            "format": self.format,
+        }
+
+    def settle(self) -> None:
+        super().settle()
+        self.observing = False
+        if self.ranges == "learned":
+            # What was learned ships as a static range.
+            for name in ("low", "high"):
+                value = getattr(self, name).detach().clone()
+                delattr(self, name)
+                self.register_buffer(name, value)
+            self.ranges = "static"
+
+
+class Int4Quantizer(Quantizer):
+    """Weights in four bits by blocks of inputs (`compressft.modules.int4`), inputs in floating point.
+
+    `accuracy_level` 4 rounds the inputs too, as onnxruntime's faster kernel does on x86. The grid is that of the
+    weight as it is; `fix` pins one down (buffers `scale`, `zero_point`, fp32 (out, blocks)). Gated-off columns are
+    left out before blocks are cut.
+    """
+
+    kind = "int4"
+    scale: Tensor | None
+    zero_point: Tensor | None
+
+    def __init__(self, block: int = 32, symmetric: bool = True, accuracy_level: int = 0) -> None:
+        super().__init__()
+        self.block = block
+        self.symmetric = symmetric
+        self.accuracy_level = accuracy_level
+        self.register_buffer("scale", None)
+        self.register_buffer("zero_point", None)
+
+    def fix(self, grid: Grid) -> None:
+        """Use this grid from now on, whatever the weight does."""
+        self.register_buffer("scale", grid.scale.clone())
+        self.register_buffer("zero_point", grid.zero_point.clone())
+
+    def grid(self, weight: Tensor) -> Grid:
+        """The grid that a weight (out, in) without dead columns is rounded to."""
+        if self.scale is not None and self.zero_point is not None:
+            return Grid(self.scale, self.zero_point)
+        return grid_of(weight, self.block, self.symmetric)
+
+    @torch.no_grad()
+    def rounded(self, weight: Tensor) -> Tensor:
+        """The weight that the integers stand for, in the weight's dtype."""
+        grid = self.grid(weight)
+        return dequantise(quantise(weight, self.block, grid), grid, weight.shape[1]).to(weight.dtype)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor | None) -> Tensor:
+        if self.scale is not None:
+            # A fixed grid is one of all columns.
+            columns = None
+        value = on_live_columns(weight.detach(), columns, self.rounded)
+        if self.training and self.rate < 1.0:
+            value = torch.where(torch.rand(weight.shape, device=weight.device) < self.rate, value, weight.detach())
+        if self.accuracy_level == 4:
+            x = straight_through(x, on_live_columns(x.detach(), columns, lambda part: round_inputs(part, self.block)))
+        return F.linear(x, straight_through(weight, value), bias)
+
+    def describe(self) -> dict[str, Any]:
+        return {"block": self.block, "symmetric": self.symmetric, "accuracy_level": self.accuracy_level}
+
+
+QUANTIZERS: dict[str, type[Quantizer]] = {"int8": Int8Quantizer, "int4": Int4Quantizer}
 
 
 @torch.no_grad()

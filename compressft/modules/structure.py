@@ -9,8 +9,9 @@ from torch import nn
 
 from compressft.modules.bottleneck import AdaptedNorm, AdaptedOutput, Bottleneck
 from compressft.modules.embedding import CompressedEmbedding
+from compressft.modules.int4 import Grid
 from compressft.modules.linear import CompressedLinear
-from compressft.modules.quantizer import Int8Quantizer
+from compressft.modules.quantizer import QUANTIZERS, Int4Quantizer, Int8Quantizer, Quantizer
 
 
 def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -24,14 +25,16 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
         if isinstance(module, CompressedLinear):
             if len(module.gates) or module.delta is not None:
                 raise ValueError(f"{path}: gates or delta are not folded; call the transforms' finalize first")
+            if module.store is not None:
+                raise ValueError(f"{path}: the weight is still packed; call the transforms' finalize first")
             entry: dict[str, Any] = {"kind": "linear"}
             if module.quantizer is not None:
-                entry["quantizer"] = {"dynamic": module.quantizer.dynamic, "momentum": module.quantizer.momentum}
+                entry["quantizer"] = _quantizer(module.quantizer)
             if isinstance(module.adapter, Bottleneck):
                 entry["adapter"] = _bottleneck(module.adapter)
             table[path] = entry
         elif isinstance(module, CompressedEmbedding):
-            table[path] = {"kind": "embedding"}
+            table[path] = {"kind": "embedding", "bits": module.bits, "block": module.block}
         elif isinstance(module, AdaptedOutput):
             table[path] = {"kind": "adapted_output", "adapter": _bottleneck(module.adapter)}
         elif isinstance(module, AdaptedNorm):
@@ -42,6 +45,29 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
 def _bottleneck(adapter: Bottleneck) -> dict[str, Any]:
     size, width = adapter.down_weight.shape
     return {"width": width, "size": size, "activation": adapter.activation}
+
+
+def _quantizer(quantizer: Quantizer) -> dict[str, Any]:
+    entry = {"kind": quantizer.kind, **quantizer.describe()}
+    if isinstance(quantizer, Int4Quantizer) and quantizer.scale is not None:
+        entry["grid"] = list(quantizer.scale.shape)
+    return entry
+
+
+def _build_quantizer(entry: dict[str, Any], path: str) -> Quantizer:
+    arguments = dict(entry)
+    if "dynamic" in arguments:
+        # As folders say it that were written before there was another kind.
+        arguments["ranges"] = "dynamic" if arguments.pop("dynamic") else "static"
+    kind, grid = arguments.pop("kind", "int8"), arguments.pop("grid", None)
+    if kind not in QUANTIZERS:
+        raise ValueError(f"{path}: unknown quantizer {kind!r}; this folder was written by a newer compressft")
+    new = QUANTIZERS[kind](**arguments)
+    if isinstance(new, Int8Quantizer):
+        new.observing = False
+    if isinstance(new, Int4Quantizer) and grid is not None:
+        new.fix(Grid(torch.zeros(grid), torch.zeros(grid)))
+    return new
 
 
 def rebuild(model: nn.Module, table: dict[str, dict[str, Any]]) -> None:
@@ -68,13 +94,12 @@ def _build(old: nn.Module, entry: dict[str, Any], path: str) -> nn.Module:
     if kind == "linear":
         new = CompressedLinear.of(old)
         if "quantizer" in entry:
-            new.quantizer = Int8Quantizer(**entry["quantizer"])
-            new.quantizer.observing = False
+            new.quantizer = _build_quantizer(entry["quantizer"], path)
         new.adapter = adapter
         return new
     if kind == "embedding":
         assert isinstance(old, nn.Embedding)
-        return CompressedEmbedding.of(old)
+        return CompressedEmbedding.of(old, entry.get("bits", 8), entry.get("block", 32))
     if kind == "adapted_output":
         assert adapter is not None
         return AdaptedOutput(old, adapter)

@@ -1,30 +1,54 @@
-"""Knowledge distillation: KL on logits and mean squared error on hidden states."""
+"""Knowledge distillation: its fields and what it does when; `terms.py` says what is compared, `losses.py` how."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, NonNegativeInt
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from compressft.anatomy import anatomy, family_of
-from compressft.errors import UserError
-from compressft.modules.linear import dense
+from compressft.model import content_hash
+from compressft.objectives.cache import AnswerCache
+from compressft.objectives.compare import compare, recorded, wanted
+from compressft.objectives.layer_map import Rule
+from compressft.objectives.refuse import reason
+from compressft.objectives.state import NAME, Distillation
+from compressft.objectives.teacher import OWN, Answer, ask, attention_modules, base_tensors, check_base
+from compressft.objectives.terms import intermediate_terms, logit_term
 from compressft.transform import OBJECTIVE, Context, Transform
 
 
 class Distill(Transform):
-    """Train towards a teacher (Hinton et al. 2015; hidden states as in TinyBERT, Jiao et al. 2020, equation 8).
+    """Train towards a teacher.
 
-    loss = task * CE + logits * T^2 * KL(softmax(z_t / T) || softmax(z_s / T)) + hidden * MSE(h_s, h_t), each mean over
-    the rows (KL) or the real tokens and features (MSE); paddings do not count. Regression replaces KL by MSE.
+    loss = task * CE + logits * T^2 * KL(softmax(z_t / T) || softmax(z_s / T))     Hinton et al. 2015
+         + hidden * MSE(W_h h_s, h_t) + attention * MSE(A_s, A_t)                  TinyBERT, Jiao et al. 2020, 7 and 8
+         + cosine * (1 - cos(h_s, h_t)) of the last layers                         DistilBERT, Sanh et al. 2019
+         + relations * mean over Q, K, V of KL(R_t || R_s)                         MiniLMv2, Wang et al. 2021
 
-    Fields: `teacher` is an earlier stage's name, a folder or hub id, or "self" (the same weights with gates and
-    quantizers off, no second model). `layer_map` pairs student with teacher layers ([[1, 1], [2, 4]], 0 = embeddings);
-    by default student layer i of L follows teacher layer round(i * L_t / L).
+    Each is a mean over the rows (KL of logits), the real tokens and features (hidden), or the pairs of real tokens
+    that attention lets see each other and the heads; several layers are averaged. Paddings do not count. Regression
+    replaces the KL of logits by MSE.
+
+    Fields:
+        teacher: an earlier stage's name, a folder or hub id; "self": the same weights with gates and quantizers off;
+            "base": the frozen base with deltas and adapters off too. The last two are no second model.
+        layer_map: pairs of student and teacher layers ([[1, 1], [2, 4]], 0 = embeddings), or a rule: "uniform" (layer
+            i of L follows round(i * L_t / L)), "last", "origin" (after pass `depth`: the layer it was copied from),
+            "learned" (the nearest in order, chosen anew each step; `layer_map.learned`).
+        projection: W_h where the widths differ: "shared" by all layers or one per "pair"; "none" where they are equal.
+            The default is "shared" exactly where the widths differ.
+        attention_kind: "scores" before softmax, or "probabilities" (their KL instead of the MSE).
+        attention_heads: "each" head with its twin, or the "mean" over heads where their numbers differ.
+        relation_heads: into how many heads queries, keys and values are cut; the teacher's own number by default.
+        relation_map: pairs of layers for the relations; the last ones by default.
+        intermediate_until: two phases (TinyBERT): up to this progress only the terms inside the models, from then on
+            only task and logits. All together by default.
+        cache: keep the teacher's answers in the run directory; the teacher runs once per example, not once per epoch.
+        cache_precision: of the kept answers.
     """
 
     type: Literal["distill"] = "distill"
@@ -34,104 +58,88 @@ class Distill(Transform):
     task: float = Field(default=0.5, ge=0)
     logits: float = Field(default=0.5, ge=0)
     hidden: float = Field(default=0.0, ge=0)
-    layer_map: tuple[tuple[NonNegativeInt, NonNegativeInt], ...] | None = None
+    cosine: float = Field(default=0.0, ge=0)
+    attention: float = Field(default=0.0, ge=0)
+    relations: float = Field(default=0.0, ge=0)
+    layer_map: Rule | tuple[tuple[NonNegativeInt, NonNegativeInt], ...] | None = None
+    projection: Literal["shared", "pair", "none"] | None = None
+    attention_kind: Literal["scores", "probabilities"] = "scores"
+    attention_heads: Literal["each", "mean"] = "each"
+    relation_heads: int | None = Field(default=None, ge=1)
+    relation_map: tuple[tuple[int, int], ...] | None = Field(default=None, min_length=1)
+    intermediate_until: float | None = Field(default=None, gt=0, lt=1)
+    cache: bool = False
+    cache_precision: Literal["fp32", "fp16"] = "fp32"
 
     @property
     def needs_hidden_states(self) -> bool:  # type: ignore[override]
         """Whether the student's forward must return its hidden states."""
-        return self.hidden > 0
+        return self.hidden > 0 or self.cosine > 0
 
-    @property
-    def task_weight(self) -> float:
-        return self.task
+    def task_weight(self, model: nn.Module) -> float:
+        return self.task if Distillation.of(model).prediction else 0.0
 
     def prepare(self, model: nn.Module, context: Context) -> None:
-        if self.teacher == "self":
-            return
-        teacher = context.teacher(self.teacher)
-        if self.hidden > 0:
-            for student_layer, teacher_layer in self.pairs(model, teacher):
-                depths = (len(anatomy(model).layers), len(anatomy(teacher).layers))
-                if student_layer > depths[0] or teacher_layer > depths[1]:
-                    raise UserError(
-                        f"objective distill.layer_map: pair [{student_layer}, {teacher_layer}] is beyond the models' "
-                        f"{depths[0]} and {depths[1]} layers"
-                    )
-            widths = [m.config.hidden_size for m in (model, teacher)]  # type: ignore[union-attr]
-            if widths[0] != widths[1]:
-                raise UserError(
-                    f"objective distill.hidden: student width {widths[0]} and teacher width {widths[1]} differ; "
-                    "set it to 0"
-                )
+        teacher = model if self.teacher in OWN else context.teacher(self.teacher)
+        if self.teacher == "base":
+            check_base(model, self.logits > 0)
+        state = compare(self, model, teacher, context)
+        model.add_module(NAME, state)
+        self.after_step(model, 0.0)
+        if self._records:
+            state.asked = attention_modules(teacher, recorded(self, state, 1))
+            state.record(model, attention_modules(model, recorded(self, state, 0)))
 
-    def pairs(self, student: nn.Module, teacher: nn.Module) -> list[tuple[int, int]]:
-        """(student layer, teacher layer) pairs, 0 = embedding output."""
-        if self.layer_map is not None:
-            return list(self.layer_map)
-        depth, teacher_depth = len(anatomy(student).layers), len(anatomy(teacher).layers)
-        return [(i, round(i * teacher_depth / depth)) for i in range(depth + 1)]
+    def after_step(self, model: nn.Module, progress: float) -> None:
+        if self.intermediate_until is not None:
+            state = Distillation.of(model)
+            state.intermediate = progress < self.intermediate_until
+            state.prediction = not state.intermediate
 
-    def loss(self, model: nn.Module, batch: Mapping[str, Tensor], outputs: Any, context: Context) -> dict[str, Tensor]:
-        teacher = model if self.teacher == "self" else context.teachers[self.teacher]
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        target = _teach(teacher, inputs, self.hidden > 0, own_weights=self.teacher == "self")
-        terms: dict[str, Tensor] = {}
-        if self.logits > 0:
-            terms["distill.logits"] = self.logits * self._logit_loss(
-                batch, outputs.logits, target.logits, predicts_next(model, outputs.logits)
-            )
-        if self.hidden > 0:
-            mask = batch["attention_mask"][..., None].bool()
-            states = [(outputs.hidden_states[s], target.hidden_states[t]) for s, t in self.pairs(model, teacher)]
-            errors = [_masked_mse(student, goal, mask) for student, goal in states]
-            terms["distill.hidden"] = self.hidden * torch.stack(errors).mean()
-        return terms
+    def finalize(self, model: nn.Module) -> None:
+        Distillation.of(model).remove(model)
 
     def conflict(self, others: Sequence[Transform]) -> str | None:
-        if self.hidden > 0 and any(other.type == "probe" for other in others):
-            return "objective distill.hidden: method 'probe' keeps no hidden states to distil; set it to 0"
-        return None
+        return reason(self, others)
 
-    def _logit_loss(self, batch: Mapping[str, Tensor], student: Tensor, teacher: Tensor, shifted: bool) -> Tensor:
-        if student.shape[-1] == 1:
-            return F.mse_loss(student.float(), teacher.float())
-        student, teacher = student.float(), teacher.float()
-        if student.dim() == 3:
-            # Per-token logits: only positions that carry a label or a real token.
-            keep = batch["labels"].ne(-100) if "labels" in batch else batch["attention_mask"].bool()
-            if shifted:
-                student, teacher, keep = student[:, :-1], teacher[:, :-1], keep[:, 1:]
-            student, teacher = student[keep], teacher[keep]
-        return kl_divergence(student, teacher, self.temperature)
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor], outputs: Any, context: Context) -> dict[str, Tensor]:
+        state = Distillation.of(model)
+        answer = self._ask(model, state, {name: value for name, value in batch.items() if name != "labels"}, context)
+        terms: dict[str, Tensor] = {}
+        if self.logits > 0 and state.prediction:
+            assert answer.logits is not None
+            terms["logits"] = logit_term(self, model, batch, outputs.logits, answer.logits)
+        if state.intermediate and self._looks_inside:
+            terms |= intermediate_terms(self, state, outputs, answer, batch["attention_mask"].bool())
+        return {f"distill.{name}": getattr(self, name) * term for name, term in terms.items()}
 
+    @property
+    def _records(self) -> bool:
+        return self.attention > 0 or self.relations > 0
 
-def predicts_next(model: nn.Module, logits: Tensor) -> bool:
-    """Whether a position's logits are about the next token (a causal language model) rather than its own."""
-    if not family_of(model).causal or logits.dim() != 3:
-        return False
-    return logits.shape[-1] == model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    @property
+    def _looks_inside(self) -> bool:
+        return self.needs_hidden_states or self._records
 
+    def _ask(self, model: nn.Module, state: Distillation, inputs: dict[str, Tensor], context: Context) -> Answer:
+        teacher = model if self.teacher in OWN else context.teachers[self.teacher]
+        layers = wanted(self, state)
+        if self.cache:
+            compute = partial(ask, teacher, self.teacher, hidden=layers, modules={})
+            return self._cache(teacher, layers, context).answer(inputs, compute)
+        inside = state.intermediate and self._looks_inside
+        if not inside and not (self.logits > 0 and state.prediction):
+            return Answer()
+        return ask(teacher, self.teacher, inputs, layers if inside else set(), state.asked if inside else {})
 
-def kl_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 * KL(softmax(teacher / T) || softmax(student / T)), mean over rows; logits (rows, classes) fp32."""
-    log_student = F.log_softmax(student / temperature, dim=-1)
-    log_teacher = F.log_softmax(teacher / temperature, dim=-1)
-    return temperature**2 * F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
-
-
-def _masked_mse(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-    error = (student.float() - teacher.float()).square().masked_fill(~mask, 0.0)
-    return error.sum() / (mask.sum() * student.shape[-1])
-
-
-@torch.no_grad()
-def _teach(teacher: nn.Module, inputs: dict[str, Tensor], hidden: bool, own_weights: bool) -> Any:
-    if not own_weights:
-        return teacher(**inputs, output_hidden_states=hidden)
-    was_training = teacher.training
-    teacher.eval()
-    try:
-        with dense():
-            return teacher(**inputs, output_hidden_states=hidden)
-    finally:
-        teacher.train(was_training)
+    def _cache(self, teacher: nn.Module, layers: set[int], context: Context) -> AnswerCache:
+        device = next(teacher.parameters()).device.type
+        computes = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "fp32"
+        name = f"distill.{self.teacher}.{computes}"
+        if name not in context.opened:
+            identity = content_hash(base_tensors(teacher) if self.teacher == "base" else teacher.state_dict())
+            parts = [identity.removeprefix("sha256:")[:32], computes.removeprefix("torch."), self.cache_precision]
+            folder = "-".join([*parts, *(str(layer) for layer in sorted(layers))])
+            dtype = torch.float16 if self.cache_precision == "fp16" else torch.float32
+            context.opened[name] = AnswerCache(context.folder / folder if context.folder else None, dtype)
+        return context.opened[name]

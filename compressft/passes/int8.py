@@ -3,75 +3,87 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import nn
 
-from compressft.anatomy import anatomy
-from compressft.errors import UserError, nearest
-from compressft.model import compress_linear, replace
-from compressft.modules.embedding import CompressedEmbedding
-from compressft.modules.quantizer import Int8Quantizer
+from compressft.model import compress_linear
+from compressft.modules.quantizer import Format, Int8Quantizer, Ranges
+from compressft.passes.quantised import (
+    PARTS,
+    Tables,
+    compress_tables,
+    follow,
+    quantised_linears,
+    quantizers,
+    rate,
+    settle,
+)
+from compressft.passes.select import check_exclude
 from compressft.transform import QUANTISES, Context, Transform
-
-PARTS = ("q", "k", "v", "o", "up", "down", "pooler", "embeddings")
 
 
 class Int8(Transform):
     """u8 activations, s8 weights per output channel, embeddings s8 per row; head and LayerNorms stay fp32.
 
-    Fields: `ranges` "static" learns one input range per layer as an average of per-batch minima and maxima (exported
-    as QuantizeLinear + MatMulIntegerToFloat; a row's result does not depend on its batch mates) or "dynamic" takes
-    each batch's own (DynamicQuantizeMatMul). Fake quantisation is on from progress `start`; ranges are frozen from
-    `freeze` on. `exclude` lists parts that stay fp32: "q", "k", "v", "o", "up", "down", "pooler", "embeddings", or a
-    module's full path; a fused qkv projection stays fp32 where any of its three does.
+    `ranges`: "static" learns one input range per layer as an average of per-batch minima and maxima (a row's result
+    does not depend on its batch mates); "learned" starts from the first 16 batches' average and then moves both ends by
+    their gradient, with the learning rate `range_learning_rate` (Esser et al. 2020; Choi et al. 2018), and ships as
+    static; "dynamic" takes each batch's own (DynamicQuantizeMatMul). Ranges are frozen from `freeze` on.
+
+    `format`: "operators" exports onnxruntime's QuantizeLinear + MatMulIntegerToFloat; "qdq" (not with dynamic ranges)
+    exports QuantizeLinear / DequantizeLinear around MatMul and nothing but standard ONNX operators, attention included,
+    for other runtimes: portable, slower in onnxruntime.
+
+    `start`: progress from which values are quantised. `noise`: progress until which only a random share of the weights
+    is rounded, growing linearly from 0 at `start` (Fan et al. 2020); 0 rounds all at once. `weight_bits` 7 halves the
+    weights' integers: x86 CPUs without VNNI (AVX2 alone) add u8 x s8 products in saturating 16 bits, so that an 8-bit
+    model may give other results there; verification sees this only on such a machine.
+
+    `embeddings`: "int8" per row, "int4" in blocks of 32, or "none". `exclude` lists parts that stay fp32: "q", "k",
+    "v", "o", "up", "down", "pooler", "embeddings", or a module's full path; a fused qkv projection stays fp32 where any
+    of its three does.
     """
 
     type: Literal["int8"] = "int8"
     order: ClassVar[int] = QUANTISES
-    ranges: Literal["static", "dynamic"] = "static"
+    ranges: Ranges = "static"
+    format: Format = "operators"
     start: float = Field(default=0.0, ge=0, lt=1)
     freeze: float = Field(default=0.8, gt=0, le=1)
     momentum: float = Field(default=0.99, ge=0, lt=1)
-    embeddings: bool = True
+    range_learning_rate: float = Field(default=1e-3, gt=0)
+    noise: float = Field(default=0.0, ge=0, le=1)
+    weight_bits: Literal[7, 8] = 8
+    embeddings: Tables | bool = "int8"
     exclude: tuple[str, ...] = ()
 
+    @field_validator("embeddings")
+    @classmethod
+    def _tables(cls, value: Any) -> Any:
+        return {True: "int8", False: "none"}.get(value, value) if isinstance(value, bool) else value
+
     def prepare(self, model: nn.Module, context: Context) -> None:
-        modules = dict(model.named_modules())
-        for name in self.exclude:
-            if name not in PARTS and name not in modules:
-                allowed = ", ".join(PARTS)
-                raise UserError(
-                    f"pass int8.exclude: {name!r} is neither a part nor a module of the model; parts: {allowed}"
-                    f"{nearest(name, [*PARTS, *modules])}"
-                )
-        for path in self._linear_paths(model):
+        check_exclude(model, "pass int8.exclude", self.exclude, PARTS)
+        for path in quantised_linears(model, self.exclude):
             layer = compress_linear(model, path)
-            layer.quantizer = Int8Quantizer(self.ranges == "dynamic", self.momentum).to(layer.weight.device)
-        if self.embeddings and "embeddings" not in self.exclude:
-            parts = anatomy(model)
-            for relative in parts.family.embedding_tables:
-                if parts.path(relative) in self.exclude:
-                    continue
-                table = parts.backbone.get_submodule(relative)
-                assert isinstance(table, nn.Embedding)
-                replace(model, parts.path(relative), CompressedEmbedding.of(table))
+            new = Int8Quantizer(self.ranges, self.momentum, self.weight_bits, self.format)
+            layer.quantizer = new.to(layer.weight.device)
+        compress_tables(model, self.embeddings, self.exclude)  # type: ignore[arg-type]
+
+    def param_groups(self, model: nn.Module, context: Context) -> list[dict[str, Any]]:
+        ends = [parameter for quantizer in quantizers(model) for parameter in quantizer.parameters()]
+        return [{"params": ends, "lr": self.range_learning_rate, "weight_decay": 0.0}] if ends else []
 
     def after_step(self, model: nn.Module, progress: float) -> None:
-        for module in model.modules():
-            if isinstance(module, Int8Quantizer):
-                module.active = progress >= self.start
-                module.observing = progress < self.freeze
-            elif isinstance(module, CompressedEmbedding):
-                module.active = progress >= self.start
+        follow(model, progress >= self.start, rate(progress, self.start, self.noise))
+        for quantizer in quantizers(model):
+            if isinstance(quantizer, Int8Quantizer):
+                quantizer.observing = progress < self.freeze
 
     def finalize(self, model: nn.Module) -> None:
-        for module in model.modules():
-            if isinstance(module, Int8Quantizer):
-                module.active, module.observing = True, False
-            elif isinstance(module, CompressedEmbedding):
-                module.active = True
+        settle(model)
 
     def status(self, model: nn.Module, progress: float) -> dict[str, dict[str, float]]:
         on = progress >= self.start
@@ -80,23 +92,8 @@ class Int8(Transform):
     def conflict(self, others: Sequence[Transform]) -> str | None:
         if self.freeze <= self.start:
             return f"pass int8.freeze: {self.freeze} is not after int8.start {self.start}; ranges would not be learned"
+        if 0 < self.noise <= self.start:
+            return f"pass int8.noise: {self.noise} is not after int8.start {self.start}; set 0 for no noise"
+        if self.format == "qdq" and self.ranges == "dynamic":
+            return "pass int8.format: 'qdq' needs fixed ranges; set int8.ranges to static or learned"
         return None
-
-    def _linear_paths(self, model: nn.Module) -> list[str]:
-        parts = anatomy(model)
-        family = parts.family
-        roles = {family.q: "q", family.k: "k", family.v: "v", family.o: "o", family.down: "down"}
-        roles |= dict.fromkeys(family.up, "up")
-        if family.fused_qkv:
-            roles[family.fused_qkv] = next((part for part in "qkv" if part in self.exclude), "q")
-        paths = [
-            f"{layer.name}.{path}"
-            for layer in parts.layers
-            for path in layer.linears
-            if roles.get(path) not in self.exclude and f"{layer.name}.{path}" not in self.exclude
-        ]
-        pooler = parts.path(f"{family.pooler}.dense") if family.pooler else None
-        excluded = bool({"pooler", pooler} & set(self.exclude))
-        if pooler and not excluded and getattr(parts.backbone, "pooler", None) is not None:
-            paths.append(pooler)
-        return paths

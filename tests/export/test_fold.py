@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from compressft.export.fold import AdaptedInt8, Int8Embedding, Int8Linear, fold
+from compressft.export.fold import Adapted, fold
+from compressft.export.int8 import Int8Embedding, Int8Linear
 from compressft.methods.adapter import Adapter
 from compressft.modules.bottleneck import Bottleneck
 from compressft.modules.embedding import CompressedEmbedding
@@ -71,7 +72,7 @@ def test_adapters_of_a_projection_follow_its_product():
         model.train()(**batch_for("llama"))
     transform.finalize(model)
     down = fold(model).model.layers[0].mlp.down_proj
-    assert isinstance(down, AdaptedInt8)
+    assert isinstance(down, Adapted)
     assert isinstance(down.inner, Int8Linear) and isinstance(down.adapter, Bottleneck)
 
 

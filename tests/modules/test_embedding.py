@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from compressft.modules.embedding import CompressedEmbedding
+from compressft.modules.int4 import fake_quantise
 from compressft.modules.linear import dense
 
 
@@ -52,7 +53,7 @@ def test_frozen_and_trained_tables_give_the_same_rows():
     _, ours = tables()
     trained = ours(IDS).detach()
     ours.weight.requires_grad_(False)
-    torch.testing.assert_close(ours(IDS), trained, atol=1e-4, rtol=1e-6)
+    assert torch.equal(ours(IDS), trained)
 
 
 def test_off_is_the_plain_table():
@@ -62,3 +63,18 @@ def test_off_is_the_plain_table():
     assert not torch.equal(ours(IDS), plain(IDS))
     ours.active = False
     assert torch.equal(ours(IDS), plain(IDS))
+
+
+def test_four_bit_rows_are_blocks_on_their_own_grid():
+    plain, _ = tables()
+    ours = CompressedEmbedding.of(plain, bits=4, block=8)
+    out = ours(IDS)
+    assert torch.equal(out.detach(), fake_quantise(plain.weight, 8, True)[IDS])
+    assert not torch.equal(out, plain(IDS)) and (out[1, 2] == 0).all()
+    dy = torch.randn(*IDS.shape, 12, generator=torch.Generator().manual_seed(1))
+    (want,) = torch.autograd.grad(plain(IDS), plain.weight, dy)
+    (got,) = torch.autograd.grad(out, plain.weight, dy)
+    assert torch.equal(got, want)
+    with dense():
+        assert torch.equal(ours(IDS), plain(IDS))
+    assert CompressedEmbedding.of(ours, 8) is ours and ours.bits == 8

@@ -7,8 +7,9 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from compressft.modules.gate import ColumnGate
+from compressft.modules.int8 import activation_scale, quantised_linear
 from compressft.modules.linear import CompressedLinear, dense, is_dense
-from compressft.modules.quantizer import Int8Quantizer, activation_scale, quantised_linear
+from compressft.modules.quantizer import Int8Quantizer
 
 
 class Delta(nn.Module):

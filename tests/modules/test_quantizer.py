@@ -6,14 +6,9 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from compressft.modules.int8 import activation_scale, quantise_weight, quantised_linear, weight_scale
 from compressft.modules.linear import CompressedLinear
-from compressft.modules.quantizer import (
-    Int8Quantizer,
-    activation_scale,
-    quantise_weight,
-    quantised_linear,
-    weight_scale,
-)
+from compressft.modules.quantizer import Int8Quantizer
 
 
 def integers(weight):
@@ -107,7 +102,7 @@ def test_static_equals_onnxruntime(exact_runtime, name, k, n, bias):
 def test_dynamic_equals_onnxruntime(exact_runtime, low, high, k, n, bias):
     x, weight, b = example(k, n, low, high, bias=bias)
     weight[1] = 0.0
-    quantizer = Int8Quantizer(dynamic=True)
+    quantizer = Int8Quantizer("dynamic")
     tx, tw, tb = as_tensors(x, weight, b)
     assert_equal_up_to_rescaling(
         quantised_linear(tx, tw, tb, *quantizer.scale(tx)).numpy(), run_dynamic(x, weight, b), b
@@ -263,7 +258,7 @@ def test_gated_off_columns_do_not_widen_the_range():
 
 def test_dynamic_ranges_leave_gated_off_columns_out():
     x = torch.tensor([[1.0, 100.0, 2.0], [0.5, -100.0, 1.0]])
-    quantizer = Int8Quantizer(dynamic=True)
+    quantizer = Int8Quantizer("dynamic")
     gated = quantizer.scale(x, torch.tensor([1.0, 0.0, 1.0]))
     assert gated == quantizer.scale(x[:, [0, 2]]) and gated != quantizer.scale(x)
 
@@ -308,5 +303,104 @@ def test_static_rows_do_not_depend_on_their_batch():
     assert torch.equal(linear(x)[0], linear(x[:1])[0])
     assert torch.equal(linear(outlier)[0], linear(x)[0])
     # Dynamic ranges do depend on the batch: otherwise this test shows nothing.
-    dynamic = layer(dynamic=True).eval()
+    dynamic = layer(ranges="dynamic").eval()
     assert not torch.equal(dynamic(outlier)[0], dynamic(x)[0])
+
+
+def test_seven_bits_cannot_saturate():
+    """Two products of u8 and seven-bit integers fit into signed 16 bits; eight-bit ones do not."""
+    weight = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    largest = quantise_weight(weight, weight_scale(weight, 7)).abs().max()
+    assert largest == 63 and 2 * 255 * largest < 2**15 < 2 * 255 * 127
+
+
+def test_per_channel_errs_less_than_per_tensor():
+    weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 1, 16)[:, None]
+    whole = weight_scale(weight.reshape(1, -1)).expand(16)
+    errors = [(quantise_weight(weight, s) * s[:, None] - weight).abs().amax(1) for s in (weight_scale(weight), whole)]
+    assert (errors[0] <= errors[1] + 1e-6).all() and errors[0].sum() < 0.5 * errors[1].sum()
+
+
+def test_noise_rounds_a_random_share_in_training_only():
+    linear = layer(ranges="dynamic")
+    with torch.no_grad():
+        eye = torch.eye(16)
+        linear.bias.zero_()
+        whole = linear.eval()(eye).t()
+        linear.quantizer.rate = 0.3
+        assert torch.equal(linear(eye).t(), whole)
+        first, second = (linear.train()(eye).t() for _ in range(2))
+    share = torch.isclose(first, whole, rtol=1e-5, atol=1e-7).float().mean()
+    assert 0.15 < share < 0.45 and not torch.equal(first, second)
+    # What was not rounded is the weight itself, but for the inputs' own rounding.
+    near = torch.minimum((first - whole).abs(), (first - linear.weight.detach()).abs())
+    assert float(near.max()) < 1e-5
+
+
+def learned(low, high, batches=17):
+    """A quantizer whose range is learned from here on."""
+    quantizer = Int8Quantizer("learned").train()
+    with torch.no_grad():
+        quantizer.low.fill_(low)
+        quantizer.high.fill_(high)
+        quantizer.batches.fill_(batches)
+    return quantizer
+
+
+def test_range_gradient_is_that_of_the_rounding():
+    """Where values are clipped the ends move the output as finite differences say; inside, each by its own error."""
+    quantizer = learned(-1.0, 2.0)
+    x = torch.tensor([[-3.0, 5.0, 4.0, -2.0]])
+    weight = torch.tensor([[1.0, 2.0, 3.0, -4.0]])
+    quantizer.linear(x, weight, None, None).sum().backward()
+    factor = (4 * 255) ** -0.5
+    # Two values stick at each end: the weights say by how much the output follows.
+    assert quantizer.high.grad.item() == pytest.approx((2.0 + 3.0) * factor, rel=0.02)
+    assert quantizer.low.grad.item() == pytest.approx((1.0 - 4.0) * factor, rel=0.02)
+    inside = learned(-1.0, 2.0)
+    x = torch.tensor([[0.3, 0.7, -0.2, 1.1]])
+    inside.linear(x, weight, None, None).sum().backward()
+    scale, _ = activation_scale(torch.tensor(-1.0), torch.tensor(2.0))
+    error = torch.round(x / scale) - x / scale
+    want = float((error * weight).sum() / 255 * factor)
+    assert inside.high.grad.item() == pytest.approx(want, rel=0.05)
+    assert inside.low.grad.item() == pytest.approx(-want, rel=0.05)
+
+
+def test_learned_ranges_beat_minimum_and_maximum():
+    """A lone outlier costs all other values their precision; the gradient gives it up."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(400, 16, generator=generator), torch.randn(8, 16, generator=generator)
+    x[0, 0] = 400.0
+    want = (x @ weight.t())[1:]
+    quantizer = learned(float(x.min()), float(x.max()))
+    optimiser = torch.optim.Adam(quantizer.parameters(), lr=4.0)
+    losses = []
+    for _ in range(150):
+        loss = (quantizer.linear(x, weight, None, None)[1:] - want).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    assert min(losses[-10:]) < 0.1 * losses[0] and float(quantizer.high.detach()) < 300
+
+
+def test_learned_ranges_start_from_the_first_batches_and_end_static():
+    quantizer = Int8Quantizer("learned").train()
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    lows = []
+    for i in range(20):
+        quantizer.observe(x * (1 + i), None)
+        lows.append(float((x * (1 + i)).min()))
+        y = quantizer.linear(x, torch.eye(8).requires_grad_(), None, None)
+        quantizer.low.grad = None
+        y.sum().backward()
+        assert (quantizer.low.grad is None) == (i < 16)
+    assert quantizer.low.item() == pytest.approx(sum(lows[:16]) / 16, rel=1e-5)
+    quantizer.observing = False
+    assert not quantizer.linear(x, torch.eye(8), None, None).requires_grad
+    before = {name: value.clone() for name, value in quantizer.state_dict().items()}
+    quantizer.settle()
+    assert not list(quantizer.parameters()) and quantizer.describe()["ranges"] == "static"
+    assert before.keys() == quantizer.state_dict().keys()
+    assert all(torch.equal(value, before[name]) for name, value in quantizer.state_dict().items())

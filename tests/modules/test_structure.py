@@ -7,24 +7,35 @@ import torch
 
 from compressft.methods.adapter import Adapter
 from compressft.modules.gate import ColumnGate
+from compressft.modules.int4 import grid_of
 from compressft.modules.linear import CompressedLinear
+from compressft.modules.quantizer import Int4Quantizer
+from compressft.modules.store import NF4Store
 from compressft.modules.structure import describe, rebuild
+from compressft.passes.int4 import Int4
 from compressft.passes.int8 import Int8
 from compressft.passes.structured import Structured
 from compressft.shrink import resize, shapes
 from compressft.transform import Context
 from tests.tiny import batch_for, logits, tiny
 
+QUANTISES = {
+    "static": Int8(),
+    "dynamic": Int8(ranges="dynamic"),
+    "learned": Int8(ranges="learned", format="qdq", weight_bits=7, embeddings="int4"),
+    "int4": Int4(block=64, symmetric=False, embeddings="int4"),
+    "level 4": Int4(accuracy_level=4, embeddings="none"),
+}
 PRUNE = Structured(heads=0.5, ffn=0.4, align=4, floor_ffn=4, start=0.0, end=0.5)
 
 
 @pytest.mark.parametrize("family", ["bert", "distilbert", "electra", "gpt2", "llama", "qwen2"])
 @pytest.mark.parametrize("placement", ["houlsby", "pfeiffer"])
-@pytest.mark.parametrize("ranges", ["static", "dynamic"])
-def test_round_trip(family, placement, ranges):
+@pytest.mark.parametrize("quantises", QUANTISES)
+def test_round_trip(family, placement, quantises):
     model = tiny(family)
     batch = batch_for(family)
-    transforms = [Adapter(placement=placement, size=6), PRUNE, Int8(ranges=ranges)]
+    transforms = [Adapter(placement=placement, size=6), PRUNE, QUANTISES[quantises]]
     for transform in transforms:
         transform.prepare(model, Context())
     for name, parameter in model.named_parameters():
@@ -71,3 +82,25 @@ def test_unsettled_modules_are_refused():
 def test_unknown_kinds_are_refused():
     with pytest.raises(ValueError, match="unknown kind 'nf4'"):
         rebuild(tiny(), {"classifier": {"kind": "nf4"}})
+
+
+def test_a_fixed_grid_is_rebuilt():
+    linear = CompressedLinear(40, 6)
+    linear.quantizer = Int4Quantizer()
+    linear.quantizer.fix(grid_of(linear.weight, 32, True))
+    with torch.no_grad():
+        linear.weight.mul_(0.9)
+    other = torch.nn.Sequential(torch.nn.Linear(40, 6))
+    rebuild(other, json.loads(json.dumps(describe(torch.nn.Sequential(linear)))))
+    other.load_state_dict(torch.nn.Sequential(linear).state_dict())
+    x = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(other(x), linear(x))
+
+
+def test_packed_weights_and_unknown_quantizers_are_refused():
+    linear = CompressedLinear(8, 8).requires_grad_(False)
+    linear.pack(NF4Store(linear.weight))
+    with pytest.raises(ValueError, match="still packed"):
+        describe(torch.nn.Sequential(linear))
+    with pytest.raises(ValueError, match="unknown quantizer 'int2'"):
+        rebuild(torch.nn.Sequential(torch.nn.Linear(4, 4)), {"0": {"kind": "linear", "quantizer": {"kind": "int2"}}})

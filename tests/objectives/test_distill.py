@@ -9,7 +9,9 @@ from torch import nn
 from compressft.anatomy import anatomy
 from compressft.errors import UserError
 from compressft.modules.linear import CompressedLinear
-from compressft.objectives.distill import Distill, kl_divergence
+from compressft.objectives.distill import Distill
+from compressft.objectives.layer_map import uniform
+from compressft.objectives.losses import kl_divergence
 from compressft.passes.int8 import Int8
 from compressft.transform import Context
 from tests.tiny import fit, gated, labelled, padded, random_keep, tiny
@@ -84,7 +86,7 @@ def test_weighted_terms():
     assert set(got) == {"distill.logits", "distill.hidden"}
     torch.testing.assert_close(got["distill.logits"], 0.3 * kl_divergence(ours.logits, theirs.logits, 3.0))
     torch.testing.assert_close(got["distill.hidden"], 2.0 * torch.stack(hidden).mean())
-    assert BOTH.task_weight == 0.7 and BOTH.needs_hidden_states
+    assert BOTH.task_weight(student) == 0.7 and BOTH.needs_hidden_states
 
 
 def test_terms_of_weight_zero_cost_nothing():
@@ -136,10 +138,10 @@ def test_one_teacher_is_loaded_once():
 
 def test_layer_map():
     student, teacher, batch = tiny(), tiny(seed=1, num_hidden_layers=4), labelled(4)
-    assert BOTH.pairs(student, teacher) == [(0, 0), (1, 2), (2, 4)]
-    assert BOTH.pairs(tiny(num_hidden_layers=6), tiny(num_hidden_layers=6)) == [(i, i) for i in range(7)]
+    assert uniform(2, 4) == ((0, 0), (1, 2), (2, 4))
+    assert uniform(6, 6) == tuple((i, i) for i in range(7))
+    assert uniform(4, 12) == ((0, 0), (1, 3), (2, 6), (3, 9), (4, 12))
     own = Distill(teacher="t", logits=0.0, hidden=1.0, layer_map=((1, 1), (2, 4)))
-    assert own.pairs(student, teacher) == [(1, 1), (2, 4)]
     got = terms(own, student, batch, prepared(own, student, teacher))["distill.hidden"]
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     ours, theirs = (m(**inputs, output_hidden_states=True).hidden_states for m in (student, teacher))
@@ -152,12 +154,13 @@ def test_layer_map():
             prepared(beyond, student, teacher)
 
 
-def test_other_widths_are_refused_for_hidden_states_only():
+def test_other_widths_matter_for_hidden_states_only():
     student, teacher = tiny(), tiny(seed=1, hidden_size=16)
-    with pytest.raises(UserError, match="student width 32 and teacher width 16 differ; set it to 0"):
-        prepared(BOTH, student, teacher)
+    with pytest.raises(UserError, match=r"projection: student width 32 and teacher width 16 differ; use shared or"):
+        prepared(BOTH.model_copy(update={"projection": "none"}), student, teacher)
     objective = Distill(teacher="t")
     assert terms(objective, student, labelled(4), prepared(objective, student, teacher))["distill.logits"] > 0
+    assert not len(student.distillation.projections)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -192,7 +195,8 @@ def test_self_of_an_uncompressed_model_is_silent():
     student = tiny()
     for layer in anatomy(student).layers:
         assert not isinstance(layer.part(layer.family.o), CompressedLinear)
-    got = terms(Distill(teacher="self", hidden=1.0), student, labelled(4), Context())
+    objective = Distill(teacher="self", hidden=1.0)
+    got = terms(objective, student, labelled(4), prepared(objective, student, None))
     assert all(abs(value.item()) < 1e-6 for value in got.values())
 
 

@@ -69,13 +69,20 @@ def test_a_fused_projection_is_excluded_with_any_of_its_parts(part):
     assert quantised(prepared(Int8(), "gpt2")) - quantised(prepared(Int8(exclude=(part,)), "gpt2")) == fused
 
 
+def test_tables_in_four_bits_or_not_at_all():
+    model = prepared(Int8(embeddings="int4"))
+    assert {m.bits for m in model.modules() if isinstance(m, CompressedEmbedding)} == {4}
+    assert embedded(model) == TABLES and embedded(prepared(Int8(embeddings="none"))) == set()
+    assert Int8(embeddings=True) == Int8(embeddings="int8") and Int8(embeddings=False) == Int8(embeddings="none")
+
+
 def test_exclude_refuses_what_does_not_exist():
     with pytest.raises(UserError, match=r"int8\.exclude: 'poler' is neither .* \(did you mean 'pooler'\?\)"):
         prepared(Int8(exclude=("poler",)))
 
 
 @pytest.mark.parametrize("family", TINY)
-@pytest.mark.parametrize("ranges", ["static", "dynamic"])
+@pytest.mark.parametrize("ranges", ["static", "dynamic", "learned"])
 def test_every_family_stays_close_to_its_float_model(family, ranges):
     batch = batch_for(family)
     want = logits(tiny(family), batch)
@@ -131,6 +138,36 @@ def test_ranges_learn_before_the_start_and_stop_at_freeze():
     assert batches == {6}
 
 
+def test_learned_ranges_have_their_own_learning_rate_and_no_decay():
+    one = Int8(ranges="learned", range_learning_rate=0.02)
+    model = prepared(one)
+    (group,) = one.param_groups(model, Context())
+    assert len(group["params"]) == 26 and (group["lr"], group["weight_decay"]) == (0.02, 0.0)
+    assert Int8().param_groups(prepared(Int8()), Context()) == []
+    fit(model, [one], [labelled()], steps=30)
+    quantizers = [m for m in model.modules() if isinstance(m, Int8Quantizer)]
+    frozen = [float(q.high.detach()) for q in quantizers]
+    one.finalize(model)
+    assert one.param_groups(model, Context()) == [] and [float(q.high) for q in quantizers] == frozen
+
+
+def test_learned_ranges_move_until_freeze():
+    one = Int8(ranges="learned", freeze=0.8)
+    model = prepared(one)
+    fit(model, [one], [labelled()], steps=20)
+    quantizer = next(m for m in model.modules() if isinstance(m, Int8Quantizer))
+    # Sixteen batches for the start and at most the rest by gradient: here freeze comes first.
+    assert int(quantizer.batches) == 16 and quantizer.high.grad is None
+    longer = Int8(ranges="learned", freeze=0.9)
+    model = prepared(longer)
+    fit(model, [longer], [labelled()], steps=30)
+    averaged = Int8(ranges="learned", freeze=16 / 30)
+    other = prepared(averaged)
+    fit(other, [averaged], [labelled()], steps=30)
+    ends = [[float(q.high.detach()) for q in m.modules() if isinstance(q, Int8Quantizer)] for m in (model, other)]
+    assert all(a != b for a, b in zip(*ends, strict=True))
+
+
 def test_finalize_ships_int8():
     one = Int8(start=0.5)
     model, batch = prepared(one), labelled()
@@ -146,10 +183,12 @@ def test_finalize_ships_int8():
 def test_conflict_when_ranges_would_never_be_learned():
     assert "is not after int8.start 0.5" in Int8(start=0.5, freeze=0.5).conflict([])
     assert Int8().conflict([]) is None
+    assert "'qdq' needs fixed ranges" in Int8(format="qdq", ranges="dynamic").conflict([])
+    assert "noise" in Int8(start=0.5, noise=0.2).conflict([])
 
 
 @pytest.mark.parametrize("family", ["bert", "distilbert", "electra", "gpt2", "qwen3"])
-@pytest.mark.parametrize("ranges", ["static", "dynamic"])
+@pytest.mark.parametrize("ranges", ["static", "dynamic", "learned"])
 def test_joint_run_ships_what_it_trained(family, ranges):
     """Prune, quantise and distil from the same weights at once: finalize changes the logits by rounding only."""
     model = tiny(family, architecture="GPT2ForSequenceClassification" if family == "gpt2" else None)
@@ -157,7 +196,7 @@ def test_joint_run_ships_what_it_trained(family, ranges):
     transforms = [
         Distill(teacher="self", hidden=0.1),
         Structured(heads=0.5, ffn=0.5, align=4, floor_ffn=4, start=0.0, end=0.5),
-        Int8(ranges=ranges, start=0.2, freeze=0.8),
+        Int8(ranges=ranges, start=0.2, freeze=0.8, noise=0.6 if ranges == "learned" else 0.0),
     ]
     for transform in transforms:
         transform.prepare(model, Context())

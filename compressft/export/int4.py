@@ -1,0 +1,85 @@
+"""Deployed int4 layers: onnxruntime's MatMulNBits and GatherBlockQuantized, or standard operators for tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compressft.modules.embedding import CompressedEmbedding
+from compressft.modules.int4 import ZERO, grid_of, pack, quantise
+from compressft.modules.linear import CompressedLinear
+from compressft.modules.quantizer import Int4Quantizer
+
+
+class Int4Linear(nn.Module):
+    """`com.microsoft::MatMulNBits` with the integers and scales of training; never run in torch.
+
+    Holds `weight` uint8 (out, blocks, block / 2), `scale` fp32 (out, blocks), `zero_point` uint8
+    (out, ceil(blocks / 2)) where it is not the operator's default 8, and the bias.
+    """
+
+    weight: Tensor
+    scale: Tensor
+
+    def __init__(self, linear: CompressedLinear) -> None:
+        super().__init__()
+        quantizer = linear.quantizer
+        assert isinstance(quantizer, Int4Quantizer)
+        weight = linear.weight.detach()
+        grid = quantizer.grid(weight)
+        self.rows, self.columns = weight.shape
+        self.block = quantizer.block
+        self.accuracy_level = quantizer.accuracy_level
+        self.register_buffer("weight", pack(quantise(weight, self.block, grid)))
+        self.register_buffer("scale", grid.scale.clone())
+        zero_point = F.pad(grid.zero_point, (0, grid.zero_point.shape[1] % 2))
+        self.register_buffer("zero_point", None if quantizer.symmetric else pack(zero_point))
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        attributes: dict[str, Any] = {"K": self.columns, "N": self.rows, "bits": 4, "block_size": self.block}
+        if self.accuracy_level:
+            attributes["accuracy_level"] = self.accuracy_level
+        inputs: list[Any] = [x, self.weight, self.scale, self.zero_point, None, self.bias]
+        while inputs[-1] is None:
+            inputs.pop()
+        shape = [*x.shape[:-1], self.rows]
+        name = "com.microsoft::MatMulNBits"
+        return torch.onnx.ops.symbolic(name, inputs, attributes, dtype=torch.float32, shape=shape, version=1)
+
+
+class Int4Embedding(nn.Module):
+    """Lookup of packed rows: one `com.microsoft::GatherBlockQuantized`, or Gather and arithmetic where `portable`.
+
+    Holds `weight` uint8 (rows, ceil(dim / 2)) and `scale` fp32 (rows, blocks): 0.63 bytes a weight.
+    """
+
+    weight: Tensor
+    scale: Tensor
+
+    def __init__(self, embedding: CompressedEmbedding, portable: bool = False) -> None:
+        super().__init__()
+        table = embedding.weight.detach()
+        self.dim, self.block, self.portable = table.shape[1], embedding.block, portable
+        grid = grid_of(table, self.block, symmetric=True)
+        integers = quantise(table, self.block, grid).flatten(1)[:, : self.dim]
+        self.register_buffer("weight", pack(F.pad(integers, (0, self.dim % 2), value=ZERO)))
+        self.register_buffer("scale", grid.scale)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if self.portable:
+            # Bytes are taken apart in fp32: exact, and known to every runtime.
+            pairs = F.embedding(ids, self.weight).to(torch.float32)
+            upper = torch.floor(pairs / 16.0)
+            integers = torch.stack([pairs - 16.0 * upper, upper], dim=-1).flatten(-2)[..., : self.dim]
+            scale = F.embedding(ids, self.scale).repeat_interleave(self.block, dim=-1)[..., : self.dim]
+            return (integers - ZERO) * scale
+        attributes: dict[str, Any] = {"gather_axis": 0, "quantize_axis": 1, "block_size": self.block, "bits": 4}
+        shape = [*ids.shape, 2 * self.weight.shape[1]]
+        name = "com.microsoft::GatherBlockQuantized"
+        inputs: list[Any] = [self.weight, ids, self.scale]
+        rows = torch.onnx.ops.symbolic(name, inputs, attributes, dtype=torch.float32, shape=shape, version=1)
+        return rows if shape[-1] == self.dim else rows[..., : self.dim]

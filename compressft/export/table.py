@@ -1,0 +1,316 @@
+"""Measure what heads and FFN neurons cost on this machine: one exported model whose layers all have another shape."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import json
+import subprocess
+import sys
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from compressft.anatomy import Anatomy, anatomy
+from compressft.errors import UserError
+from compressft.export.fold import fold
+from compressft.export.fuse import fuse_qattention
+from compressft.export.locate import SCOPES
+from compressft.export.onnx import save, to_graph
+from compressft.measure import child_environment, hardware, sample_inputs, timed, usable_cores
+from compressft.modules.attention import TRAINING, register
+from compressft.modules.quantizer import Int8Quantizer
+from compressft.passes.int8 import Int8
+from compressft.passes.quantised import PARTS
+from compressft.shrink import keep_vocabulary, resize
+from compressft.target import CostTable, monotone
+from compressft.transform import Context
+
+# Shapes per part, and so layers of the measured model. Exporting takes about a second per layer.
+POINTS = 12
+# FFN sizes are multiples of it, as pruned ones usually are.
+ALIGN = 32
+# Enough rows for the random ids that time a model.
+VOCABULARY = 512
+REST = "rest"
+# Percentile of a node's times that stands for a quiet machine's median: other processes only ever slow it down.
+QUIET = 10
+# Layers of the short model, and the most milliseconds that its run may differ per node from the sum of its nodes: what
+# is more is another process's work.
+SHORT = 2
+LONGEST_GAP = 0.01
+
+
+@dataclass
+class Deployment:
+    """How a recipe's model will run, as far as that changes its speed.
+
+    Attributes:
+        architecture, config: the model class and configuration of the uncompressed model.
+        inputs: two padded rows, as the exporter traces them.
+        int8: the pass that quantises it; None: fp32.
+        attention, threads, rounds: as in the recipe's `export`.
+    """
+
+    architecture: type[nn.Module]
+    config: Any
+    inputs: Mapping[str, Tensor]
+    int8: Int8 | None = field(default_factory=Int8)
+    attention: str = "qattention"
+    threads: int | None = None
+    rounds: int = 3
+
+
+@dataclass
+class Timing:
+    """Milliseconds of one model: `whole` of one run, `parts` those inside nodes by label, with `nodes` each."""
+
+    whole: float
+    parts: dict[str, float]
+    nodes: dict[str, int]
+
+
+Timer = Callable[[Path, int, int, int], Timing]
+
+
+def measure_table(deployment: Deployment, batch: int, length: int, timer: Timer | None = None) -> CostTable:
+    """The latency table (milliseconds per run of batch x length) of this machine.
+
+    A random model of the architecture with up to `POINTS` layers of different shapes goes through the real export; all
+    parts are timed within the same runs, node by node, so that what else the machine does hits them alike. Of several
+    processes the quietest counts. What tracing adds to every node, and what passes between nodes, is taken from a
+    second, short model run with and without tracing: short runs find a quiet moment on a busy machine too. Costs are
+    smoothed not to fall with size.
+
+    Args:
+        timer: (file, batch, length, threads) -> Timing; None: onnxruntime in a process of its own.
+
+    Raises:
+        UserError: the model has fewer positions than `length`.
+    """
+    limit = getattr(deployment.config, "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise UserError(f"target.length: {length} is more than the model's {limit} positions; lower it")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        return time_samples(folder, write_samples(deployment, folder), deployment, batch, length, timer or trace)
+
+
+def write_samples(deployment: Deployment, folder: Path) -> list[dict[str, int]]:
+    """Export `sample.onnx` and the short `short.onnx`, nodes labelled; returns the first one's shapes."""
+    shapes = sample_shapes(deployment)
+    for name, layers in (("sample", shapes), ("short", [smallest(shapes)] * SHORT)):
+        # A resumed run does not measure again: its random numbers must not depend on it.
+        with torch.random.fork_rng(devices=[]):
+            model = sample_model(deployment, layers)
+            graph = to_graph(fold(model), dict(deployment.inputs))
+        if deployment.attention == "qattention":
+            fuse_qattention(graph)
+        label_nodes(graph, anatomy(model))
+        save(graph, folder / f"{name}.onnx")
+    return shapes
+
+
+def time_samples(
+    folder: Path, shapes: Sequence[Mapping[str, int]], deployment: Deployment, batch: int, length: int, timer: Timer
+) -> CostTable:
+    """The table of exported sample models."""
+    threads = deployment.threads or usable_cores()
+    short, rounds = [], []
+    for _ in range(deployment.rounds):
+        short.append(timer(folder / "short.onnx", batch, length, threads))
+        rounds.append(timer(folder / "sample.onnx", batch, length, threads))
+    between = min(one.whole for one in short) - min(sum(one.parts.values()) for one in short)
+    between /= sum(short[0].nodes.values())
+    about = {
+        "unit": "milliseconds",
+        "batch": batch,
+        "length": length,
+        "precision": "fp32" if deployment.int8 is None else "int8",
+        "threads": threads,
+        "rounds": [round(sum(one.parts.values()), 4) for one in rounds],
+        "between_nodes": round(between, 6),
+        "cpu": hardware()["cpu"],
+        "onnxruntime": version("onnxruntime"),
+    }
+    return build_table(shapes, min(rounds, key=lambda one: sum(one.parts.values())), between, about)
+
+
+def grid(size: int, points: int, align: int = 1) -> list[int]:
+    """Up to `points` sizes from 1 (or `align`) to `size`, denser where they are small."""
+    if size <= points:
+        return list(range(1, size + 1))
+    low = min(align, size)
+    raw = [low + (size - low) * (i / (points - 1)) ** 1.6 for i in range(points)]
+    return sorted({min(max(round(value / align), 1) * align, size) for value in raw[:-1]} | {size})
+
+
+def sample_shapes(deployment: Deployment) -> list[dict[str, int]]:
+    """Shapes of the sample model's layers: every size of both grids."""
+    register()
+    config = deployment.config
+    probe = anatomy(_random(deployment.architecture, with_depth(config, 1))).layers[0]
+    groups = grid(probe.kv_heads, POINTS)
+    neurons = grid(probe.ffn, POINTS, ALIGN if probe.ffn >= ALIGN * POINTS else 1)
+    depth = max(len(groups), len(neurons))
+    return [{"kv_heads": groups[i % len(groups)], "ffn": neurons[-1 - i % len(neurons)]} for i in range(depth)]
+
+
+def smallest(shapes: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    """The least of each size."""
+    return {name: min(shape[name] for shape in shapes) for name in shapes[0]}
+
+
+def sample_model(deployment: Deployment, shapes: Sequence[Mapping[str, int]]) -> nn.Module:
+    """A random model of the architecture whose layers have these shapes, quantised as it will ship."""
+    register()
+    config = copy.deepcopy(deployment.config)
+    model = _random(deployment.architecture, with_depth(config, len(shapes)))
+    resize(model, shapes)
+    owner: Any = model
+    pad = config.pad_token_id or 0
+    if owner.get_output_embeddings() is None and max(pad, VOCABULARY) < config.vocab_size and pad < VOCABULARY:
+        # Looking up a row costs the same in a small table.
+        keep_vocabulary(model, torch.arange(VOCABULARY))
+    if deployment.int8 is not None:
+        # Single modules named by their paths may not be there; what stays out in every layer counts.
+        exclude = tuple(name for name in deployment.int8.exclude if name in PARTS)
+        int8 = deployment.int8.model_copy(update={"exclude": exclude})
+        int8.prepare(model, Context())
+        for module in model.modules():
+            if isinstance(module, Int8Quantizer):
+                for end, value in ((module.low, -4.0), (module.high, 4.0), (module.batches, 1)):
+                    end.detach().fill_(value)
+        int8.finalize(model)
+    return model.eval()
+
+
+def with_depth(config: Any, depth: int) -> Any:
+    """A copy of a configuration with this many layers."""
+    values = config.to_dict()
+    for name in ("layer_types", "mlp_layer_types"):
+        kinds = values.get(name)
+        if kinds:
+            values[name] = [kinds[i % len(kinds)] for i in range(depth)]
+    name = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    return type(config).from_dict({**values, name: depth})
+
+
+def _random(architecture: Any, config: Any) -> nn.Module:
+    return architecture._from_config(config, attn_implementation=TRAINING, dtype=torch.float32).eval()
+
+
+def label_nodes(graph: Any, parts: Anatomy) -> None:
+    """Name every node "LABEL|...": "3.attention", "3.ffn" or "3.layer" by the module that it came from, else "rest"."""
+    family = parts.family
+    kinds = {path.split(".")[0]: "attention" for path in (family.attention, family.o)}
+    kinds |= {path.split(".")[0]: "ffn" for path in (*family.up, family.down)}
+    roots = {layer.name: layer.index for layer in parts.layers}
+    for number, node in enumerate(graph.graph):
+        label = REST
+        for scope in ast.literal_eval(node.metadata_props.get(SCOPES, "[]")):
+            root = next((name for name in roots if scope == name or scope.startswith(name + ".")), None)
+            if root is not None:
+                first = scope[len(root) + 1 :].split(".")[0]
+                label = f"{roots[root]}.{kinds.get(first, 'layer')}"
+        node.name = f"{label}|{number}"
+
+
+def build_table(
+    shapes: Sequence[Mapping[str, int]], timing: Timing, between: float, about: dict[str, Any]
+) -> CostTable:
+    """The table of a timed model whose layers have these shapes; `between` milliseconds (or less than 0) per node."""
+    between = min(max(between, -LONGEST_GAP), LONGEST_GAP)
+    # What tracing adds differs a little between nodes: no part is taken for free.
+    cost = {label: max(ms + between * timing.nodes[label], 0.1 * ms) for label, ms in timing.parts.items()}
+
+    def curve(kind: str, name: str) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        samples: dict[int, list[float]] = defaultdict(list)
+        for index, shape in enumerate(shapes):
+            samples[shape[name]].append(cost[f"{index}.{kind}"])
+        sizes = tuple(sorted(samples))
+        return sizes, tuple(monotone([float(np.mean(samples[size])) for size in sizes]))
+
+    groups, attention = curve("attention", "kv_heads")
+    neurons, ffn = curve("ffn", "ffn")
+    layer = sum(cost.get(f"{index}.layer", 0.0) for index in range(len(shapes))) / len(shapes)
+    return CostTable(
+        groups=groups, attention=attention, neurons=neurons, ffn=ffn, layer=layer, rest=cost.get(REST, 0.0), about=about
+    )
+
+
+# Timing one file in a process of its own.
+
+
+def trace(path: Path, batch: int, length: int, threads: int) -> Timing:
+    """Time a file whose nodes carry labels, in a process of its own."""
+    command = [sys.executable, "-m", "compressft.export.table", str(path), *map(str, (batch, length, threads))]
+    done = subprocess.run(command, capture_output=True, text=True, env=child_environment())
+    if done.returncode:
+        raise RuntimeError(f"measuring {path} failed:\n{done.stderr[-2000:]}")
+    return Timing(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def read_trace(events: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], dict[str, int]]:
+    """Milliseconds per label (`QUIET` quantiles of its nodes) and the number of nodes, from a profile of equal runs.
+
+    Nodes that onnxruntime made itself (fusions, copies) belong to the labelled node before them.
+    """
+    node_times: dict[str, list[float]] = defaultdict(list)
+    owner: dict[str, str] = {}
+    label = REST
+    for event in sorted((e for e in events if e.get("cat") == "Node"), key=lambda e: e["ts"]):
+        name = event["name"].removesuffix("_kernel_time")
+        if name == event["name"]:
+            continue
+        label = name.split("|")[0] if "|" in name else label
+        node_times[name].append(event["dur"] / 1e3)
+        owner.setdefault(name, label)
+    parts: dict[str, float] = defaultdict(float)
+    for name, samples in node_times.items():
+        # Durations are cut to whole microseconds: half of one is missing on average.
+        parts[owner[name]] += float(np.percentile(samples, QUIET)) + 5e-4
+    return dict(parts), dict(Counter(owner.values()))
+
+
+def _child() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("path")
+    for name in ("batch", "length", "threads"):
+        parser.add_argument(name, type=int)
+    arguments = parser.parse_args()
+    # One after the other: two live sessions' threads would spin against each other.
+    whole, _ = _runs(arguments, None)
+    with tempfile.TemporaryDirectory() as scratch:
+        _, file = _runs(arguments, str(Path(scratch) / "trace"))
+        parts, nodes = read_trace(json.loads(Path(file).read_text(encoding="utf-8")))
+    print(json.dumps({"whole": float(np.percentile(whole, QUIET)), "parts": parts, "nodes": nodes}))
+
+
+def _runs(arguments: argparse.Namespace, prefix: str | None) -> tuple[list[float], str]:
+    """Milliseconds of single runs, and the profile's file where a prefix is given."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = arguments.threads
+    options.log_severity_level = 3
+    if prefix:
+        options.enable_profiling = True
+        options.profile_file_prefix = prefix
+    session = onnxruntime.InferenceSession(arguments.path, options, providers=["CPUExecutionProvider"])
+    feed = sample_inputs([value.name for value in session.get_inputs()], arguments.batch, arguments.length)
+    samples = timed(lambda: session.run(None, feed), budget=1.5)
+    return samples, session.end_profiling() if prefix else ""
+
+
+if __name__ == "__main__":
+    _child()

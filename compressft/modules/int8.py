@@ -1,0 +1,141 @@
+"""Fake quantisation in onnxruntime's own arithmetic: u8 activations, s8 weights symmetric per channel.
+
+Formulas: ONNX QuantizeLinear / DynamicQuantizeLinear (u8, range extended to contain 0, scale = (max - min) / 255,
+zero point = round(-min / scale), round half to even) and weights with scale = max|w| / 127. The training forward
+multiplies the *integers*: both factors are exact in bf16 (|n| <= 256) and their sums are exact in fp32 below 2^24, so
+training computes what the integer kernel of the exported graph computes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+QMAX = 255.0
+# Largest weight integer by `weight_bits`. Seven bits keep 255 * 63 * 2 below 2^15: x86 CPUs without VNNI add pairs of
+# u8 x s8 products in saturating 16 bits.
+WMAX = {8: 127.0, 7: 63.0}
+
+
+def activation_scale(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero point (both fp32 scalars, the zero point integral in [0, 255]) of the range [low, high]."""
+    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+    scale = (high - low) / QMAX
+    # A range of zero width (all inputs 0) would give scale 0; any positive scale represents it exactly.
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return scale, torch.round(-low / scale).clamp(0.0, QMAX)
+
+
+def weight_scale(weight: Tensor, bits: int = 8) -> Tensor:
+    """Per-row scale max|w| / 127 (63 for 7 bits) of a (rows, columns) weight, fp32, shape (rows,); 1 for zeros."""
+    peak = weight.detach().abs().amax(dim=1).float()
+    return torch.where(peak > 0, peak / WMAX[bits], torch.ones_like(peak))
+
+
+def quantise_weight(weight: Tensor, scale: Tensor) -> Tensor:
+    """Integers (as floats of the weight's dtype) in [-127, 127] for `weight_scale`'s scales."""
+    return torch.round(weight / scale.to(weight.dtype)[:, None])
+
+
+class _QuantisedLinear(torch.autograd.Function):
+    """y = (q_x - z) q_W^T * (s_x s_W) + b; straight-through for rounding, zero gradient where x was clipped.
+
+    Saves one byte for the quantised input and one for its clipping mask per element, and the integer weight; the input
+    too where the ends of its range are learned.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, low, high, x_scale, zero_point, dtype, bits, rate):
+        q = torch.round(x.float() / x_scale).add_(zero_point)
+        level = q.clamp(0.0, QMAX)
+        clipped = q != level
+        w_scale = weight_scale(weight, bits)
+        q_weight = quantise_weight(weight, w_scale)
+        if rate < 1.0:
+            smooth = torch.rand(weight.shape, device=weight.device) >= rate
+            q_weight = torch.where(smooth, weight / w_scale.to(weight.dtype)[:, None], q_weight)
+        q_weight = q_weight.to(dtype)
+        scale = x_scale * w_scale
+        centred = level.sub(zero_point).to(dtype)
+        if dtype is torch.float16:
+            # Sums of integer products overflow fp16; powers of two keep them exact.
+            acc = (centred * 2.0**-8) @ (q_weight * 2.0**-7).t()
+            scale = scale * 2.0**15
+        else:
+            acc = centred @ q_weight.t()
+        y = acc.float() * scale
+        if bias is not None:
+            y += bias
+        ctx.learns = any(ctx.needs_input_grad[3:5])
+        kept = x if ctx.learns else None
+        ctx.save_for_backward(level.to(torch.uint8), clipped, q_weight, w_scale, x_scale, zero_point, kept)
+        ctx.has_bias = bias is not None
+        ctx.dtype = dtype
+        ctx.x_dtype = x.dtype
+        return y.to(dtype)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        q, clipped, q_weight, w_scale, x_scale, zero_point, x = ctx.saved_tensors
+        grad = grad.to(ctx.dtype)
+        flat = grad.reshape(-1, grad.shape[-1])
+        grad_x = grad_w = grad_b = grad_low = grad_high = None
+        if ctx.needs_input_grad[0] or ctx.learns:
+            grad_x = ((flat * w_scale.to(ctx.dtype)) @ q_weight).view(q.shape)
+            if ctx.learns:
+                grad_low, grad_high = _range_gradient(grad_x.float(), x.float(), q, clipped, x_scale, zero_point)
+            grad_x = grad_x.masked_fill(clipped, 0.0).to(ctx.x_dtype) if ctx.needs_input_grad[0] else None
+        if ctx.needs_input_grad[1]:
+            centred = (q.to(ctx.dtype) - zero_point.to(ctx.dtype)).reshape(-1, q.shape[-1])
+            grad_w = (flat.t() @ centred).float() * x_scale
+        if ctx.has_bias and ctx.needs_input_grad[2]:
+            grad_b = flat.float().sum(0)
+        return grad_x, grad_w, grad_b, grad_low, grad_high, None, None, None, None, None
+
+
+def _range_gradient(
+    grad: Tensor, x: Tensor, q: Tensor, clipped: Tensor, scale: Tensor, zero_point: Tensor
+) -> tuple[Tensor, Tensor]:
+    """dL/dlow and dL/dhigh of a range, given dL/d(dequantised x).
+
+    A clipped value moves with its end of the range (Choi et al. 2018, PACT, equation 3); any other moves the step by
+    its rounding error (Esser et al. 2020, LSQ, equation 3), with their factor 1 / sqrt(N * Qmax) (section 2.2).
+    """
+    error = torch.where(clipped, 0.0, (q.float() - zero_point) - x / scale) / QMAX
+    high = torch.where(clipped & (q == int(QMAX)), 1.0, error)
+    low = torch.where(clipped & (q == 0), 1.0, -error)
+    factor = 1.0 / math.sqrt(max(x.numel(), 1) * QMAX)
+    return (grad * low).sum() * factor, (grad * high).sum() * factor
+
+
+def quantised_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    x_scale: Tensor,
+    zero_point: Tensor,
+    bits: int = 8,
+    rate: float = 1.0,
+    ends: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Linear layer in int8 arithmetic.
+
+    Args:
+        x: (..., in) floating.
+        weight: (out, in), quantised here with one symmetric scale per row.
+        bias: (out,) or None, kept in fp32.
+        x_scale, zero_point: fp32 scalars of the input's range (`activation_scale`).
+        bits: of the weights, 8 or 7.
+        rate: share of the weights, drawn anew at each call, that is rounded (Fan et al. 2020, "Training with
+            quantization noise", section 4.1).
+        ends: low and high of the range, where they are to get a gradient.
+
+    Returns:
+        (..., out) in the autocast dtype where autocast is on, else in x's dtype.
+    """
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    low, high = ends if ends is not None else (None, None)
+    return _QuantisedLinear.apply(x, weight, bias, low, high, x_scale, zero_point, dtype, bits, rate)  # type: ignore[return-value]

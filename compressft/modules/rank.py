@@ -1,0 +1,38 @@
+"""Which values are the largest: exact numbers whatever is equal, ties broken by position."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def nth_largest(values: Tensor, number: int) -> Tensor:
+    """The `number`-th largest value (from 1) of a flat tensor, a scalar."""
+    size = values.numel()
+    # Selecting from the shorter end; sorting all of a large model would take ten times as long.
+    if 2 * number <= size:
+        return values.topk(number, sorted=False).values.amin()
+    return values.topk(size - number + 1, largest=False, sorted=False).values.amax()
+
+
+def keep_largest(values: Sequence[Tensor], number: int) -> list[Tensor]:
+    """Bool masks, shaped as `values`, of exactly the `number` largest over all of them; of equal ones, the first."""
+    flat = torch.cat([v.reshape(-1) for v in values])
+    if number <= 0 or number >= flat.numel():
+        return [torch.full_like(v, number > 0, dtype=torch.bool) for v in values]
+    lowest = nth_largest(flat, number)
+    mask = flat > lowest
+    tied = torch.nonzero(flat == lowest).flatten()
+    mask[tied[: number - int(mask.sum())]] = True
+    parts = mask.split([v.numel() for v in values])
+    return [part.view(v.shape) for part, v in zip(parts, values, strict=True)]
+
+
+def keep_pattern(values: Tensor, n: int, m: int) -> Tensor:
+    """Bool mask of the n largest of every m adjacent columns, (rows, columns); m must divide the columns."""
+    groups = values.unflatten(-1, (-1, m))
+    # Stable, so that equal values are kept in the same places on every machine.
+    best = groups.sort(dim=-1, descending=True, stable=True).indices[..., :n]
+    return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, best, True).flatten(-2)

@@ -1,0 +1,75 @@
+"""L0 regularisation: a hard-concrete gate per weight, closed by a penalty on the expected number of open ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from compressft.modules.gate import Gate
+from compressft.modules.l0 import L0Gate
+from compressft.modules.linear import CompressedLinear
+from compressft.passes.unstructured import Gradual
+from compressft.transform import Context, Transform
+
+
+class L0(Gradual):
+    """Louizos, Welling & Kingma (2018) with the constants of Sanh, Wolf & Rush (2020).
+
+    Every weight is multiplied by a gate drawn anew in each forward pass; the loss gets lambda * mean over tensors of
+    the mean probability that a gate is open, lambda rising to `penalty` along the schedule from `start` to `end`. How
+    sparse the model becomes follows from `penalty`, the number of steps and `learning_rate`. From progress `freeze` on
+    the gates take their deterministic values, which ship, and only the weights go on learning. Gates between 0 and 1
+    are folded into the weights.
+
+    Fields: `learning_rate` of the scores, which have no weight decay; it follows the stage's scheduler. `initial`: the
+    scores' first value; at 2.197 a gate is open with probability 0.978.
+    """
+
+    type: Literal["l0"] = "l0"
+    start: float = Field(default=0.0, ge=0, lt=1)
+    schedule: Literal["cubic", "linear", "cosine", "constant"] = "constant"
+    penalty: float = Field(default=125.0, ge=0)
+    learning_rate: float = Field(default=0.1, gt=0)
+    initial: float = 2.197
+    freeze: float = Field(default=0.8, gt=0, le=1)
+
+    def gate(self, path: str, linear: CompressedLinear) -> Gate:
+        return L0Gate(linear.out_features, linear.in_features, self.initial)
+
+    def param_groups(self, model: nn.Module, context: Context) -> list[dict[str, Any]]:
+        scores = [gate.scores for _, gate in self.gated(model)]
+        return [{"params": scores, "lr": self.learning_rate, "weight_decay": 0.0}]
+
+    def after_step(self, model: nn.Module, progress: float) -> None:
+        for _, gate in self.gated(model):
+            gate.settle(progress >= self.freeze)
+            gate.weight_of_penalty = self.penalty * self.planned(progress)
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor], outputs: Any, context: Context) -> dict[str, Tensor]:
+        gates = [gate for _, gate in self.gated(model)]
+        weight = getattr(gates[0], "weight_of_penalty", 0.0)
+        if weight == 0.0 or gates[0].settled:
+            return {}
+        return {"l0.penalty": weight * torch.stack([gate.open() for gate in gates]).mean()}
+
+    def finalize(self, model: nn.Module) -> None:
+        for _, gate in self.gated(model):
+            gate.settle()
+        super().finalize(model)
+
+    def status(self, model: nn.Module, progress: float) -> dict[str, dict[str, float]]:
+        # The penalty decides the sparsity; what is planned is the share of the penalty in force.
+        now, share = self.sparsity_now(model), self.planned(progress)
+        return {
+            "sparsity": {"now": now, "planned": now, "target": now},
+            "penalty": {"now": share, "planned": share, "target": 1.0},
+        }
+
+    def conflict(self, others: Sequence[Transform]) -> str | None:
+        if self.freeze < self.end:
+            return f"pass l0.freeze: {self.freeze} is before l0.end {self.end}; the penalty would not be reached"
+        return super().conflict(others)

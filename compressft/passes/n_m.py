@@ -1,0 +1,80 @@
+"""N:M sparsity: of every M adjacent input columns, N weights stay in each row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from compressft.errors import UserError
+from compressft.modules.gate import Gate
+from compressft.modules.linear import CompressedLinear
+from compressft.modules.rank import keep_largest, keep_pattern
+from compressft.passes.unstructured import Masked
+from compressft.transform import PARTS, Transform
+
+
+class NM(Masked):
+    """In each row of a weight, every group of `m` adjacent input columns keeps its `n` largest |W| (2:4 by default).
+
+    The pattern of sparse tensor cores (Mishra et al. 2021). Gradual: at each point of the schedule that fraction of a
+    layer's groups is pruned, those first whose removed weights sum to the least; from `end` on it is every group, and
+    each has exactly n non-zeros. `schedule: constant` prunes all groups at `start`. The weights are stored dense.
+    """
+
+    type: Literal["n_m"] = "n_m"
+    n: int = Field(default=2, ge=1)
+    m: int = Field(default=4, ge=2)
+
+    @model_validator(mode="after")
+    def _fewer(self) -> NM:
+        if self.n >= self.m:
+            raise ValueError(f"n: {self.n} of {self.m} removes nothing; n must be less than m")
+        return self
+
+    def gate(self, path: str, linear: CompressedLinear) -> Gate:
+        check_divides(f"pass {self.type}.m", self.m, path, linear)
+        return super().gate(path, linear)
+
+    def choose(self, weights: list[Tensor], extent: float) -> list[Tensor]:
+        return [self._choose(weight.abs(), extent) for weight in weights]
+
+    def _choose(self, size: Tensor, extent: float) -> Tensor:
+        mask = keep_pattern(size, self.n, self.m)
+        lost = (size * ~mask).unflatten(1, (-1, self.m)).sum(-1)
+        (dense,) = keep_largest([lost], lost.numel() - round(extent * lost.numel()))
+        return mask | dense.repeat_interleave(self.m, 1)
+
+    def status(self, model: nn.Module, progress: float) -> dict[str, dict[str, float]]:
+        target = 1.0 - self.n / self.m
+        now, planned = self.sparsity_now(model), target * self.planned(progress)
+        return {"sparsity": {"now": now, "planned": planned, "target": target}}
+
+    def conflict(self, others: Sequence[Transform]) -> str | None:
+        return super().conflict(others) or cuts_groups(self.type, others)
+
+
+def check_divides(field: str, m: int, path: str, linear: CompressedLinear) -> None:
+    """Refuse a layer whose input columns are no whole groups.
+
+    Raises:
+        UserError: m does not divide them.
+    """
+    if linear.in_features % m:
+        raise UserError(
+            f"{field}: groups of {m} do not divide the {linear.in_features} input columns of {path!r}; "
+            f"choose another size or exclude that module"
+        )
+
+
+def cuts_groups(name: str, others: Sequence[Transform]) -> str | None:
+    """Why an N:M pattern cannot be kept beside `others`: passes that remove columns at the end."""
+    for other in others:
+        if other.order == PARTS:
+            return (
+                f"pass {name!r}: pass {other.type!r} removes input columns and would break up the groups; "
+                "remove parts in an earlier stage"
+            )
+    return None

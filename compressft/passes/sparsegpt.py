@@ -1,0 +1,43 @@
+"""SparseGPT: prune once by second-order saliency, and let the weights that stay make up for those that go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from compressft.modules.linear import CompressedLinear
+from compressft.modules.sparsegpt import sparsegpt
+from compressft.passes.one_shot import OneShot
+from compressft.passes.unstructured import present
+from compressft.transform import Transform
+
+
+class SparseGPT(OneShot):
+    """Frantar & Alistarh (2023): least-squares reconstruction of each layer's outputs on training rows.
+
+    Weights are changed before training also where the method freezes them. Exactly round((1 - sparsity) * N) weights
+    of each layer stay, or N of every M adjacent columns. `damping`: added to the inputs' second moments, as a share of
+    their mean.
+    """
+
+    type: Literal["sparsegpt"] = "sparsegpt"
+    damping: float = Field(default=0.01, gt=0)
+
+    @torch.no_grad()
+    def prune(self, linear: CompressedLinear, moment: Tensor) -> Tensor:
+        old = present(linear)
+        new, mask = sparsegpt(old, moment, self.target, self.groups, self.damping)
+        linear.weight += new - old
+        return mask
+
+    def conflict(self, others: Sequence[Transform]) -> str | None:
+        for other in others:
+            if other.type == "nf4":
+                return (
+                    "pass sparsegpt: pass 'nf4' packs the weights before they can be changed; prune in an earlier stage"
+                )
+        return super().conflict(others)

@@ -1,0 +1,147 @@
+"""ZipLM: before training, remove the heads and neurons that a latency or size target cannot afford, and compensate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from compressft.anatomy import Layer, anatomy
+from compressft.errors import UserError
+from compressft.passes.calibrate import means, second_moments
+from compressft.passes.prunable import Prunable, Shift, model_losses, skipped
+from compressft.shrink import drop_layers, shrink
+from compressft.target import Target, choose, cost_table, sizes_allowed
+from compressft.transform import REMOVES, Context, Transform
+
+# Of the calibration set, for `measure` "model".
+SHIFT_BATCHES = 2
+
+
+class ZipLM(Transform):
+    """Choose every layer's heads and FFN neurons for a target, remove them at once, train what is left.
+
+    Kurtic, Frantar & Alistarh, "ZipLM: Inference-Aware Structured Pruning of Language Models" (2023). In each layer
+    the structures go one at a time in the order of their Optimal Brain Surgeon score (`passes.obs`), a KV group with
+    all its query heads; the remaining weights, and the bias, take over what they can. The sizes that lose least within
+    the target come from `target.choose`. The model is smaller from the first step on, so steps are faster too.
+
+    Fields: `target`: see `Target`, `{latency_ms: 3.0}`, `{speedup: 4}`, `{parameters: 0.3}`, `{bytes: 8000000}` or
+    `{sparsity: 0.8}`. `rows`: training rows in the calibration set. `align`: FFN sizes are multiples of it.
+    `floor_heads` (KV groups), `floor_ffn`: the least a layer keeps. `layers`: whole layers may go. `damping`: added to
+    the second moments' diagonal, relative to its mean. `measure` "layer" weighs a part by the relative squared error of
+    its own output, as the paper does before its search; "model" by how far the model's last hidden states move when
+    this part alone shrinks, which replaces that search: a large relative error in one layer may be nothing in another.
+
+    Gradual pruning, the paper's way to high speedups, is a recipe with a stage per target, each from the weights of
+    the one before; targets always count from the recipe's model:
+
+        stages:
+          - {name: dense}
+          - name: x2
+            passes: [{type: ziplm, target: {speedup: 2}}]
+            objectives: [{type: distill, teacher: dense, hidden: 1.0}]
+          - name: x4
+            passes: [{type: ziplm, target: {speedup: 4}}, int8]
+            objectives: [{type: distill, teacher: dense, hidden: 1.0}]
+    """
+
+    type: Literal["ziplm"] = "ziplm"
+    order: ClassVar[int] = REMOVES
+    target: Target
+    rows: int = Field(default=512, ge=1)
+    align: int = Field(default=32, ge=1)
+    floor_heads: int = Field(default=1, ge=1)
+    floor_ffn: int = Field(default=32, ge=1)
+    layers: bool = False
+    damping: float = Field(default=0.01, gt=0)
+    measure: Literal["model", "layer"] = "model"
+
+    def prepare(self, model: nn.Module, context: Context) -> None:
+        layers = anatomy(model).layers
+        batches = context.calibration(self.rows, "pass ziplm")
+        parts = self._parts(model, layers, batches)
+        # A resumed run builds the same shapes, whatever its machine takes by then.
+        keep = context.memo(self.type, lambda: self._choose(model, context, layers, parts, batches))["keep"]
+        for pair, kept in zip(parts, keep, strict=True):
+            for part, groups in zip(pair, (kept["heads"], kept["ffn"]), strict=True):
+                part.keep(groups)
+        staying = [i for i, kept in enumerate(keep) if kept["heads"] and kept["ffn"]]
+        if len(staying) < len(layers):
+            drop_layers(model, staying)
+        shrink(model, [{name: torch.tensor(kept) for name, kept in keep[i].items()} for i in staying])
+
+    def _parts(
+        self, model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any]
+    ) -> list[tuple[Prunable, Prunable]]:
+        """Per layer the projections whose input columns are the heads and the neurons."""
+        paths = [f"{layer.name}.{path}" for layer in layers for path in (layer.family.o, layer.family.down)]
+        moments, mean = second_moments(model, paths, batches), means(model, paths, batches)
+
+        def part(layer: Layer, path: str, size: int) -> Prunable:
+            name = f"{layer.name}.{path}"
+            return Prunable(layer.part(path), size, moments.pop(name), mean[name], self.damping)
+
+        return [(part(x, x.family.o, x.head_dim * x.heads // x.kv_heads), part(x, x.family.down, 1)) for x in layers]
+
+    def _choose(
+        self,
+        model: nn.Module,
+        context: Context,
+        layers: Sequence[Layer],
+        parts: Sequence[tuple[Prunable, Prunable]],
+        batches: Sequence[Any],
+    ) -> dict[str, Any]:
+        """{"keep": per layer the kept {"heads", "ffn"}, and what the choice was made of}, a JSON value."""
+        table, budget = cost_table(model, self.target, context, "pass ziplm")
+        step = max(len(batches) // SHIFT_BATCHES, 1)
+        shift = Shift(model, batches[step // 2 :: step][:SHIFT_BATCHES]) if self.measure == "model" else None
+        orders, losses = [], []
+        for layer, pair in zip(layers, parts, strict=True):
+            found = [part.removal() for part in pair]
+            allowed = (
+                sizes_allowed(layer.kv_heads, 1, self.floor_heads),
+                sizes_allowed(layer.ffn, self.align, self.floor_ffn),
+            )
+            orders.append([order for order, _ in found])
+            loss = [self._losses(part, *f, sizes, shift) for part, f, sizes in zip(pair, found, allowed, strict=True)]
+            if self.layers:
+                gone = 2.0
+                if shift is not None:
+                    with skipped(layer.module):
+                        gone = shift()
+                loss[0][0], loss[1][0] = gone, 0.0
+            losses.append(loss)
+        chosen = choose(table, budget, [a for a, _ in losses], [f for _, f in losses])
+        keep = [
+            {
+                "heads": sorted(order[0][len(order[0]) - shape["kv_heads"] :]),
+                "ffn": sorted(order[1][len(order[1]) - shape["ffn"] :]),
+            }
+            for order, shape in zip(orders, chosen, strict=True)
+        ]
+        if not any(kept["ffn"] for kept in keep):
+            raise UserError(f"pass ziplm.target.{self.target.kind}: would leave no layer; ask for less")
+        return {
+            "keep": keep,
+            "cost": table.cost(chosen),
+            "budget": budget,
+            "losses": losses,
+            "table": table.model_dump(mode="json"),
+        }
+
+    @staticmethod
+    def _losses(
+        part: Prunable, order: list[int], errors: list[float], sizes: list[int], shift: Shift | None
+    ) -> dict[int, float]:
+        if shift is None:
+            return {size: errors[len(order) - size] for size in sizes}
+        return model_losses(part, order, errors, sizes, shift)
+
+    def conflict(self, others: Sequence[Transform]) -> str | None:
+        if any(other.type == "distill" and getattr(other, "teacher", None) == "self" for other in others):
+            return "pass ziplm: objective distill.teacher 'self' would be the pruned model; name an earlier stage"
+        return None

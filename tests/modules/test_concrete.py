@@ -1,0 +1,73 @@
+"""Hard-concrete gates: formulas against Monte Carlo, constants of the papers, gradients."""
+
+import math
+
+import pytest
+import torch
+
+from compressft.modules.concrete import deterministic, open_probability, sample
+from compressft.modules.l0 import L0Gate
+
+
+# Movement-L0 and CoFi, Voita et al., diff pruning.
+@pytest.mark.parametrize(("temperature", "low", "high"), [(2 / 3, -0.1, 1.1), (0.33, -0.1, 1.1), (1.0, -1.5, 1.5)])
+@pytest.mark.parametrize("log_alpha", [-2.0, 0.0, 2.197])
+def test_open_probability_is_how_often_a_sample_is_not_zero(temperature, low, high, log_alpha):
+    torch.manual_seed(0)
+    draws = sample(torch.full((200_000,), log_alpha), temperature, low, high)
+    assert draws.min() >= 0 and draws.max() <= 1
+    expected = float(open_probability(torch.tensor(log_alpha), temperature, low, high))
+    assert float((draws > 0).float().mean()) == pytest.approx(expected, abs=0.005)
+
+
+def test_known_values():
+    # sigmoid(2.197) = .9 and P(open) = .978; Voita's 0 gives .688.
+    assert float(torch.sigmoid(torch.tensor(2.197))) == pytest.approx(0.9, abs=1e-4)
+    assert float(open_probability(torch.tensor(2.197))) == pytest.approx(0.978, abs=1e-3)
+    assert float(open_probability(torch.tensor(0.0), 0.33)) == pytest.approx(0.688, abs=1e-3)
+    edge = math.log(11.0)
+    values = deterministic(torch.tensor([-edge - 1e-3, -edge + 1e-3, edge - 1e-3, edge + 1e-3, 0.0]))
+    assert values[0] == 0.0 and values[1] > 0.0 and values[2] < 1.0 and values[3] == 1.0
+    assert float(values[4]) == pytest.approx(0.5)
+
+
+def test_deterministic_values_take_a_temperature_if_given():
+    x = torch.tensor([-1.0, 0.5])
+    want = (torch.sigmoid(x / 0.5) * 1.2 - 0.1).clamp(0, 1)
+    torch.testing.assert_close(deterministic(x, temperature=0.5), want)
+
+
+def test_samples_are_reproducible_and_differentiable():
+    x = torch.linspace(-3, 3, 50, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(5)
+    first = sample(x)
+    torch.manual_seed(5)
+    assert torch.equal(first, sample(x))
+    first.sum().backward()
+    inside = (first > 0) & (first < 1)
+    assert (x.grad[inside] > 0).all() and (x.grad[~inside] == 0).all() and inside.any() and (~inside).any()
+
+
+def test_gate_is_random_in_training_and_deterministic_otherwise():
+    gate = L0Gate(6, 5, 0.3)
+    weight = torch.randn(6, 5)
+    gate.train()
+    assert not torch.equal(gate(weight), gate(weight))
+    gate.eval()
+    torch.testing.assert_close(gate(weight), weight * deterministic(torch.tensor(0.3)))
+    gate.train()
+    gate.settle()
+    assert torch.equal(gate(weight), gate(weight)) and not gate.scores.requires_grad
+    gate.settle(False)
+    assert gate.scores.requires_grad and not torch.equal(gate(weight), gate(weight))
+
+
+def test_gate_counts_what_is_open():
+    gate = L0Gate(2, 3, 0.0)
+    with torch.no_grad():
+        gate.scores.copy_(torch.tensor([[-5.0, -2.5, -2.0], [0.0, 2.0, 5.0]]))
+    assert gate.mask.tolist() == [[False, False, True], [True, True, True]]
+    want = torch.sigmoid(gate.scores - 2 / 3 * math.log(0.1 / 1.1)).mean()
+    torch.testing.assert_close(gate.open(), want)
+    gate.open().backward()
+    assert (gate.scores.grad > 0).all()

@@ -1,0 +1,63 @@
+"""FLOPs from shapes against torch's counter, which watches the products themselves."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from compressft.flops import flops
+from compressft.methods.adapter import Adapter
+from compressft.passes.structured import Structured
+from compressft.shrink import drop_layers, narrow, shrink
+from compressft.transform import Context
+from tests.passes.test_structured_parts import architecture
+from tests.tiny import TINY, random_keep, tiny
+
+LENGTH = 11
+
+
+def counted(model):
+    ids = torch.randint(5, 90, (1, LENGTH), generator=torch.Generator().manual_seed(0))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("head", ["ForSequenceClassification", "ForTokenClassification", "LM"])
+@pytest.mark.parametrize("family", TINY)
+def test_dense(family, head):
+    model = tiny(family, architecture=architecture(family, head), attention="eager")
+    assert flops(model, LENGTH) == counted(model)
+
+
+@pytest.mark.parametrize("family", ["bert", "electra", "llama", "gpt2"])
+def test_pruned(family):
+    model = tiny(family, architecture=architecture(family, "ForSequenceClassification"), attention="eager")
+    dense = flops(model, LENGTH)
+    shrink(model, random_keep(model))
+    narrow(model, torch.arange(3, 24))
+    assert flops(model, LENGTH) == counted(model) < dense
+    drop_layers(model, [1])
+    assert flops(model, LENGTH) == counted(model)
+
+
+@pytest.mark.parametrize("placement", ["houlsby", "pfeiffer"])
+def test_adapters_count(placement):
+    """Their kernel is no product that the counter sees."""
+    model = tiny(attention="eager")
+    dense = flops(model, LENGTH)
+    Adapter(placement=placement, size=5).prepare(model, Context())
+    number = 4 if placement == "houlsby" else 2
+    assert flops(model, LENGTH) == dense + number * 2 * (2 * 5 * 32) * LENGTH
+
+
+def test_length_enters_squared_in_attention_alone():
+    model = tiny()
+    # 2 layers of 4 heads of 8, two products of two operations each.
+    assert flops(model, 20) - 2 * flops(model, 10) == 4 * 2 * 32 * (400 - 200) - (2 * 32 * 32 + 2 * 32 * 3)
+
+
+def test_masks_change_nothing_until_they_are_settled():
+    model = tiny()
+    dense = flops(model, LENGTH)
+    Structured(heads=0.5, ffn=0.5, layers=0.5, hidden=0.5, align_hidden=4).prepare(model, Context())
+    assert flops(model, LENGTH) == dense
