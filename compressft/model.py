@@ -162,6 +162,18 @@ def content_hash(tensors: Mapping[str, Tensor]) -> str:
     return "sha256:" + digest.hexdigest()
 
 
+@torch.no_grad()
+def live_weights(model: nn.Module) -> int:
+    """Weights of linear layers that act: not zero behind their gates."""
+    total = 0
+    for module in model.modules():
+        if isinstance(module, CompressedLinear):
+            total += int(torch.count_nonzero(module.effective_weight()))
+        elif isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+            total += int(torch.count_nonzero(module.weight))  # type: ignore[arg-type]
+    return total
+
+
 def count(model: nn.Module) -> dict[str, int]:
     """Parameters: total, trainable, nonzero."""
     parameters = list(model.parameters())
@@ -179,6 +191,7 @@ __all__ = [
     "count",
     "freeze",
     "head_parameters",
+    "live_weights",
     "load_empty",
     "load_model",
     "load_tokenizer",

@@ -21,7 +21,7 @@ from compressft.export.verify import model_logits
 from compressft.flops import FLOPS_LENGTH, flops
 from compressft.folder import RunFolder
 from compressft.measure import peak_memory
-from compressft.model import checkpoint_activations, count, load_model, load_tokenizer
+from compressft.model import checkpoint_activations, count, live_weights, load_model, load_tokenizer
 from compressft.passes.int8 import Int8
 from compressft.recipe import Recipe, Stage
 from compressft.shrink import shapes
@@ -148,9 +148,11 @@ def train_stage(
     if reporter.interrupted and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(f"stopped at step {trainer.state.global_step} of stage {stage.name!r}; saved")
     sample = rows.validation[:SETTLE_ROWS]
-    masked = model_logits(model, task, sample)
+    masked, live = model_logits(model, task, sample), live_weights(model)
     for transform in stage.transforms:
         transform.finalize(model)
+    if live_weights(model) > live:
+        raise VerificationError(f"stage {stage.name!r}: finalize brought pruned weights back; the model is not saved")
     unchanged(f"stage {stage.name!r}: finalize", masked, model_logits(model, task, sample))
     seconds, steps = reporter.seconds, trainer.state.global_step
     examples = steps * stage.train.batch_size * stage.train.gradient_accumulation

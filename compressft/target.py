@@ -272,7 +272,8 @@ def choose(
         first = int(np.isfinite(best).argmax())
         raise UserError(
             f"target: {_amount(table, budget)} cannot be reached: the smallest model that may be chosen takes "
-            f"{_amount(table, table.cost(_follow(table, step, trail, first)))}; ask for no less, lower the floors or let whole layers go"
+            f"{_amount(table, table.cost(_follow(table, step, trail, first)))}; ask for no less, lower the floors or "
+            "let whole layers go"
         )
     # Losses fall with the cells.
     return affordable[-1]

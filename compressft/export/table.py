@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import ast
 import copy
-import json
-import subprocess
-import sys
 import tempfile
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -26,13 +22,14 @@ from compressft.export.fold import fold
 from compressft.export.fuse import fuse_qattention
 from compressft.export.locate import SCOPES
 from compressft.export.onnx import save, to_graph
-from compressft.measure import child_environment, hardware, sample_inputs, timed, usable_cores
+from compressft.measure import hardware, usable_cores
 from compressft.modules.attention import TRAINING, register
 from compressft.modules.quantizer import Int8Quantizer
 from compressft.passes.int8 import Int8
 from compressft.passes.quantised import PARTS
 from compressft.shrink import keep_vocabulary, resize
 from compressft.target import CostTable, monotone
+from compressft.trace import REST, Timing, trace
 from compressft.transform import Context
 
 # Shapes per part, and so layers of the measured model. Exporting takes about a second per layer.
@@ -41,9 +38,6 @@ POINTS = 12
 ALIGN = 32
 # Enough rows for the random ids that time a model.
 VOCABULARY = 512
-REST = "rest"
-# Percentile of a node's times that stands for a quiet machine's median: other processes only ever slow it down.
-QUIET = 10
 # Layers of the short model, and the most milliseconds that its run may differ per node from the sum of its nodes: what
 # is more is another process's work.
 SHORT = 2
@@ -68,15 +62,6 @@ class Deployment:
     attention: str = "qattention"
     threads: int | None = None
     rounds: int = 3
-
-
-@dataclass
-class Timing:
-    """Milliseconds of one model: `whole` of one run, `parts` those inside nodes by label, with `nodes` each."""
-
-    whole: float
-    parts: dict[str, float]
-    nodes: dict[str, int]
 
 
 Timer = Callable[[Path, int, int, int], Timing]
@@ -107,16 +92,16 @@ def measure_table(deployment: Deployment, batch: int, length: int, timer: Timer 
 
 def write_samples(deployment: Deployment, folder: Path) -> list[dict[str, int]]:
     """Export `sample.onnx` and the short `short.onnx`, nodes labelled; returns the first one's shapes."""
-    shapes = sample_shapes(deployment)
-    for name, layers in (("sample", shapes), ("short", [smallest(shapes)] * SHORT)):
-        # A resumed run does not measure again: its random numbers must not depend on it.
-        with torch.random.fork_rng(devices=[]):
+    # A resumed run does not measure again: its random numbers must not depend on it.
+    with torch.random.fork_rng(devices=[]):
+        shapes = sample_shapes(deployment)
+        for name, layers in (("sample", shapes), ("short", [smallest(shapes)] * SHORT)):
             model = sample_model(deployment, layers)
             graph = to_graph(fold(model), dict(deployment.inputs))
-        if deployment.attention == "qattention":
-            fuse_qattention(graph)
-        label_nodes(graph, anatomy(model))
-        save(graph, folder / f"{name}.onnx")
+            if deployment.attention == "qattention":
+                fuse_qattention(graph)
+            label_nodes(graph, anatomy(model))
+            save(graph, folder / f"{name}.onnx")
     return shapes
 
 
@@ -246,71 +231,3 @@ def build_table(
     return CostTable(
         groups=groups, attention=attention, neurons=neurons, ffn=ffn, layer=layer, rest=cost.get(REST, 0.0), about=about
     )
-
-
-# Timing one file in a process of its own.
-
-
-def trace(path: Path, batch: int, length: int, threads: int) -> Timing:
-    """Time a file whose nodes carry labels, in a process of its own."""
-    command = [sys.executable, "-m", "compressft.export.table", str(path), *map(str, (batch, length, threads))]
-    done = subprocess.run(command, capture_output=True, text=True, env=child_environment())
-    if done.returncode:
-        raise RuntimeError(f"measuring {path} failed:\n{done.stderr[-2000:]}")
-    return Timing(**json.loads(done.stdout.splitlines()[-1]))
-
-
-def read_trace(events: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], dict[str, int]]:
-    """Milliseconds per label (`QUIET` quantiles of its nodes) and the number of nodes, from a profile of equal runs.
-
-    Nodes that onnxruntime made itself (fusions, copies) belong to the labelled node before them.
-    """
-    node_times: dict[str, list[float]] = defaultdict(list)
-    owner: dict[str, str] = {}
-    label = REST
-    for event in sorted((e for e in events if e.get("cat") == "Node"), key=lambda e: e["ts"]):
-        name = event["name"].removesuffix("_kernel_time")
-        if name == event["name"]:
-            continue
-        label = name.split("|")[0] if "|" in name else label
-        node_times[name].append(event["dur"] / 1e3)
-        owner.setdefault(name, label)
-    parts: dict[str, float] = defaultdict(float)
-    for name, samples in node_times.items():
-        # Durations are cut to whole microseconds: half of one is missing on average.
-        parts[owner[name]] += float(np.percentile(samples, QUIET)) + 5e-4
-    return dict(parts), dict(Counter(owner.values()))
-
-
-def _child() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("path")
-    for name in ("batch", "length", "threads"):
-        parser.add_argument(name, type=int)
-    arguments = parser.parse_args()
-    # One after the other: two live sessions' threads would spin against each other.
-    whole, _ = _runs(arguments, None)
-    with tempfile.TemporaryDirectory() as scratch:
-        _, file = _runs(arguments, str(Path(scratch) / "trace"))
-        parts, nodes = read_trace(json.loads(Path(file).read_text(encoding="utf-8")))
-    print(json.dumps({"whole": float(np.percentile(whole, QUIET)), "parts": parts, "nodes": nodes}))
-
-
-def _runs(arguments: argparse.Namespace, prefix: str | None) -> tuple[list[float], str]:
-    """Milliseconds of single runs, and the profile's file where a prefix is given."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = arguments.threads
-    options.log_severity_level = 3
-    if prefix:
-        options.enable_profiling = True
-        options.profile_file_prefix = prefix
-    session = onnxruntime.InferenceSession(arguments.path, options, providers=["CPUExecutionProvider"])
-    feed = sample_inputs([value.name for value in session.get_inputs()], arguments.batch, arguments.length)
-    samples = timed(lambda: session.run(None, feed), budget=1.5)
-    return samples, session.end_profiling() if prefix else ""
-
-
-if __name__ == "__main__":
-    _child()

@@ -12,19 +12,17 @@ from compressft.errors import UserError
 from compressft.export.table import (
     LONGEST_GAP,
     Deployment,
-    Timing,
     build_table,
     grid,
     measure_table,
-    read_trace,
     sample_model,
     sample_shapes,
     time_samples,
-    trace,
     write_samples,
 )
 from compressft.passes.int8 import Int8
 from compressft.shrink import shapes
+from compressft.trace import Timing, read_trace, trace
 from tests.tiny import TINY, padded, tiny
 
 POINTS = 4
