@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -60,6 +59,18 @@ def results(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"cases": {}}
 
 
+def update(path: Path, change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+    """Change the results file: read, change, replace, so that a kill loses nothing."""
+    document = results(path)
+    change(document)
+    document |= {"versions": versions(), "hardware": hardware()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_suffix(".tmp")
+    staging.write_text(json.dumps(document, indent=1), encoding="utf-8")
+    staging.rename(path)
+    return document
+
+
 def run_cases(
     suite: str, cases: Sequence[Case], wanted: Sequence[Case], path: Path, console: Console
 ) -> dict[str, Any]:
@@ -69,34 +80,32 @@ def run_cases(
         cases: all cases of the suite, by whose names `after` refers.
         path: the JSON file of results.
     """
-    by_name = {case.name: case for case in cases}
-    document = results(path)
     for case in wanted:
-        found = document["cases"].get(case.name)
+        found = results(path)["cases"].get(case.name)
         if found is not None and found["key"] == case.key:
             continue
         for name in case.after:
-            _run(suite, by_name[name], by_name, console)
-        record = _run(suite, case, by_name, console)
-        # Others may have written meanwhile.
-        document = results(path)
-        document["cases"][case.name] = {"key": case.key, "group": case.group, **case.facts, **record}
-        document |= {"versions": versions(), "hardware": hardware()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staging = path.with_suffix(".tmp")
-        staging.write_text(json.dumps(document, indent=1), encoding="utf-8")
-        staging.rename(path)
+            prepared(suite, next(c for c in cases if c.name == name), cases, console)
+        record = {"key": case.key, "group": case.group, **case.facts, **_run(suite, case, cases, console)}
+        update(path, lambda document: document["cases"].update({case.name: record}))  # noqa: B023
         if not case.keep:
             shutil.rmtree(case.folder(suite), ignore_errors=True)
-    return document
+    return results(path)
 
 
-def _run(suite: str, case: Case, by_name: Mapping[str, Case], console: Console) -> dict[str, Any]:
+def prepared(suite: str, case: Case, cases: Sequence[Case], console: Console) -> Path:
+    """The folder of a case that others read, run if it is not there."""
+    _run(suite, case, cases, console)
+    return case.folder(suite)
+
+
+def _run(suite: str, case: Case, cases: Sequence[Case], console: Console) -> dict[str, Any]:
     folder = case.folder(suite)
     written = folder / "report" / "report.json"
     if not written.is_file():
         console.print(f"{case.name}: running", highlight=False)
-        document = _filled(suite, case, by_name)
+        folders = {name: str(next(c for c in cases if c.name == name).folder(suite)) for name in case.after}
+        document = filled(case.recipe, folders)
         started = time.monotonic()
         run(parse_recipe(document, case.name), folder, (folder / "recipe.yaml").is_file(), console)
         console.print(f"{case.name}: {time.monotonic() - started:.0f} s", highlight=False)
@@ -107,16 +116,12 @@ def _run(suite: str, case: Case, by_name: Mapping[str, Case], console: Console) 
     return {"date": date.today().isoformat(), **record}
 
 
-def _filled(suite: str, case: Case, by_name: Mapping[str, Case]) -> dict[str, Any]:
-    values = {"data": str(data_folder())} | {name: str(by_name[name].folder(suite)) for name in case.after}
-
-    def fill(value: Any) -> Any:
-        if isinstance(value, str):
-            for name, path in values.items():
-                value = value.replace("{" + name + "}", path)
-            return value
-        if isinstance(value, Mapping):
-            return {key: fill(item) for key, item in value.items()}
-        return [fill(item) for item in value] if isinstance(value, list | tuple) else value
-
-    return fill(copy.deepcopy(dict(case.recipe)))
+def filled(value: Any, folders: Mapping[str, str] | None = None) -> Any:
+    """A copy with {data} and the folders' names replaced by paths."""
+    if isinstance(value, str):
+        for name, path in {"data": str(data_folder()), **(folders or {})}.items():
+            value = value.replace("{" + name + "}", path)
+        return value
+    if isinstance(value, Mapping):
+        return {key: filled(item, folders) for key, item in value.items()}
+    return [filled(item, folders) for item in value] if isinstance(value, list | tuple) else value

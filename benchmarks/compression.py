@@ -9,7 +9,9 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.cases import Case, run_cases
+from benchmarks.cases import Case, filled, prepared, results, run_cases, update
+from benchmarks.compression_table import render
+from benchmarks.overhead import overhead
 
 RESULTS = Path(__file__).parent / "results" / "compression.json"
 SUITE = "compression"
@@ -151,9 +153,18 @@ def cases() -> list[Case]:
 def main(arguments: list[str]) -> int:
     """Entry point of `python -m benchmarks compression`."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks compression", description=__doc__)
-    parser.add_argument("groups", nargs="*", help="groups or names of cases (default: all)")
+    parser.add_argument("groups", nargs="*", help="groups or names of cases, or overhead (default: everything)")
     options = parser.parse_args(arguments)
-    everything = cases()
+    everything, console = cases(), Console(stderr=True)
+    known = {name for case in everything for name in (case.group, case.name)} | {"overhead"}
+    unknown = sorted(set(options.groups) - known)
+    if unknown:
+        parser.error(f"{unknown[0]!r} is neither a group nor a case; groups: {sorted({c.group for c in everything})}")
     wanted = [c for c in everything if not options.groups or {c.group, c.name} & set(options.groups)]
-    run_cases(SUITE, everything, wanted, RESULTS, Console(stderr=True))
+    run_cases(SUITE, everything, wanted, RESULTS, console)
+    if not options.groups or "overhead" in options.groups:
+        dense = prepared(SUITE, teacher("sst2"), everything, console) / "model"
+        measured = overhead(str(dense), filled(sst2()), rounds=3, steps=20, console=console)
+        update(RESULTS, lambda document: document.update(overhead=measured))
+    RESULTS.with_suffix(".md").write_text(render(results(RESULTS)), encoding="utf-8")
     return 0

@@ -1,0 +1,127 @@
+"""compression.json as Markdown: only what was measured; what has not run yet is a dash."""
+
+from __future__ import annotations
+
+from statistics import mean, stdev
+from typing import Any
+
+
+def render(document: dict[str, Any]) -> str:
+    """All tables."""
+    found = document["cases"]
+    sections = [
+        "# Compression",
+        "`python -m benchmarks compression`; MiniLM-L6, real data (sst2: 6,920 sentences; banking77: all rows), "
+        "accuracy on the test split. A dash has not run yet.",
+        "## Dense models, fine-tuned: the teachers",
+        _table(["task", "test", "validation"], [_dense(n, c) for n, c in found.items() if c["group"] == "teacher"]),
+        "## Files for the edge",
+        _edge({n: c for n, c in found.items() if c["group"] == "edge"}, found),
+        "## Accuracy against remaining weights of the layers (sst2)",
+        _pruning(found),
+        "## Quantisation-aware training against rounding afterwards",
+        _quantising(found),
+        "## The joint run against the same passes one after the other, at equal steps",
+        _joint(found),
+        "## Step time of each pass beside the plain distillation step",
+        _overhead(document.get("overhead") or {}),
+    ]
+    hardware, versions = document.get("hardware", {}), document.get("versions", {})
+    facts = [f"{hardware.get('cpu', 'unknown CPU')}, {hardware.get('cores', '?')} cores"]
+    facts += [f"{name} {value}" for name, value in versions.items()]
+    return "\n\n".join([*sections, ", ".join(facts)]) + "\n"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f} %"
+
+
+def _score(case: dict[str, Any] | None, key: str = "torch") -> float | None:
+    return None if case is None else case["quality"][key]
+
+
+def _dense(name: str, case: dict[str, Any]) -> list[str]:
+    validation = case["validation"][-1].get("accuracy")
+    return [name.removesuffix("-teacher"), _percent(_score(case)), _percent(validation)]
+
+
+def _edge(edge: dict[str, Any], found: dict[str, Any]) -> str:
+    rows = []
+    for name, case in edge.items():
+        base = _score(found.get(f"{case['task']}-teacher"))
+        score = _score(case, "onnx")
+        size = case["size_bytes"]
+        p50 = {
+            (row["model"], row["batch"], row["length"]): row["p50"]
+            for row in case["latency_ms"]
+            if row["runtime"] == "onnxruntime"
+        }
+        speed = [
+            f"{p50['compressed', *shape]:.2f} ms, {p50['base_fp32', *shape] / p50['compressed', *shape]:.1f}x"
+            for shape in ((1, 32), (1, 128), (8, 128))
+            if ("compressed", *shape) in p50
+        ]
+        loss = "-" if base is None or score is None else f"{100 * (score - base):+.2f}"
+        share = f"{size['onnx'] / 1e6:.2f} MB, {100 * size['onnx'] / size['base_onnx']:.1f} %"
+        agreement = _percent(case["parity"]["label_agreement"])
+        rows.append([name, _percent(score), loss, agreement, share, *(speed + ["-"] * (3 - len(speed)))])
+    header = ["file", "ONNX accuracy", "against dense, points", "same label as torch", "bytes, share of fp32"]
+    header += ["1x32", "1x128", "8x128"]
+    return _table(header, rows) + (
+        "\n\nLatency: p50 in onnxruntime and how many times faster than the fp32 ONNX of the dense model, "
+        "measured in the same minutes."
+    )
+
+
+def _pruning(found: dict[str, Any]) -> str:
+    rows = []
+    for kind in ("magnitude", "movement", "structured", "ziplm"):
+        for distilled in (True, False):
+            row = [kind, "with" if distilled else "without"]
+            for kept in (50, 25, 10, 5):
+                scores = [
+                    case["quality"]["torch"]
+                    for case in found.values()
+                    if case["group"] == "pruning"
+                    and (case["pass"], case["kept"], case["distilled"]) == (kind, kept, distilled)
+                ]
+                row.append(_several(scores))
+            rows.append(row)
+    return _table(["pass", "distillation", "50 %", "25 %", "10 %", "5 %"], rows)
+
+
+def _several(scores: list[float]) -> str:
+    if not scores:
+        return "-"
+    if len(scores) == 1:
+        return _percent(scores[0])
+    return f"{100 * mean(scores):.2f} ± {100 * stdev(scores):.2f} % ({len(scores)} seeds)"
+
+
+def _quantising(found: dict[str, Any]) -> str:
+    rows = []
+    for task in ("sst2", "banking77"):
+        for form in ("int8", "int4"):
+            scores = [_score(found.get(f"{task}-{form}-{how}")) for how in ("afterwards", "aware")]
+            rows.append([task, form, _percent(_score(found.get(f"{task}-teacher"))), *map(_percent, scores)])
+    return _table(["task", "form", "dense", "rounded afterwards", "trained with it"], rows)
+
+
+def _joint(found: dict[str, Any]) -> str:
+    rows = []
+    for task in ("sst2", "banking77"):
+        scores = [_score(found.get(f"{task}-{how}")) for how in ("joint", "sequence", "sequence-distilled")]
+        rows.append([task, *map(_percent, scores)])
+    return _table(["task", "joint", "prune, distil, quantise", "the same, distilled throughout"], rows)
+
+
+def _overhead(measured: dict[str, Any]) -> str:
+    rows = [[name, f"{value['step_ms']:.0f} ms", f"{value['ratio']:.2f}"] for name, value in measured.items()]
+    return _table(["passes", "step", "ratio"], rows)
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    if not rows:
+        return "Not measured yet."
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
