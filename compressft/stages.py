@@ -16,7 +16,7 @@ from compressft.checkpoint import load_compressed, save_compressed
 from compressft.data import Splits, Task, make_task
 from compressft.errors import UserError, VerificationError
 from compressft.export.flow import sample_batch
-from compressft.export.table import Deployment, measure_table
+from compressft.export.table import Deployment, measure_reference, measure_table
 from compressft.export.verify import model_logits
 from compressft.flops import FLOPS_LENGTH, flops
 from compressft.folder import RunFolder
@@ -193,7 +193,9 @@ def known_costs(
                 options.threads,
                 options.latency_rounds,
             )
-            return measure_table(deployment, target.batch, target.length).model_dump(mode="json")
+            table = measure_table(deployment, target.batch, target.length)
+            reference = measure_reference(deployment, target.batch, target.length)
+            return {**table.model_dump(mode="json"), "reference": reference}
 
         key = f"latency-{target.batch}x{target.length}-{precision}"
         return CostTable.model_validate(folder.memo(key, compute))

@@ -29,8 +29,8 @@ class Target(BaseModel):
     """How small or fast the model has to become: exactly one of the five quantities.
 
     Fields: `latency_ms`: median milliseconds of the exported model at `batch` x `length` on this machine. `speedup`:
-    the same as a factor, over the recipe's model at the same precision. `parameters`: number of parameters, or (up to
-    1) the fraction of the recipe's model's. `bytes`: of the exported model's tensors. `sparsity`: fraction of the
+    the same as a factor over the fp32 ONNX of the recipe's model, as reports state it. `parameters`: number of
+    parameters, or (up to 1) the fraction of the recipe's model's. `bytes`: of the exported model's tensors. `sparsity`: fraction of the
     heads' and FFN neurons' weights to remove, in [0, 1). `precision`: arithmetic of the model that ships, for
     `latency_ms`, `speedup` and `bytes`; None: what the recipe ends with.
     """
@@ -71,7 +71,7 @@ class Target(BaseModel):
         """
         value = float(getattr(self, self.kind))
         if self.kind == "speedup":
-            return table.cost(base) / value
+            return (table.cost(base) if table.reference is None else table.reference) / value
         if self.kind == "sparsity":
             return table.cost(base) * (1.0 - value)
         if self.kind == "parameters" and value <= 1:
@@ -84,7 +84,8 @@ class CostTable(BaseModel):
 
     `groups`, `neurons`: ascending sizes, at least 1; `attention`, `ffn`: their costs (milliseconds, parameters or
     bytes), linear in between; a part of size 0 is gone and costs nothing. `layer`: what a layer costs besides, as long
-    as either part is there. `rest`: embeddings, pooler and head. `about`: where the numbers come from.
+    as either part is there. `rest`: embeddings, pooler and head. `reference`: cost of the uncompressed fp32 model, which
+    speedups count from (None: that of the base's shapes in this table). `about`: where the numbers come from.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -95,6 +96,7 @@ class CostTable(BaseModel):
     ffn: tuple[float, ...]
     layer: float = 0.0
     rest: float = 0.0
+    reference: float | None = None
     about: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")

@@ -22,7 +22,7 @@ from compressft.export.fold import fold
 from compressft.export.fuse import fuse_qattention
 from compressft.export.locate import SCOPES
 from compressft.export.onnx import save, to_graph
-from compressft.measure import hardware, usable_cores
+from compressft.measure import hardware, latencies, usable_cores
 from compressft.modules.attention import TRAINING, register
 from compressft.modules.quantizer import Int8Quantizer
 from compressft.passes.int8 import Int8
@@ -82,12 +82,30 @@ def measure_table(deployment: Deployment, batch: int, length: int, timer: Timer 
     Raises:
         UserError: the model has fewer positions than `length`.
     """
-    limit = getattr(deployment.config, "max_position_embeddings", None)
-    if limit is not None and length > limit:
-        raise UserError(f"target.length: {length} is more than the model's {limit} positions; lower it")
+    check_length(deployment, length)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         return time_samples(folder, write_samples(deployment, folder), deployment, batch, length, timer or trace)
+
+
+def check_length(deployment: Deployment, length: int) -> None:
+    """UserError where the model has fewer positions than `length`."""
+    limit = getattr(deployment.config, "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise UserError(f"target.length: {length} is more than the model's {limit} positions; lower it")
+
+
+def measure_reference(deployment: Deployment, batch: int, length: int) -> float:
+    """Milliseconds (p50, quietest round) of the uncompressed fp32 model as transformers exports it."""
+    check_length(deployment, length)
+    register()
+    with tempfile.TemporaryDirectory() as scratch, torch.random.fork_rng(devices=[]):
+        config = copy.deepcopy(deployment.config)
+        model = deployment.architecture._from_config(config, attn_implementation="sdpa", dtype=torch.float32)  # type: ignore[attr-defined]
+        file = Path(scratch) / "base.onnx"
+        save(to_graph(model.eval(), dict(deployment.inputs), tidy=False), file)
+        rows = latencies({("onnxruntime", "base"): file}, [(batch, length)], deployment.threads, deployment.rounds)
+    return rows[0]["p50"]
 
 
 def write_samples(deployment: Deployment, folder: Path) -> list[dict[str, int]]:
