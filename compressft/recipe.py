@@ -33,7 +33,7 @@ class Part(BaseModel):
 
 
 class DataConfig(Part):
-    """Where the rows come from. Give `sample` (shipped), `train` (files) or `dataset` (a hub id, with
+    """Where the rows come from. Give `sample` (shipped), `train` (a file or several) or `dataset` (a hub id, with
     the `subset` it may want, such as "sst2" of "glue").
 
     Without a validation split, the fraction `validation_fraction` of train is carved out, stratified by label and
@@ -44,9 +44,9 @@ class DataConfig(Part):
     sample: str | None = None
     dataset: str | None = None
     subset: str | None = None
-    train: str | None = None
-    validation: str | None = None
-    test: str | None = None
+    train: str | tuple[str, ...] | None = None
+    validation: str | tuple[str, ...] | None = None
+    test: str | tuple[str, ...] | None = None
     columns: dict[str, str] = Field(default_factory=dict)
     max_length: int = Field(default=128, ge=4)
     validation_fraction: float = Field(default=0.1, gt=0, lt=1)

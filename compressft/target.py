@@ -28,11 +28,11 @@ Precision = Literal["int8", "fp32"]
 class Target(BaseModel):
     """How small or fast the model has to become: exactly one of the five quantities.
 
-    Fields: `latency_ms`: median milliseconds of the exported model at `batch` x `length` on this machine. `speedup`:
-    the same as a factor over the fp32 ONNX of the recipe's model, as reports state it. `parameters`: number of
-    parameters, or (up to 1) the fraction of the recipe's model's. `bytes`: of the exported model's tensors. `sparsity`: fraction of the
-    heads' and FFN neurons' weights to remove, in [0, 1). `precision`: arithmetic of the model that ships, for
-    `latency_ms`, `speedup` and `bytes`; None: what the recipe ends with.
+    Fields: `latency_ms`: median milliseconds of the exported model at `batch` x `length` on this machine.
+    `speedup`: the same as a factor over the fp32 ONNX of the recipe's model, as reports state it. `parameters`: number
+    of parameters, or (up to 1) the fraction of the recipe's model's. `bytes`: of the exported model's tensors.
+    `sparsity`: fraction of the heads' and FFN neurons' weights to remove, in [0, 1). `precision`: arithmetic of the
+    model that ships, for `latency_ms`, `speedup` and `bytes`; None: what the recipe ends with.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -83,9 +83,10 @@ class CostTable(BaseModel):
     """Costs of a layer's parts by size; costs of different layers add up.
 
     `groups`, `neurons`: ascending sizes, at least 1; `attention`, `ffn`: their costs (milliseconds, parameters or
-    bytes), linear in between; a part of size 0 is gone and costs nothing. `layer`: what a layer costs besides, as long
-    as either part is there. `rest`: embeddings, pooler and head. `reference`: cost of the uncompressed fp32 model, which
-    speedups count from (None: that of the base's shapes in this table). `about`: where the numbers come from.
+    bytes), linear in between; a part of size 0 is gone and costs nothing. `layer`: what a layer costs besides, as
+    long as either part is there. `rest`: embeddings, pooler and head. `reference`: cost of the uncompressed fp32
+    model, which speedups count from (None: that of the base's shapes in this table). `about`: where the numbers
+    come from.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

@@ -6,7 +6,7 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from compressft.data.rows import ROW_KEY, Row, hub_rows, read_rows, sample_files
 from compressft.errors import UserError, nearest
@@ -67,11 +67,16 @@ def _raw(config: DataConfig) -> dict[str, list[Row]]:
         if "train" not in rows:
             raise UserError(f"data.dataset: {config.dataset!r} has no split 'train'; splits: {', '.join(rows)}")
         return rows
-    paths = sample_files(config.sample) if config.sample else {}
+    paths: dict[str, Any] = dict(sample_files(config.sample)) if config.sample else {}
     for name in ("train", "validation", "test"):
         if getattr(config, name):
             paths[name] = getattr(config, name)
-    return {name: read_rows(path) for name, path in paths.items() if name in ("train", "validation", "test")}
+    rows = {}
+    for name in ("train", "validation", "test"):
+        if name in paths:
+            files = paths[name] if isinstance(paths[name], tuple) else (paths[name],)
+            rows[name] = [row for file in files for row in read_rows(file)]
+    return rows
 
 
 def canonical_rows(rows: Sequence[Row], columns: dict[str, str], fields: Fields) -> list[Row]:
