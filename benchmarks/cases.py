@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
+from compressft.again import export_again
 from compressft.measure import hardware, versions
 from compressft.recipe import parse_recipe
 from compressft.run import run
@@ -72,17 +73,21 @@ def update(path: Path, change: Callable[[dict[str, Any]], Any]) -> dict[str, Any
 
 
 def run_cases(
-    suite: str, cases: Sequence[Case], wanted: Sequence[Case], path: Path, console: Console
+    suite: str, cases: Sequence[Case], wanted: Sequence[Case], path: Path, console: Console, again: bool = False
 ) -> dict[str, Any]:
     """Run what is missing of `wanted`, and what that stands on; each result is written as soon as it is there.
 
     Args:
         cases: all cases of the suite, by whose names `after` refers.
         path: the JSON file of results.
+        again: export and measure kept runs anew (a machine may have been busy).
     """
     for case in wanted:
         found = results(path)["cases"].get(case.name)
-        if found is not None and found["key"] == case.key:
+        folder = case.folder(suite)
+        if again and case.recipe["export"].get("enabled", True) and (folder / "report" / "report.json").is_file():
+            export_again(folder, (), console)
+        elif found is not None and found["key"] == case.key:
             continue
         for name in case.after:
             prepared(suite, next(c for c in cases if c.name == name), cases, console)

@@ -170,7 +170,7 @@ def edge() -> list[Case]:
         return student(name, "edge", task, passes, train, distill, {"label_agreement": 0.99})
 
     return [
-        one("banking77-10x", "banking77", [1, 3, 5], 0.5, 0.75, 8, "int8"),
+        one("banking77-12x", "banking77", [1, 3, 5], 0.5, 0.75, 8, "int8"),
         one("banking77-15x", "banking77", [1, 3, 5], 0.66, 0.84, 14, "int4"),
         one("sst2-10x", "sst2-all", [0, 2, 4, 5], 0.6, 0.85, 6, "int4"),
         one("sst2-15x", "sst2-all", [1, 3, 5], 0.66, 0.84, 6, "int4"),
@@ -186,6 +186,7 @@ def main(arguments: list[str]) -> int:
     """Entry point of `python -m benchmarks compression`."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks compression", description=__doc__)
     parser.add_argument("groups", nargs="*", help="groups or names of cases, or overhead (default: everything)")
+    parser.add_argument("--again", action="store_true", help="export and measure finished files again")
     options = parser.parse_args(arguments)
     everything, console = cases(), Console(stderr=True)
     known = {name for case in everything for name in (case.group, case.name)} | {"overhead"}
@@ -193,7 +194,7 @@ def main(arguments: list[str]) -> int:
     if unknown:
         parser.error(f"{unknown[0]!r} is neither a group nor a case; groups: {sorted({c.group for c in everything})}")
     wanted = [c for c in everything if not options.groups or {c.group, c.name} & set(options.groups)]
-    run_cases(SUITE, everything, wanted, RESULTS, console)
+    run_cases(SUITE, everything, wanted, RESULTS, console, options.again)
     if not options.groups or "overhead" in options.groups:
         dense = prepared(SUITE, teacher("sst2"), everything, console) / "model"
         measured = overhead(str(dense), filled(sst2()), rounds=3, steps=20, console=console)

@@ -18,7 +18,7 @@ from compressft.again import export_again
 from compressft.recipe import load_recipe
 from compressft.run import run
 
-RECIPES = ("banking77-edge", "banking77-edge-full")
+RECIPES = ("banking77-edge", "banking77-edge-full", "banking77-tiny")
 RESULTS = Path(__file__).parent / "results"
 KEYS = (
     "quality",

@@ -55,6 +55,8 @@ def write_recipe(base: Path, precision: str) -> Path:
                 "name": "student",
                 "objectives": [{"type": "distill", "teacher": "teacher", "hidden": 1.0}],
                 "passes": [
+                    "vocabulary",
+                    {"type": "movement", "sparsity": 0.5, "start": 0.0},
                     {"type": "structured", "heads": 0.5, "ffn": 0.5, "align": 8, "floor_ffn": 8, "start": 0.0},
                     {"type": "int8"},
                 ],

@@ -212,6 +212,15 @@ def test_validation_is_carved_out_of_train_alone(files):
     assert load_splits(DataConfig(**paths, validation_fraction=0.2, seed=8), FIELDS) != splits
 
 
+def test_several_files_are_read_one_after_the_other(files, tmp_path):
+    paths = files(train=rows_of(), test=rows_of({"many": 5}))
+    splits = load_splits(DataConfig(train=(paths["train"], paths["test"]), validation=paths["test"]), FIELDS)
+    assert [row["text"] for row in splits.train] == [row["text"] for row in rows_of() + rows_of({"many": 5})]
+    assert len({row[ROW_KEY] for row in splits.train}) == len(splits.train), "a message could not name the row"
+    with pytest.raises(UserError, match=r"none\.jsonl"):
+        load_splits(DataConfig(train=(paths["train"], str(tmp_path / "none.jsonl"))), FIELDS)
+
+
 def test_given_validation_is_used_whole(files):
     paths = files(train=rows_of(), validation=rows_of({"some": 4}))
     splits = load_splits(DataConfig(**paths), FIELDS)
