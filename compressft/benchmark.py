@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -84,7 +85,7 @@ def training(recipe: Recipe, steps: int) -> list[dict[str, Any]]:
             batch = {name: value.to(device) for name, value in batches[step % len(batches)].items()}
             with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
                 outputs = model(**batch, output_hidden_states=hidden)
-                terms = [outputs.loss]
+                terms = [outputs.loss * math.prod(t.task_weight(model) for t in stage.transforms)]
                 for transform in stage.transforms:
                     terms += transform.loss(model, batch, outputs, context).values()
             torch.stack([t.float() for t in terms]).sum().backward()

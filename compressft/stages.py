@@ -32,6 +32,8 @@ from compressft.transform import QUANTISES, Context, TrainingData
 # moves a logit by about 1 %; a lost mask or range by more than all of it.
 SETTLE_ROWS = 64
 SETTLE_LIMIT = 0.1
+# Ratio of the slowest to the quietest round from which a cost table is doubtful.
+BUSY = 1.2
 
 
 def train_stages(
@@ -195,6 +197,14 @@ def known_costs(
             )
             table = measure_table(deployment, target.batch, target.length)
             reference = measure_reference(deployment, target.batch, target.length)
+            rounds = table.about.get("rounds") or [1.0]
+            if max(rounds) > BUSY * min(rounds):
+                times = ", ".join(f"{ms:.2f}" for ms in rounds)
+                console.print(
+                    f"this machine is busy: the same model took {times} ms; milliseconds may be off, "
+                    "shapes chosen by them too",
+                    highlight=False,
+                )
             return {**table.model_dump(mode="json"), "reference": reference}
 
         key = f"latency-{target.batch}x{target.length}-{precision}"

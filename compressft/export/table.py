@@ -22,7 +22,7 @@ from compressft.export.fold import fold
 from compressft.export.fuse import fuse_qattention
 from compressft.export.locate import SCOPES
 from compressft.export.onnx import save, to_graph
-from compressft.measure import hardware, latencies, usable_cores
+from compressft.measure import hardware, usable_cores
 from compressft.modules.attention import TRAINING, register
 from compressft.modules.quantizer import Int8Quantizer
 from compressft.passes.int8 import Int8
@@ -96,7 +96,7 @@ def check_length(deployment: Deployment, length: int) -> None:
 
 
 def measure_reference(deployment: Deployment, batch: int, length: int) -> float:
-    """Milliseconds (p50, quietest round) of the uncompressed fp32 model as transformers exports it."""
+    """Milliseconds of the uncompressed fp32 model as transformers exports it, in the table's quantile (`trace.QUIET`)."""
     check_length(deployment, length)
     register()
     with tempfile.TemporaryDirectory() as scratch, torch.random.fork_rng(devices=[]):
@@ -104,8 +104,8 @@ def measure_reference(deployment: Deployment, batch: int, length: int) -> float:
         model = deployment.architecture._from_config(config, attn_implementation="sdpa", dtype=torch.float32)  # type: ignore[attr-defined]
         file = Path(scratch) / "base.onnx"
         save(to_graph(model.eval(), dict(deployment.inputs), tidy=False), file)
-        rows = latencies({("onnxruntime", "base"): file}, [(batch, length)], deployment.threads, deployment.rounds)
-    return rows[0]["p50"]
+        threads = deployment.threads or usable_cores()
+        return min(trace(file, batch, length, threads).whole for _ in range(deployment.rounds))
 
 
 def write_samples(deployment: Deployment, folder: Path) -> list[dict[str, int]]:
