@@ -170,7 +170,6 @@ def edge() -> list[Case]:
         return student(name, "edge", task, passes, train, distill, {"label_agreement": 0.99})
 
     return [
-        one("banking77-12x", "banking77", [1, 3, 5], 0.5, 0.75, 8, "int8"),
         one("banking77-15x", "banking77", [1, 3, 5], 0.66, 0.84, 14, "int4"),
         one("sst2-10x", "sst2-all", [0, 2, 4, 5], 0.6, 0.85, 6, "int4"),
         one("sst2-15x", "sst2-all", [1, 3, 5], 0.66, 0.84, 6, "int4"),

@@ -96,7 +96,7 @@ def check_length(deployment: Deployment, length: int) -> None:
 
 
 def measure_reference(deployment: Deployment, batch: int, length: int) -> float:
-    """Milliseconds of the uncompressed fp32 model as transformers exports it, in the table's quantile (`trace.QUIET`)."""
+    """Milliseconds of the uncompressed fp32 model as transformers exports it, in the quantile of the table."""
     check_length(deployment, length)
     register()
     with tempfile.TemporaryDirectory() as scratch, torch.random.fork_rng(devices=[]):
