@@ -147,7 +147,10 @@ def test_report_is_about_the_files(finished, report):
     parameters = list(load_compressed(finished / "model").parameters())
     assert report["parameters"]["total"] == sum(p.numel() for p in parameters)
     assert report["parameters"]["nonzero"] == sum(int((p != 0).sum()) for p in parameters)
-    assert report["parameters"]["total"] < report["parameters"]["base"] == report["parameters"]["trainable"]
+    # The vocabulary goes before training, heads and neurons after it.
+    assert report["parameters"]["total"] < report["parameters"]["trainable"] < report["parameters"]["base"]
+    flops = report["flops"]
+    assert 0 < flops["kept"] < flops["base"]
     assert report["recipe_hash"] == load_recipe(finished / "recipe.yaml").hash
     assert report["versions"]["torch"] == version("torch")
 
@@ -164,7 +167,7 @@ def test_report_values_are_sane(report):
     assert seen == {("onnxruntime", "compressed"), ("onnxruntime", "base_fp32"), ("torch", "base_fp32")}
     assert all(0 < row["p50"] <= row["p90"] for row in report["latency_ms"])
     kept, base = report["shapes"]["kept"], report["shapes"]["base"]
-    structured = load_recipe("banking77-edge").stages[1].passes[0]
+    structured = next(p for p in load_recipe("banking77-edge").stages[1].passes if p.type == "structured")
     for name, removed, block in (("heads", structured.heads, 1), ("ffn", structured.ffn, structured.align)):
         whole = sum(layer[name] for layer in base)
         assert sum(layer[name] for layer in kept) == block * round((1 - removed) * whole / block)
