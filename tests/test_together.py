@@ -113,6 +113,15 @@ def test_every_pass_beside_every_method(method, one, rows, tmp_path):
     )
 
 
+@pytest.mark.parametrize(("one", "other"), list(itertools.combinations(PASSES, 2)))
+def test_every_pair_of_passes(one, other, rows):
+    method = "adapter" if "nf4" in (one, other) else "full"
+    stage = refused(lambda: stage_of(method, [one, other]), one, other)
+    if stage is not None:
+        _, _, before, after = trained(stage, rows, steps=3)
+        assert close(before, after), "settling changed the logits"
+
+
 def exported(model, data, folder):
     """Logits of the exported file."""
     batch = data.task.collate([{k: v for k, v in f.items() if k != "labels"} for f in data.validation[:2]])
@@ -122,7 +131,10 @@ def exported(model, data, folder):
 
 SETS = [
     ("full", ["vocabulary", "structured", "int8"], ["distill"]),
+    ("adapter", ["nf4", "movement", "int8"], []),
     ("adapter", ["structured", "int8"], []),
+    ("full", ["depth", "ziplm", "int4"], []),
+    ("full", ["vocabulary", "movement", "structured", "int8"], ["distill"]),
 ]
 
 
