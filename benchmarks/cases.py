@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -61,14 +62,16 @@ def results(path: Path) -> dict[str, Any]:
 
 
 def update(path: Path, change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
-    """Change the results file: read, change, replace, so that a kill loses nothing."""
-    document = results(path)
-    change(document)
-    document |= {"versions": versions(), "hardware": hardware()}
+    """Change the results file: read, change, replace, so that a kill loses nothing and two processes may share it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_suffix(".tmp")
-    staging.write_text(json.dumps(document, indent=1), encoding="utf-8")
-    staging.rename(path)
+    with (path.parent / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        document = results(path)
+        change(document)
+        document |= {"versions": versions(), "hardware": hardware()}
+        staging = path.with_suffix(".tmp")
+        staging.write_text(json.dumps(document, indent=1), encoding="utf-8")
+        staging.rename(path)
     return document
 
 

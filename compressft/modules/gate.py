@@ -10,7 +10,7 @@ from compressft_kernels import masked_linear, pack_mask, packed_linear, unpack_m
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressft.modules.rank import keep_largest
+from compressft.modules.rank import flatten, keep_largest, nth_largest
 
 
 class Gate(nn.Module):
@@ -138,17 +138,24 @@ class _Thresholded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, scores: Tensor, threshold: Tensor, tile: tuple[int, int]) -> Tensor:
-        mask = spread(scores > threshold, tile, weight.shape)
-        ctx.save_for_backward(weight, mask)
+        ctx.save_for_backward(weight, scores, threshold)
         ctx.tile = tile
-        return weight * mask
+        return _where_alive(weight, scores, threshold, tile)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        weight, mask = ctx.saved_tensors
-        d_weight = grad * mask if ctx.needs_input_grad[0] else None
+        weight, scores, threshold = ctx.saved_tensors
+        d_weight = _where_alive(grad, scores, threshold, ctx.tile) if ctx.needs_input_grad[0] else None
         d_scores = pool(grad * weight, ctx.tile) if ctx.needs_input_grad[1] else None
         return d_weight, d_scores, None, None
+
+
+def _where_alive(values: Tensor, scores: Tensor, threshold: Tensor, tile: tuple[int, int]) -> Tensor:
+    """values (out, in) times 1[scores > threshold]."""
+    # On CPU comparing into floats is several times as fast as multiplying by bools.
+    alive = torch.gt(scores, threshold, out=torch.empty_like(scores, dtype=values.dtype))
+    # A single weight's comparison is nobody else's.
+    return alive.mul_(values) if tile == (1, 1) else spread(alive, tile, values.shape) * values
 
 
 def spread(values: Tensor, tile: tuple[int, int], shape: torch.Size) -> Tensor:
@@ -230,22 +237,36 @@ def keep_top(gates: Sequence[ScoreGate], number: int) -> None:
     """Let exactly the `number` highest scores of all these gates live; ties are broken by position.
 
     A dropped score equal to the lowest kept one is moved to the next lower float, so that the comparison alone tells
-    the two apart. Subnormal scores become 0: hardware may take them for 0 when it compares.
+    the two apart. Subnormal scores become 0 where that matters: hardware may take them for 0 when it compares.
     """
     scores = [gate.scores for gate in gates]
-    tiny = torch.finfo(scores[0].dtype).tiny
-    for values in scores:
-        values.masked_fill_(values.abs() < tiny, 0.0)
     if number <= 0 or number >= sum(values.numel() for values in scores):
         limit = scores[0].new_tensor(torch.inf if number <= 0 else -torch.inf)
     else:
-        kept = keep_largest(scores, number)
-        lowest = torch.stack([v[k].amin() for v, k in zip(scores, kept, strict=True) if k.any()]).amin()
-        limit = torch.nextafter(lowest, lowest.new_tensor(-torch.inf))
-        if limit.abs() < tiny:
-            # Below 0 and below the least normal number.
-            limit = lowest.new_tensor(0.0 if lowest > 0 else -tiny)
-        for values, mask in zip(scores, kept, strict=True):
-            values.masked_fill_(~mask & (values == lowest), limit)
+        lowest = nth_largest(flatten(scores), number)
+        limit = _next_below(lowest)
+        alive = sum(int((values > limit).sum()) for values in scores)
+        tiny = torch.finfo(lowest.dtype).tiny
+        if alive != number or lowest.abs() < tiny or limit.abs() < tiny:
+            limit = _separate(scores, number)
     for gate in gates:
         gate.threshold.copy_(limit)
+
+
+def _separate(scores: Sequence[Tensor], number: int) -> Tensor:
+    """Change equal and subnormal scores so that exactly `number` are above the returned limit."""
+    tiny = torch.finfo(scores[0].dtype).tiny
+    for values in scores:
+        values.masked_fill_(values.abs() < tiny, 0.0)
+    lowest = nth_largest(flatten(scores), number)
+    limit = _next_below(lowest)
+    if limit.abs() < tiny:
+        # Below 0 and below the least normal number.
+        limit = lowest.new_tensor(0.0 if lowest > 0 else -tiny)
+    for values, mask in zip(scores, keep_largest(scores, number), strict=True):
+        values.masked_fill_(~mask & (values == lowest), limit)
+    return limit
+
+
+def _next_below(value: Tensor) -> Tensor:
+    return torch.nextafter(value, value.new_tensor(-torch.inf))

@@ -36,7 +36,7 @@ def weight_scale(weight: Tensor, bits: int = 8) -> Tensor:
 
 def quantise_weight(weight: Tensor, scale: Tensor) -> Tensor:
     """Integers (as floats of the weight's dtype) in [-127, 127] for `weight_scale`'s scales."""
-    return torch.round(weight / scale.to(weight.dtype)[:, None])
+    return (weight / scale.to(weight.dtype)[:, None]).round_()
 
 
 class _QuantisedLinear(torch.autograd.Function):
@@ -48,7 +48,7 @@ class _QuantisedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, low, high, x_scale, zero_point, dtype, bits, rate):
-        q = torch.round(x.float() / x_scale).add_(zero_point)
+        q = (x.float() / x_scale).round_().add_(zero_point)
         level = q.clamp(0.0, QMAX)
         clipped = q != level
         w_scale = weight_scale(weight, bits)
@@ -65,7 +65,7 @@ class _QuantisedLinear(torch.autograd.Function):
             scale = scale * 2.0**15
         else:
             acc = centred @ q_weight.t()
-        y = acc.float() * scale
+        y = acc.float().mul_(scale)
         if bias is not None:
             y += bias
         ctx.learns = any(ctx.needs_input_grad[3:5])
@@ -86,10 +86,10 @@ class _QuantisedLinear(torch.autograd.Function):
             grad_x = ((flat * w_scale.to(ctx.dtype)) @ q_weight).view(q.shape)
             if ctx.learns:
                 grad_low, grad_high = _range_gradient(grad_x.float(), x.float(), q, clipped, x_scale, zero_point)
-            grad_x = grad_x.masked_fill(clipped, 0.0).to(ctx.x_dtype) if ctx.needs_input_grad[0] else None
+            grad_x = grad_x.masked_fill_(clipped, 0.0).to(ctx.x_dtype) if ctx.needs_input_grad[0] else None
         if ctx.needs_input_grad[1]:
             centred = (q.to(ctx.dtype) - zero_point.to(ctx.dtype)).reshape(-1, q.shape[-1])
-            grad_w = (flat.t() @ centred).float() * x_scale
+            grad_w = (flat.t() @ centred).float().mul_(x_scale)
         if ctx.has_bias and ctx.needs_input_grad[2]:
             grad_b = flat.float().sum(0)
         return grad_x, grad_w, grad_b, grad_low, grad_high, None, None, None, None, None

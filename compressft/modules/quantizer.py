@@ -205,9 +205,6 @@ QUANTIZERS: dict[str, type[Quantizer]] = {"int8": Int8Quantizer, "int4": Int4Qua
 @torch.no_grad()
 def _range(x: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
     """Least and greatest value, fp32; gated-off columns count as 0, which every range contains."""
-    if columns is None:
-        low, high = torch.aminmax(x)
-    else:
-        low, high = torch.aminmax(x.reshape(-1, x.shape[-1]), dim=0)
-        low, high = (low * columns).amin(), (high * columns).amax()
+    # Per column and then over columns would be ten times as slow on CPU.
+    low, high = torch.aminmax(x if columns is None else x * columns)
     return low.float(), high.float()
