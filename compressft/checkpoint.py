@@ -17,6 +17,7 @@ from compressft.anatomy import anatomy
 from compressft.errors import UserError
 from compressft.model import content_hash, resolve
 from compressft.modules.attention import TRAINING, register
+from compressft.modules.kinds import additions
 from compressft.modules.linear import CompressedLinear
 from compressft.modules.structure import describe, rebuild
 from compressft.shrink import resize, shapes
@@ -126,12 +127,13 @@ def plain_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]
         f"{path}.weight" for path, m in model.named_modules() if isinstance(m, CompressedLinear) and m.transposed
     }
     seen: dict[tuple[int, tuple[int, ...]], str] = {}
+    added = additions(model)
     for name, tensor in model.state_dict().items():
         key = (tensor.data_ptr(), tuple(tensor.shape))
         if tensor.numel() > 1 and key in seen:
             continue
         seen[key] = name
-        ours = any(part in ("quantizer", "adapter") for part in name.split("."))
+        ours = name.startswith(added)
         name = name.replace(".inner.", ".")
         value = tensor.detach().cpu()
         (extra if ours else plain)[name] = (value.t() if name in transposed else value).contiguous()

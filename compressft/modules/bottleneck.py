@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import torch
 from compressft_kernels import adapter as adapter_kernel
 from torch import Tensor, nn
 
+from compressft.modules.kinds import Extra, known
 from compressft.modules.linear import is_bare
 
 
-class Bottleneck(nn.Module):
+@known
+class Bottleneck(Extra):
     """y = residual + up(act(down(x))); x (..., d), `down_weight` (r, d), `up_weight` (d, r).
 
     Houlsby et al. (2019), section 2.1. `init` "houlsby" draws both matrices from a normal of std 1e-3 truncated at two
     standard deviations (near-identity); "bert" from N(0, 0.02) (Pfeiffer et al. 2021); biases start at 0.
     """
+
+    kind: ClassVar[str] = "bottleneck"
 
     def __init__(self, width: int, size: int, activation: str, init: str, generator: torch.Generator) -> None:
         super().__init__()
@@ -30,6 +36,14 @@ class Bottleneck(nn.Module):
             else:
                 nn.init.normal_(weight, std=0.02, generator=generator)
 
+    def describe(self) -> dict[str, Any]:
+        size, width = self.down_weight.shape
+        return {"width": width, "size": size, "activation": self.activation}
+
+    @classmethod
+    def rebuild(cls, old: nn.Module | None, entry: dict[str, Any]) -> Bottleneck:
+        return cls(**entry, init="bert", generator=torch.Generator().manual_seed(0))
+
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """`residual` defaults to x."""
         return adapter_kernel(
@@ -43,35 +57,63 @@ class Bottleneck(nn.Module):
         )
 
 
+@known
 class AdaptedOutput(nn.Module):
     """A module (dropout or projection) followed by a bottleneck: Houlsby's place, before the residual add."""
 
-    def __init__(self, inner: nn.Module, adapter: Bottleneck) -> None:
+    kind: ClassVar[str] = "adapted_output"
+    adapter: nn.Module
+
+    def __init__(self, inner: nn.Module, adapter: nn.Module | None) -> None:
         super().__init__()
         self.inner = inner
-        self.adapter = adapter
+        if adapter is not None:
+            self.adapter = adapter
+
+    def describe(self) -> dict[str, Any]:
+        """Nothing: what it wraps and its adapter speak for themselves."""
+        return {}
+
+    @classmethod
+    def rebuild(cls, old: nn.Module | None, entry: dict[str, Any]) -> AdaptedOutput:
+        """Around what stands there; the adapter follows."""
+        assert old is not None
+        return cls(old, None)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.inner(x)
         return y if is_bare() else self.adapter(y)
 
 
+@known
 class AdaptedNorm(nn.LayerNorm):
     """Pfeiffer's place in a post-norm block: out = LN(z + up(act(down(LN(z))))) with z = FFN(h) + h.
 
     The one pretrained LayerNorm is applied twice; its parameters keep their names.
     """
 
-    adapter: Bottleneck
+    kind: ClassVar[str] = "adapted_norm"
+    adapter: nn.Module
 
     @classmethod
-    def of(cls, norm: nn.LayerNorm, adapter: Bottleneck) -> AdaptedNorm:
+    def of(cls, norm: nn.LayerNorm, adapter: nn.Module | None) -> AdaptedNorm:
         """Share the parameters of `norm`."""
         with torch.device("meta"):
             new = cls(norm.normalized_shape, eps=norm.eps)  # type: ignore[arg-type]
         new.weight, new.bias = norm.weight, norm.bias
-        new.adapter = adapter
+        if adapter is not None:
+            new.adapter = adapter
         return new
+
+    def describe(self) -> dict[str, Any]:
+        """Nothing: its adapter speaks for itself."""
+        return {}
+
+    @classmethod
+    def rebuild(cls, old: nn.Module | None, entry: dict[str, Any]) -> AdaptedNorm:
+        """In place of the LayerNorm; the adapter follows."""
+        assert isinstance(old, nn.LayerNorm)
+        return cls.of(old, None)
 
     def forward(self, input: Tensor) -> Tensor:
         normed = super().forward(input)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +11,11 @@ from torch.nn import functional as F
 
 from compressft.modules.int4 import fake_quantise, on_live_columns, straight_through
 from compressft.modules.int8 import quantise_weight, weight_scale
+from compressft.modules.kinds import known
 from compressft.modules.linear import is_dense
 
 
+@known
 class CompressedEmbedding(nn.Embedding):
     """Lookup of fake-quantised rows, straight-through gradient.
 
@@ -22,6 +25,7 @@ class CompressedEmbedding(nn.Embedding):
     that scales and blocks must not see.
     """
 
+    kind: ClassVar[str] = "embedding"
     active: bool = True
     columns: Callable[[], Tensor] | None = None
     bits: int = 8
@@ -39,6 +43,16 @@ class CompressedEmbedding(nn.Embedding):
             new.train(module.training)
         new.bits, new.block = bits, block
         return new
+
+    def describe(self) -> dict[str, Any]:
+        """{"bits", "block"}."""
+        return {"bits": self.bits, "block": self.block}
+
+    @classmethod
+    def rebuild(cls, old: nn.Module | None, entry: dict[str, Any]) -> CompressedEmbedding:
+        """In place of the plain table."""
+        assert isinstance(old, nn.Embedding)
+        return cls.of(old, **entry)
 
     def forward(self, input: Tensor) -> Tensor:
         rows = F.embedding(input, self.weight, self.padding_idx)

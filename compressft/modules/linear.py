@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from compressft_kernels import packed_linear
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressft.modules.gate import Gates, MaskGate, ScoreGate
+from compressft.modules.kinds import known
 from compressft.modules.quantizer import Quantizer
 from compressft.modules.store import NF4Store
 
@@ -51,6 +52,7 @@ def is_bare() -> bool:
     return _bare.get()
 
 
+@known
 class CompressedLinear(nn.Linear):
     """y = adapter(x W_eff^T + b) with W_eff = quantise(gates * (W + delta)).
 
@@ -61,6 +63,7 @@ class CompressedLinear(nn.Linear):
     read. `transposed` remembers that it was a Conv1D, whose weight is stored (in, out).
     """
 
+    kind: ClassVar[str] = "linear"
     gates: Gates
     delta: nn.Module | None
     quantizer: Quantizer | None
@@ -99,6 +102,16 @@ class CompressedLinear(nn.Linear):
             new.bias = module.bias  # type: ignore[assignment]
         new.train(module.training)
         return new
+
+    def describe(self) -> dict[str, Any]:
+        """Nothing: what is in its slots speaks for itself."""
+        return {}
+
+    @classmethod
+    def rebuild(cls, old: nn.Module | None, entry: dict[str, Any]) -> CompressedLinear:
+        """In place of the plain layer; the slots follow."""
+        assert old is not None
+        return cls.of(old)
 
     def pack(self, store: NF4Store) -> None:
         """Hold the weight in `store` from now on; the parameter is gone."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from compressft.modules.int4 import (
     straight_through,
 )
 from compressft.modules.int8 import activation_scale, quantised_linear
+from compressft.modules.kinds import Extra, known
 
 Ranges = Literal["static", "dynamic", "learned"]
 Format = Literal["operators", "qdq"]
@@ -25,15 +26,13 @@ Format = Literal["operators", "qdq"]
 FIRST_BATCHES = 16
 
 
-class Quantizer(nn.Module):
+class Quantizer(Extra):
     """Base of the `quantizer` slot.
 
     Attributes:
         active: off leaves the layer in floating point.
         rate: share of the weights that is rounded in training; the others are drawn anew at each call.
     """
-
-    kind: str
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,15 +51,12 @@ class Quantizer(nn.Module):
         """x (..., in) times the quantised weight (out, in), plus the bias (out,): (..., out)."""
         raise NotImplementedError
 
-    def describe(self) -> dict[str, Any]:
-        """The constructor's arguments, JSON values."""
-        raise NotImplementedError
-
     def settle(self) -> None:
         """Training is over: everything is quantised, nothing is learned any more."""
         self.active, self.rate = True, 1.0
 
 
+@known
 class Int8Quantizer(Quantizer):
     """u8 inputs by the range of one linear layer, s8 weights.
 
@@ -70,7 +66,7 @@ class Int8Quantizer(Quantizer):
     takes each input tensor's own range. Unless dynamic, a layer that has seen no batch yet stays in floating point.
     """
 
-    kind = "int8"
+    kind: ClassVar[str] = "int8"
     low: Tensor
     high: Tensor
     batches: Tensor
@@ -135,6 +131,16 @@ class Int8Quantizer(Quantizer):
             "format": self.format,
         }
 
+    @classmethod
+    def rebuild(cls, old: nn.Module | None, entry: dict[str, Any]) -> Int8Quantizer:
+        arguments = dict(entry)
+        if "dynamic" in arguments:
+            # As folders say it that were written before there was a third way.
+            arguments["ranges"] = "dynamic" if arguments.pop("dynamic") else "static"
+        new = cls(**arguments)
+        new.observing = False
+        return new
+
     def settle(self) -> None:
         super().settle()
         self.observing = False
@@ -147,6 +153,7 @@ class Int8Quantizer(Quantizer):
             self.ranges = "static"
 
 
+@known
 class Int4Quantizer(Quantizer):
     """Weights in four bits by blocks of inputs (`compressft.modules.int4`), inputs in floating point.
 
@@ -155,7 +162,7 @@ class Int4Quantizer(Quantizer):
     left out before blocks are cut.
     """
 
-    kind = "int4"
+    kind: ClassVar[str] = "int4"
     scale: Tensor | None
     zero_point: Tensor | None
 
@@ -196,10 +203,18 @@ class Int4Quantizer(Quantizer):
         return F.linear(x, straight_through(weight, value), bias)
 
     def describe(self) -> dict[str, Any]:
-        return {"block": self.block, "symmetric": self.symmetric, "accuracy_level": self.accuracy_level}
+        """The constructor's arguments, and the shape of a grid that is fixed."""
+        entry = {"block": self.block, "symmetric": self.symmetric, "accuracy_level": self.accuracy_level}
+        return entry if self.scale is None else {**entry, "grid": list(self.scale.shape)}
 
-
-QUANTIZERS: dict[str, type[Quantizer]] = {"int8": Int8Quantizer, "int4": Int4Quantizer}
+    @classmethod
+    def rebuild(cls, old: nn.Module | None, entry: dict[str, Any]) -> Int4Quantizer:
+        arguments = dict(entry)
+        grid = arguments.pop("grid", None)
+        new = cls(**arguments)
+        if grid is not None:
+            new.fix(Grid(torch.zeros(grid), torch.zeros(grid)))
+        return new
 
 
 @torch.no_grad()

@@ -102,5 +102,5 @@ def test_packed_weights_and_unknown_quantizers_are_refused():
     linear.pack(NF4Store(linear.weight))
     with pytest.raises(ValueError, match="still packed"):
         describe(torch.nn.Sequential(linear))
-    with pytest.raises(ValueError, match="unknown quantizer 'int2'"):
+    with pytest.raises(ValueError, match="unknown kind 'int2'"):
         rebuild(torch.nn.Sequential(torch.nn.Linear(4, 4)), {"0": {"kind": "linear", "quantizer": {"kind": "int2"}}})
