@@ -1,177 +1,21 @@
-"""Where the parts of a model family are: one row per family; nothing else knows a family's attribute names."""
+"""Where the parts of a model are: layers, their projections, norms, tables and heads, found by its family's row."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from compressft.errors import UserError
-
-
-@dataclass(frozen=True)
-class Family:
-    """Attribute paths of one model family; layer-level paths are relative to one layer.
-
-    `fused_qkv` replaces q, k and v where one projection yields all three. `up` lists every projection into the FFN's
-    hidden neurons (two for gated FFNs). `attention_out` and `ffn_out` are the modules whose output is added to the
-    residual stream (after dropout, where the family has one). `ffn_norm` is the LayerNorm after the FFN's residual add
-    in post-norm families, None in pre-norm ones; these have a `final_norm` above the top layer instead.
-    `embedding_tables` are tables looked up by one index per token.
-
-    Who else touches the residual stream: `norms` are a layer's norms over it, `embedding_norm` is the one above the
-    tables. `embedding_projection` maps narrower embeddings to it, in models that have it. `readers` are the linear
-    layers of the heads, seen from the whole model ("@" stands for the backbone): of each tuple the first that exists
-    reads the stream. `transforms` are (dense, norm, decoder) of language-model heads, which stay in the stream's
-    coordinates because the decoder shares the token embedding. `own_head_size`: the configuration states head_dim
-    beside hidden_size, so that either can change alone.
-    """
-
-    layers: str
-    embeddings: tuple[str, ...]
-    embedding_tables: tuple[str, ...]
-    attention: str
-    o: str
-    up: tuple[str, ...]
-    down: str
-    attention_out: str
-    ffn_out: str
-    q: str | None = None
-    k: str | None = None
-    v: str | None = None
-    fused_qkv: str | None = None
-    ffn_norm: str | None = None
-    pooler: str | None = None
-    final_norm: str | None = None
-    norms: tuple[str, ...] = ()
-    embedding_norm: str | None = None
-    embedding_projection: str | None = None
-    readers: tuple[tuple[str, ...], ...] = ()
-    transforms: tuple[tuple[str, str, str], ...] = ()
-    own_head_size: bool = False
-    causal: bool = False
-    head_size: str = "attention_head_size"
-    # Attributes of the attention module that repeat its shape: (query heads, KV heads, head_dim) -> value.
-    shape_attributes: dict[str, Callable[[int, int, int], int]] = field(default_factory=dict)
-
-
-_BERT_EMBEDDINGS = tuple(f"embeddings.{part}_embeddings" for part in ("word", "position", "token_type"))
-_BERT = Family(
-    layers="encoder.layer",
-    embeddings=("embeddings",),
-    embedding_tables=_BERT_EMBEDDINGS,
-    attention="attention.self",
-    q="attention.self.query",
-    k="attention.self.key",
-    v="attention.self.value",
-    o="attention.output.dense",
-    up=("intermediate.dense",),
-    down="output.dense",
-    attention_out="attention.output.dropout",
-    ffn_out="output.dropout",
-    ffn_norm="output.LayerNorm",
-    norms=("attention.output.LayerNorm", "output.LayerNorm"),
-    embedding_norm="embeddings.LayerNorm",
-    embedding_projection="embeddings_project",
-    readers=(
-        ("@.pooler.dense", "classifier.dense", "classifier"),
-        ("qa_outputs",),
-        ("discriminator_predictions.dense",),
-    ),
-    transforms=(
-        ("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.decoder"),
-        ("lm_head.dense", "lm_head.layer_norm", "lm_head.decoder"),
-        ("generator_predictions.dense", "generator_predictions.LayerNorm", "generator_lm_head"),
-    ),
-    pooler="pooler",
-    shape_attributes={
-        "num_attention_heads": lambda heads, kv, dim: heads,
-        "all_head_size": lambda heads, kv, dim: heads * dim,
-    },
-)
-_DISTILBERT = Family(
-    layers="transformer.layer",
-    embeddings=("embeddings",),
-    embedding_tables=_BERT_EMBEDDINGS[:2],
-    attention="attention",
-    q="attention.q_lin",
-    k="attention.k_lin",
-    v="attention.v_lin",
-    o="attention.out_lin",
-    up=("ffn.lin1",),
-    down="ffn.lin2",
-    attention_out="attention.out_lin",
-    ffn_out="ffn.dropout",
-    ffn_norm="output_layer_norm",
-    norms=("sa_layer_norm", "output_layer_norm"),
-    embedding_norm="embeddings.LayerNorm",
-    readers=(("pre_classifier", "classifier"), ("qa_outputs",)),
-    transforms=(("vocab_transform", "vocab_layer_norm", "vocab_projector"),),
-    shape_attributes={"n_heads": lambda heads, kv, dim: heads},
-)
-# Heads of decoders: one linear layer on the final norm's output.
-_TOP = (("lm_head",), ("score",), ("classifier",), ("qa_outputs",))
-_LLAMA = Family(
-    layers="layers",
-    embeddings=("embed_tokens",),
-    embedding_tables=("embed_tokens",),
-    attention="self_attn",
-    q="self_attn.q_proj",
-    k="self_attn.k_proj",
-    v="self_attn.v_proj",
-    o="self_attn.o_proj",
-    up=("mlp.gate_proj", "mlp.up_proj"),
-    down="mlp.down_proj",
-    attention_out="self_attn.o_proj",
-    ffn_out="mlp.down_proj",
-    final_norm="norm",
-    norms=("input_layernorm", "post_attention_layernorm"),
-    readers=_TOP,
-    own_head_size=True,
-    causal=True,
-    head_size="head_dim",
-)
-_GPT2 = Family(
-    layers="h",
-    embeddings=("wte", "wpe"),
-    embedding_tables=("wte", "wpe"),
-    attention="attn",
-    fused_qkv="attn.c_attn",
-    o="attn.c_proj",
-    up=("mlp.c_fc",),
-    down="mlp.c_proj",
-    attention_out="attn.resid_dropout",
-    ffn_out="mlp.dropout",
-    final_norm="ln_f",
-    norms=("ln_1", "ln_2"),
-    readers=_TOP,
-    causal=True,
-    head_size="head_dim",
-    shape_attributes={
-        "num_heads": lambda heads, kv, dim: heads,
-        "split_size": lambda heads, kv, dim: heads * dim,
-    },
-)
-
-FAMILIES: dict[str, Family] = {
-    "bert": _BERT,
-    "roberta": _BERT,
-    "xlm-roberta": _BERT,
-    "camembert": _BERT,
-    "electra": _BERT,
-    "distilbert": _DISTILBERT,
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "gpt2": _GPT2,
-}
+from compressft.families import FAMILIES, Family
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One transformer layer: its module, the family's paths into it, and its present shape."""
+    """One transformer layer: its module, the family's paths into it, and its present shape.
+
+    `family` is the row of the stack that the layer is in, `index` its number in that stack.
+    """
 
     index: int
     name: str
@@ -195,7 +39,7 @@ class Layer:
     @property
     def linears(self) -> tuple[str, ...]:
         """Paths of all linear projections, in execution order."""
-        return (*self.projections, self.family.o, *self.family.up, self.family.down)
+        return (*self.projections, self.family.o, *self.family.cross_linears, *self.family.up, self.family.down)
 
 
 @dataclass(frozen=True)
@@ -256,19 +100,23 @@ def anatomy(model: nn.Module) -> Anatomy:
     prefix = getattr(model, "base_model_prefix", "")
     prefix = prefix if prefix and hasattr(model, prefix) else ""
     backbone = model.get_submodule(prefix)
-    stack = backbone.get_submodule(family.layers)
-    assert isinstance(stack, nn.ModuleList)
-    root = f"{prefix}.{family.layers}" if prefix else family.layers
-    return Anatomy(
-        family,
-        prefix,
-        backbone,
-        tuple(_layer(family, i, f"{root}.{i}", module) for i, module in enumerate(stack)),
-    )
+    layers = [layer for row in (family, family.decoder) if row is not None for layer in _stack(row, prefix, backbone)]
+    return Anatomy(family, prefix, backbone, tuple(layers))
+
+
+def refuse_pairs(model: nn.Module, who: str) -> None:
+    """For what is made for a single stack of layers.
+
+    Raises:
+        UserError: the model is an encoder-decoder.
+    """
+    if family_of(model).decoder is not None:
+        raise UserError(f"{who}: {model.config.model_type} is an encoder-decoder; this wants a single stack of layers")  # type: ignore[union-attr]
 
 
 def stream(model: nn.Module) -> Stream:
     """Who reads, writes and normalises the residual stream of a model with any of its family's heads."""
+    refuse_pairs(model, "hidden width")
     parts = anatomy(model)
     family = parts.family
 
@@ -277,10 +125,7 @@ def stream(model: nn.Module) -> Stream:
         if path is None:
             return None
         path = path.replace("@.", f"{parts.prefix}." if parts.prefix else "")
-        owner: object = model
-        for name in path.split("."):
-            owner = getattr(owner, name, None)
-        return path if isinstance(owner, nn.Module) else None
+        return path if _find(model, path) is not None else None
 
     projection = found(family.embedding_projection and f"@.{family.embedding_projection}")
     norms, reads, writes = [], [], [projection] if projection else []
@@ -315,7 +160,18 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     return (rows, columns) if type(module).__name__ == "Conv1D" else (columns, rows)
 
 
+def _stack(family: Family, prefix: str, backbone: nn.Module) -> list[Layer]:
+    stack = backbone.get_submodule(family.layers)
+    assert isinstance(stack, nn.ModuleList)
+    root = f"{prefix}.{family.layers}" if prefix else family.layers
+    return [_layer(family, i, f"{root}.{i}", module) for i, module in enumerate(stack)]
+
+
 def _layer(family: Family, index: int, name: str, module: nn.Module) -> Layer:
+    present = tuple(path for path in family.up if _find(module, path) is not None)
+    if present != family.up:
+        # T5's FFN is gated in some of its models.
+        family = replace(family, up=present)
     attention = module.get_submodule(family.attention)
     head_dim = int(getattr(attention, family.head_size))
     width = linear_shape(module.get_submodule(family.o))[0]
@@ -330,3 +186,11 @@ def _layer(family: Family, index: int, name: str, module: nn.Module) -> Layer:
         head_dim=head_dim,
         ffn=linear_shape(module.get_submodule(family.down))[0],
     )
+
+
+def _find(root: nn.Module, path: str) -> nn.Module | None:
+    """The module at a path, or None (a part may also be there as None)."""
+    owner: object = root
+    for name in path.split("."):
+        owner = getattr(owner, name, None)
+    return owner if isinstance(owner, nn.Module) else None

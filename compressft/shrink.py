@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressft.anatomy import Layer, anatomy, stream
+from compressft.anatomy import Layer, anatomy, refuse_pairs, stream
 from compressft.errors import UserError
 from compressft.modules.bottleneck import Bottleneck
 from compressft.modules.linear import CompressedLinear
@@ -28,12 +28,15 @@ def shrink(model: nn.Module, keep: Sequence[Mapping[str, Tensor]]) -> None:
 
     Raises:
         ValueError: a number of layers that is not the model's.
+        UserError: heads of a family whose heads cannot go.
     """
     layers = anatomy(model).layers
     if len(keep) != len(layers):
         raise ValueError(f"shrink: {len(keep)} layers given, the model has {len(layers)}")
     for layer, kept in zip(layers, keep, strict=True):
         if "heads" in kept:
+            if layer.family.fixed_heads and len(kept["heads"]) < layer.kv_heads:
+                raise UserError("heads: all layers of this family share a position bias per head; prune its FFN alone")
             _shrink_heads(layer, kept["heads"])
         if "ffn" in kept:
             for path in layer.family.up:
@@ -150,6 +153,7 @@ def drop_layers(model: nn.Module, keep: Sequence[int]) -> None:
     Raises:
         UserError: an index that is no layer, one given twice, or none.
     """
+    refuse_pairs(model, "dropping layers")
     parts = anatomy(model)
     depth = len(parts.layers)
     if not keep or sorted(set(keep)) != list(keep) or not 0 <= keep[0] <= keep[-1] < depth:

@@ -7,15 +7,16 @@ import torch
 import transformers
 from torch import nn
 
-from compressft.anatomy import FAMILIES, anatomy, family_of, linear_shape
+from compressft.anatomy import anatomy, family_of, linear_shape
 from compressft.errors import UserError
+from compressft.families import FAMILIES
 from compressft.model import compress_linear
-from compressft.shrink import shrink
-from tests.tiny import SHAPE, TINY, batch_for, logits, random_keep, tiny
+from compressft.shrink import drop_layers, shrink
+from tests.tiny import PAIRS, SHAPE, TINY, batch_for, logits, pair_batch, random_keep, tiny
 
 
 def test_every_family_has_a_tiny_model():
-    assert set(TINY) == set(FAMILIES)
+    assert set(TINY) | set(PAIRS) == set(FAMILIES)
 
 
 @pytest.mark.parametrize("family", TINY)
@@ -112,3 +113,40 @@ def test_unknown_family_lists_the_known_ones():
     assert all(family in str(caught.value) for family in FAMILIES)
     with pytest.raises(UserError, match="known families"):
         family_of(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("family", PAIRS)
+def test_encoder_decoders(family, gated):
+    """Both stacks, nothing that multiplies a matrix left out, and FFN neurons that can go."""
+    changes = {"feed_forward_proj": "gated-gelu"} if gated and family == "t5" else {}
+    model = tiny(family, **changes)
+    layers = anatomy(model).layers
+    assert [(layer.index, layer.heads, layer.head_dim, layer.ffn) for layer in layers] == [
+        (index, 4, 8, 64) for index in (0, 1, 0, 1)
+    ]
+    for layer in layers:
+        assert model.get_submodule(layer.name) is layer.module
+        matrices = {n for n, p in layer.module.named_parameters() if p.dim() == 2 and "relative" not in n}
+        assert matrices == {f"{path}.weight" for path in layer.linears}
+        assert bool(layer.family.cross) == ("decoder" in layer.name)
+        for path in (layer.family.attention_out, layer.family.ffn_out, layer.family.cross_out, *layer.family.norms):
+            assert path is None or layer.part(path) is not None
+    batch = pair_batch()
+    with torch.no_grad():
+        before = model(**batch).logits
+        keep = torch.arange(0, 64, 2)
+        for layer in layers:
+            layer.part(layer.family.down).weight[:, 1::2] = 0
+        want = model(**batch).logits
+        shrink(model, [{"ffn": keep} for _ in layers])
+        assert not torch.allclose(before, want, atol=1e-3)
+        torch.testing.assert_close(model(**batch).logits, want)
+    with pytest.raises(UserError, match="encoder-decoder"):
+        drop_layers(model, [0])
+
+
+def test_heads_of_t5_stay():
+    model = tiny("t5")
+    with pytest.raises(UserError, match="position bias"):
+        shrink(model, [{"heads": torch.arange(3)} for _ in range(4)])

@@ -15,7 +15,7 @@ import yaml
 from onnx import TensorProto, helper, save
 
 from compressft import cli
-from compressft.anatomy import FAMILIES
+from compressft.families import FAMILIES
 from compressft.recipe import load_recipe, parse_recipe, shipped_recipes
 from tests.tiny_folder import document, rows_of, save_tiny, write_jsonl
 

@@ -53,6 +53,27 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3ForSequenceClassification", _LLAMA),
     "gpt2": ("GPT2LMHeadModel", _GPT2),
 }
+# Encoder-decoders, family -> the same; they take decoder inputs besides (`pair_batch`).
+PAIRS: dict[str, tuple[str, dict[str, Any]]] = {
+    "t5": (
+        "T5ForConditionalGeneration",
+        {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0},
+    ),
+    "bart": (
+        "BartForConditionalGeneration",
+        {
+            "d_model": 32,
+            **{f"{side}_layers": 2 for side in ("encoder", "decoder")},
+            **{f"{side}_attention_heads": 4 for side in ("encoder", "decoder")},
+            **{f"{side}_ffn_dim": 64 for side in ("encoder", "decoder")},
+            "max_position_embeddings": 40,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "decoder_start_token_id": 2,
+            "forced_eos_token_id": None,
+        },
+    ),
+}
 # What the configurations above say: (heads, KV heads, head_dim, ffn).
 SHAPE = {family: (4, 2, 16, 64) if family in ("llama", "mistral", "qwen3") else (4, 4, 8, 64) for family in TINY}
 SHAPE["qwen2"] = (4, 2, 8, 64)
@@ -61,7 +82,7 @@ SHAPE["qwen2"] = (4, 2, 8, 64)
 def tiny(family: str = "bert", *, architecture: str | None = None, seed: int = 0, **changes: Any) -> Any:
     """A random model in fp32 and eval mode; weights large enough that a lost part shows in the logits."""
     register()
-    name, values = TINY[family]
+    name, values = {**TINY, **PAIRS}[family]
     settings = {"vocab_size": VOCABULARY, "num_labels": LABELS, "pad_token_id": 0, **values, **changes}
     attention = settings.pop("attention", TRAINING)
     config = transformers.AutoConfig.for_model(family, **settings)
@@ -97,6 +118,11 @@ def batch_for(family: str) -> dict[str, Tensor]:
     pad = TINY[family][1].get("pad_token_id", 0)
     batch["input_ids"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, pad)
     return batch
+
+
+def pair_batch() -> dict[str, Tensor]:
+    """A padded batch for encoder-decoders: inputs (4, 9) and labels (4, 5)."""
+    return {**padded(), "labels": padded(4, 5, seed=2)["input_ids"].clamp(min=3)}
 
 
 def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

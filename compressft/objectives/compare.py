@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from compressft.anatomy import Layer, anatomy, linear_shape
+from compressft.anatomy import Layer, anatomy, linear_shape, refuse_pairs
 from compressft.errors import UserError
 from compressft.objectives import layer_map
 from compressft.objectives.state import Distillation, widen
@@ -23,6 +23,8 @@ def compare(config: Distill, model: nn.Module, teacher: nn.Module, context: Cont
     Raises:
         UserError: the models do not fit to each other as the configuration says.
     """
+    if config.needs_hidden_states or config.attention > 0 or config.relations > 0:
+        refuse_pairs(model, "objective distill.hidden, attention, cosine and relations")
     state = Distillation()
     layers, theirs = anatomy(model).layers, anatomy(teacher).layers
     state.depths = (len(layers), len(theirs))
