@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from compressft.adapted import get_model
     from compressft.checkpoint import load_compressed
     from compressft.errors import UserError
     from compressft.model import load_model
@@ -12,13 +13,23 @@ if TYPE_CHECKING:
     from compressft.transform import Transform
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "Transform", "UserError", "load_compressed", "load_model", "load_recipe", "run_recipe"]
+__all__ = [
+    "Recipe",
+    "Transform",
+    "UserError",
+    "get_model",
+    "load_compressed",
+    "load_model",
+    "load_recipe",
+    "run_recipe",
+]
 
 # Names load on first use, so that `import compressft` stays fast: public name -> (module, name there).
 _HOMES = {
     "Recipe": ("compressft.recipe", "Recipe"),
     "Transform": ("compressft.transform", "Transform"),
     "UserError": ("compressft.errors", "UserError"),
+    "get_model": ("compressft.adapted", "get_model"),
     "load_compressed": ("compressft.checkpoint", "load_compressed"),
     "load_model": ("compressft.model", "load_model"),
     "load_recipe": ("compressft.recipe", "load_recipe"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -218,6 +219,8 @@ def env() -> None:
 
 def main() -> None:
     """Entry point: turns exceptions into one line and an exit code."""
+    # Where peft is installed, transformers imports bitsandbytes, which recommends a hub package that nothing here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         app()
     except UserError as error:

@@ -105,17 +105,17 @@ class Stage(Part):
     @field_validator("method", mode="before")
     @classmethod
     def _method(cls, value: Any) -> Transform:
-        return _transform(value, METHODS, "method")
+        return parse_transform(value, METHODS, "method")
 
     @field_validator("objectives", mode="before")
     @classmethod
     def _objectives(cls, value: Any) -> tuple[Transform, ...]:
-        return tuple(_transform(item, OBJECTIVES, "objective") for item in _listed(value))
+        return tuple(parse_transform(item, OBJECTIVES, "objective") for item in _listed(value))
 
     @field_validator("passes", mode="before")
     @classmethod
     def _passes(cls, value: Any) -> tuple[Transform, ...]:
-        return tuple(_transform(item, PASSES, "pass") for item in _listed(value))
+        return tuple(parse_transform(item, PASSES, "pass") for item in _listed(value))
 
     @property
     def transforms(self) -> tuple[Transform, ...]:
@@ -203,7 +203,8 @@ def _listed(value: Any) -> Sequence[Any]:
     return value
 
 
-def _transform(value: Any, registry: Mapping[str, type[Transform]], kind: str) -> Transform:
+def parse_transform(value: Any, registry: Mapping[str, type[Transform]], kind: str) -> Transform:
+    """A Transform from its name, or from {"type": name, field: value}; ValueError where that is none."""
     if isinstance(value, Transform):
         return value
     if isinstance(value, str):

@@ -12,7 +12,8 @@ class Kind(Protocol):
 
     `describe` gives JSON values, without tensors. `rebuild` makes the module for one description; its tensors are
     loaded afterwards. `old` is what stands in its place in the plain model: a layer that it takes over, or None where
-    it is an addition. Describing and rebuilding go from the outside to the inside, each module for itself alone.
+    it is an addition. A kind that has to know the module it stands in has a method `attach(owner)` besides, which is
+    called last. Describing and rebuilding go from the outside to the inside, each module for itself alone.
     """
 
     kind: ClassVar[str]

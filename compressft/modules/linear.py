@@ -57,8 +57,9 @@ class CompressedLinear(nn.Linear):
     """y = adapter(x W_eff^T + b) with W_eff = quantise(gates * (W + delta)).
 
     Slots: `gates` (by the type of the pass that put them there), `delta` (a module whose forward returns an (out, in)
-    tensor), `quantizer` (multiplies in the deployed arithmetic), `adapter` (a module on the output), `store` (holds a
-    frozen weight in place of the parameter); the last four are None when empty. The parameters keep the names `weight`
+    tensor; it may have `product(x)`, a cheaper way to the same output, and `bias()`, the bias with its change),
+    `quantizer` (multiplies in the deployed arithmetic), `adapter` (a module on the output), `store` (holds a frozen
+    weight in place of the parameter); the last four are None when empty. The parameters keep the names `weight`
     (out, in) and `bias` (out,) of the layer they came from; a stored weight is built anew, fp32, whenever `weight` is
     read. `transposed` remembers that it was a Conv1D, whose weight is stored (in, out).
     """
@@ -137,24 +138,36 @@ class CompressedLinear(nn.Linear):
         y = self._product(input)
         return y if self.adapter is None or is_bare() else self.adapter(y)
 
+    def base_product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x times W alone, (..., out): no gate, no delta, no quantizer."""
+        if self.store is not None:
+            return packed_linear(x, self.store.nf4, None, bias=bias)
+        return F.linear(x, self.weight, bias)
+
+    def effective_bias(self) -> Tensor | None:
+        """What is added to the product, (out,): a delta may change it too."""
+        changes = None if is_bare() else getattr(self.delta, "bias", None)
+        return self.bias if changes is None else changes()
+
     def _product(self, x: Tensor) -> Tensor:
         quantizer = None if is_dense() else self.quantizer
+        gates: list[Any] = [] if is_dense() else list(self.gates.values())
         if quantizer is not None:
             columns = self.gates.columns()
             if self.training:
                 quantizer.observe(x, columns)
             if quantizer.ready:
-                return quantizer.linear(x, self.effective_weight(), self.bias, columns)
-        elif self.delta is None:
-            gates: list[Any] = [] if is_dense() else list(self.gates.values())
-            weight: Any = None
-            if self.store is not None and all(_reads_nf4(gate) for gate in gates):
-                weight = self.store.nf4
+                return quantizer.linear(x, self.effective_weight(), self.effective_bias(), columns)
+        if self.delta is None or is_bare():
+            if not gates:
+                return self.base_product(x, self.bias)
             if len(gates) == 1:
-                return gates[0].linear(x, self.weight if weight is None else weight, self.bias)
-            if weight is not None and not gates:
-                return packed_linear(x, weight, None, bias=self.bias)
-        return F.linear(x, self.effective_weight(), self.bias)
+                packed = self.store is not None and _reads_nf4(gates[0])
+                return gates[0].linear(x, self.store.nf4 if packed else self.weight, self.bias)  # type: ignore[union-attr]
+        elif not gates and hasattr(self.delta, "product"):
+            # Cheaper than building W + delta: no gradient of the whole weight.
+            return self.delta.product(x)
+        return F.linear(x, self.effective_weight(), self.effective_bias())
 
     @torch.no_grad()
     def fold(self, *names: str) -> None:
@@ -164,8 +177,11 @@ class CompressedLinear(nn.Linear):
         """
         self.unpack()
         if self.delta is not None:
-            self.weight.data = self.weight + self.delta()
+            weight, bias = self.weight + self.delta(), self.effective_bias()
             self.delta = None
+            self.weight.data = weight
+            if bias is not self.bias and bias is not None:
+                self.bias = nn.Parameter(bias.clone(), requires_grad=self.weight.requires_grad)
         for name in names or list(self.gates):
             self.weight.data = self.gates[name](self.weight)
             del self.gates[name]

@@ -1,0 +1,175 @@
+"""Several methods on one base from Python: each is what it would be alone, and the base is nobody's to change."""
+
+import warnings
+
+import pytest
+import torch
+
+from compressft import get_model
+from compressft.adapted import Adapted
+from compressft.errors import UserError
+from compressft.methods import METHODS
+from compressft.methods.adapter import Adapter
+from compressft.transform import Context, trainable
+from tests.tiny import fit, labelled, logits, tiny
+
+LORA = {"type": "peft", "config": {"peft_type": "LORA", "r": 4}}
+SMALL = {"type": "adapter", "size": 4}
+
+
+def two():
+    """A base with LoRA and a bottleneck adapter, both trained."""
+    base = tiny()
+    adapted = get_model(base, LORA, "one")
+    adapted.add_adapter("two", SMALL, seed=1)
+    for name in ("one", "two"):
+        adapted.set_adapter(name)
+        fit(adapted.model, [adapted.methods[name]], [labelled(4)], 3, learning_rate=5e-2)
+    return base, adapted
+
+
+def test_each_is_what_it_is_alone():
+    _, adapted = two()
+    alone = tiny()
+    method = Adapter(size=4)
+    method.prepare(alone, Context(seed=1))
+    fit(alone, [method], [labelled(4)], 3, learning_rate=5e-2)
+    batch = labelled(4, seed=5)
+    assert torch.equal(logits(adapted, batch), logits(alone, batch))
+    adapted.set_adapter("one")
+    assert not torch.equal(logits(adapted, batch), logits(alone, batch))
+
+
+def test_the_base_stays_as_it_was():
+    base, adapted = two()
+    batch = labelled(4)
+    fresh = logits(tiny(), batch)
+    assert torch.equal(logits(base, batch), fresh)
+    with adapted.disable_adapter():
+        assert torch.equal(logits(adapted, batch), fresh)
+    assert not torch.equal(logits(adapted, batch), fresh)
+    assert not [name for name, _ in trainable(base)]
+    adapted.delete_adapter("two")
+    assert torch.equal(logits(adapted, batch), fresh) and adapted.active is None
+
+
+def test_frozen_tensors_are_shared():
+    base, adapted = two()
+    shared = {parameter.data_ptr() for parameter in base.parameters()}
+    for tree in adapted.trees.values():
+        for name, parameter in tree.named_parameters():
+            assert (parameter.data_ptr() in shared) == (not parameter.requires_grad), name
+    extra = sum(p.numel() for t in adapted.trees.values() for _, p in trainable(t))
+    assert sum(p.numel() for p in adapted.parameters()) == sum(p.numel() for p in base.parameters()) + extra
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_one_method_per_row(labels):
+    _, adapted = two()
+    batch = labelled(5)
+    names = ["two", "one", "__base__", "one", "two"]
+    if not labels:
+        del batch["labels"]
+    with torch.no_grad():
+        mixed = adapted(**batch, adapter_names=names)
+    for row, name in enumerate(names):
+        tree = adapted.base_model if name == "__base__" else adapted.trees[name]
+        alone = {key: value[row : row + 1] for key, value in batch.items()}
+        torch.testing.assert_close(mixed.logits[row : row + 1], logits(tree, alone))
+    if labels:
+        own = torch.nn.functional.cross_entropy(mixed.logits, batch["labels"])
+        torch.testing.assert_close(mixed.loss, own)
+    else:
+        assert "loss" not in mixed
+
+
+def test_rows_train_their_own_method():
+    _, adapted = two()
+    batch = labelled(4)
+    adapted(**batch, adapter_names=["one", "one", "two", "__base__"]).loss.backward()
+    for name in ("one", "two"):
+        assert any(p.grad is not None and p.grad.abs().max() > 0 for _, p in trainable(adapted.trees[name]))
+    assert all(p.grad is None for p in adapted.base_model.parameters())
+
+
+def test_prints_what_peft_prints(capsys):
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_model(tiny(), LORA)
+    adapted.print_trainable_parameters()
+    ours = capsys.readouterr().out
+    with warnings.catch_warnings():
+        # PEFT asks transformers for a name that it is giving up.
+        warnings.simplefilter("ignore", FutureWarning)
+        theirs = get_peft_model(tiny(), LoraConfig(r=4, modules_to_save=["classifier", "pooler"]))
+    theirs.print_trainable_parameters()
+    found = capsys.readouterr().out
+    # PEFT keeps a second copy of what it trains of the base itself, and counts it.
+    assert ours.split(" || ")[0] == found.split(" || ")[0]
+    assert [part.split(":")[0] for part in ours.split(" || ")] == [part.split(":")[0] for part in found.split(" || ")]
+    trained, total = adapted.get_nb_trainable_parameters()
+    assert (
+        ours == f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}\n"
+    )
+
+
+def test_merged_is_plain_and_the_same():
+    base, adapted = two()
+    batch = labelled(4, seed=5)
+    adapted.set_adapter("one")
+    want = logits(adapted, batch)
+    merged = adapted.merge_and_unload()
+    assert type(merged) is type(base)
+    assert {type(m) for m in merged.modules()} == {type(m) for m in tiny().modules()}
+    torch.testing.assert_close(logits(merged, batch), want, atol=1e-5, rtol=1e-5)
+    assert torch.equal(logits(adapted, batch), want)
+    adapted.set_adapter("two")
+    with pytest.raises(UserError, match="method adapter adds what no weight can hold"):
+        adapted.merge_and_unload()
+
+
+def test_a_trainer_can_take_it():
+    """Calls, attributes, saving of state and training mode reach the active tree."""
+    _, adapted = two()
+    assert adapted.config.model_type == "bert"
+    assert adapted.train().trees["one"].training and not adapted.eval().trees["two"].training
+    other = two()[1]
+    with torch.no_grad():
+        for _, parameter in trainable(other):
+            parameter.zero_()
+    other.load_state_dict(adapted.state_dict())
+    assert torch.equal(logits(other, labelled(4)), logits(adapted, labelled(4)))
+
+
+def test_generates():
+    adapted = get_model(tiny("llama"), SMALL)
+    out = adapted.generate(input_ids=torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert out.shape == (1, 7)
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (lambda a: a.add_adapter("one", SMALL), "'one': the name is taken"),
+        (lambda a: a.add_adapter("a.b", SMALL), "without dots"),
+        (lambda a: a.add_adapter("three", {"type": "adaptor"}), "did you mean 'adapter'"),
+        (lambda a: a.add_adapter("three", {"type": "adapter", "sise": 3}), "unknown field"),
+        (lambda a: a.set_adapter("on"), "did you mean 'one'"),
+        (lambda a: a.delete_adapter("x"), "'x' is not there"),
+        (lambda a: a(**labelled(4), adapter_names=["one"] * 3), "3 names for a batch of 4 rows"),
+        (lambda a: a(**labelled(4), adapter_names=["one", "tow", "one", "one"]), "'tow' is not there"),
+    ],
+)
+def test_refuses(act, message):
+    adapted = get_model(tiny(), SMALL, "one")
+    with pytest.raises(UserError, match=message):
+        act(adapted)
+    assert isinstance(adapted, Adapted) and list(adapted.trees) == ["one"] and set(adapted.methods) == {"one"}
+
+
+def test_every_method_by_name():
+    fields = {"layers": {"top": 1}}
+    for name in ("full", "layers", "adapter", "probe", "peft"):
+        assert name in METHODS
+        adapted = get_model(tiny(), {"type": name, **fields.get(name, {})})
+        assert adapted.get_nb_trainable_parameters()[0] > 0
