@@ -97,11 +97,15 @@ def plan(recipe: Recipe, memory: str | None = None) -> Prediction:
     budget = parse_bytes(memory) if memory else None
     tokenizer = load_tokenizer(recipe.model)
     kind = TASKS[recipe.task]
-    splits = load_splits(recipe.data, kind.fields)
+    splits = load_splits(recipe.data, kind.fields, tokenizer.mask_token)
     task = make_task(recipe.task, tokenizer, recipe.data.max_length, kind.labels_of(splits.train))
     lengths = [len(feature["input_ids"]) for feature in task.encode(splits.train)]
+    more = [len(feature["input_ids"]) for feature in task.encode_unlabelled(splits.unlabelled)]
     arguments = task.model_arguments()
-    stages = [_stage(s, load_empty(recipe.model, task.auto_class, **arguments), lengths) for s in recipe.stages]
+    stages = []
+    for stage in recipe.stages:
+        taught = more if any(objective.answers for objective in stage.objectives) else []
+        stages.append(_stage(stage, load_empty(recipe.model, task.auto_class, **arguments), lengths + taught))
     return Prediction(stages, budget)
 
 

@@ -22,6 +22,8 @@ from compressft.transform import Transform
 TaskType = Literal["sequence-classification", "regression", "token-classification", "causal-lm"]
 
 
+# Tasks whose rows may lack a label while a teacher answers.
+TEACHABLE = ("sequence-classification", "token-classification")
 SOURCES = ("sample", "dataset", "train")
 
 
@@ -32,6 +34,25 @@ class Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+class AugmentConfig(Part):
+    """Rewritten copies of the training rows, without labels (`data/augment.py`): how many per row, and how.
+
+    `mask`, `replace` and `drop` are probabilities per word, `crop` is one per copy.
+    """
+
+    copies: float = Field(default=4.0, gt=0)
+    mask: float = Field(default=0.1, ge=0, le=1)
+    replace: float = Field(default=0.1, ge=0, le=1)
+    drop: float = Field(default=0.05, ge=0, le=1)
+    crop: float = Field(default=0.25, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _one_fate(self) -> AugmentConfig:
+        if self.mask + self.replace + self.drop >= 1:
+            raise ValueError("mask, replace and drop together leave no word as it was; their sum must be below 1")
+        return self
+
+
 class DataConfig(Part):
     """Where the rows come from. Give `sample` (shipped), `train` (a file or several) or `dataset` (a hub id, with
     the `subset` it may want, such as "sst2" of "glue").
@@ -39,6 +60,9 @@ class DataConfig(Part):
     Without a validation split, the fraction `validation_fraction` of train is carved out, stratified by label and
     seeded. `per_class` keeps a balanced sample of the training rows; `limit` the first rows after shuffling.
     `columns` maps the task's fields (text, text_b, label, score, tokens, tags) to column names.
+
+    Rows without labels train through distillation alone: those of `unlabelled` (a file or several), and rewritten
+    copies of the training rows (`augment`). Stages without a teacher do not see them.
     """
 
     sample: str | None = None
@@ -47,6 +71,8 @@ class DataConfig(Part):
     train: str | tuple[str, ...] | None = None
     validation: str | tuple[str, ...] | None = None
     test: str | tuple[str, ...] | None = None
+    unlabelled: str | tuple[str, ...] | None = None
+    augment: AugmentConfig | None = None
     columns: dict[str, str] = Field(default_factory=dict)
     max_length: int = Field(default=128, ge=4)
     validation_fraction: float = Field(default=0.1, gt=0, lt=1)
@@ -168,6 +194,11 @@ class Recipe(Part):
 
     @model_validator(mode="after")
     def _stages(self) -> Recipe:
+        asked = [name for name in ("unlabelled", "augment") if getattr(self.data, name) is not None]
+        if asked and self.task not in TEACHABLE:
+            raise ValueError(f"data.{asked[0]}: rows without labels are for {' and '.join(TEACHABLE)}; remove it")
+        if asked and not any(objective.answers for stage in self.stages for objective in stage.objectives):
+            raise ValueError(f"data.{asked[0]}: rows without labels need a teacher; add objective distill or remove it")
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise ValueError(f"stages: names must differ; got {names}")
@@ -337,7 +368,7 @@ def _merge(base: Any, new: Any) -> Any:
 def _without_source(data: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """A new source of rows replaces the base's: its files, sample or hub id do not mix with it."""
     if any(new.get(source) is not None for source in SOURCES):
-        return {key: value for key, value in data.items() if key not in (*SOURCES, "validation", "test")}
+        return {key: value for key, value in data.items() if key not in (*SOURCES, "validation", "test", "unlabelled")}
     return data
 
 

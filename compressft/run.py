@@ -44,7 +44,9 @@ def run(recipe: Recipe, output: str | Path, resume: bool = False, console: Conso
     with RunFolder(output, recipe, resume) as folder:
         tokenizer = load_tokenizer(recipe.model)
         task, splits = load_task(recipe, tokenizer)
-        rows = ", ".join(f"{len(split)} {name}" for name, split in vars(splits).items())
+        rows = ", ".join(
+            f"{len(split)} {name}" for name, split in vars(splits).items() if split or name != "unlabelled"
+        )
         console.print(f"{recipe.name}: {rows} rows", highlight=False)
         info = model_info(recipe, task)
         model, task, stages = train_stages(recipe, folder, task, splits, info, console)
@@ -73,7 +75,7 @@ def complete(exported: dict[str, Any], recipe: Recipe, stages: list[dict[str, An
 def load_task(recipe: Recipe, tokenizer: Any) -> tuple[Task, Splits]:
     """The recipe's rows, and its task with the labels that occur in train."""
     kind = TASKS[recipe.task]
-    splits = load_splits(recipe.data, kind.fields)
+    splits = load_splits(recipe.data, kind.fields, tokenizer.mask_token)
     return make_task(recipe.task, tokenizer, recipe.data.max_length, kind.labels_of(splits.train)), splits
 
 

@@ -83,6 +83,7 @@ class StageRows:
 
     def _encode(self) -> None:
         self.train = self.task.encode(self.splits.train)
+        self.unlabelled = self.task.encode_unlabelled(self.splits.unlabelled)
         self.validation = self.task.encode(self.splits.validation)
 
     def retokenise(self, tokenizer: Any) -> list[dict[str, Any]]:
@@ -91,14 +92,21 @@ class StageRows:
         self._encode()
         return self.train
 
-    @property
-    def features(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Training, validation."""
-        return self.train, self.validation
+    def features(self, stage: Stage) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """What this stage trains on, and validation; rows without labels where something answers for them."""
+        taught = any(objective.answers for objective in stage.objectives)
+        return self.train + (self.unlabelled if taught else []), self.validation
 
     def data(self) -> TrainingData:
         """What Transforms see of it."""
-        return TrainingData(self.task.tokenizer, self.train, self.task.collate, self.retokenise)
+        return TrainingData(
+            self.task.tokenizer,
+            self.train,
+            self.task.collate,
+            self.retokenise,
+            self.task.max_length,
+            lambda: self.unlabelled,
+        )
 
 
 def train_stage(
@@ -138,7 +146,7 @@ def train_stage(
     done = manifest.get("done", False)
     folder.rewind(manifest["step"], evaluated=not done)
     reporter = Reporter(folder, stage.name, task, stage.train.keep_checkpoints, offset, manifest["seconds"], console)
-    trainer = CompressionTrainer(model, task, stage.train, context, *rows.features, folder.staging, [reporter])
+    trainer = CompressionTrainer(model, task, stage.train, context, *rows.features(stage), folder.staging, [reporter])
     reporter.trainer = trainer
     trainer.tokens = manifest.get("tokens", 0)
     trainable = count(model)["trainable"]

@@ -15,7 +15,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalPrediction
 
-from compressft.data.tasks import Task
+from compressft.data.tasks import IGNORE, Task
 from compressft.errors import UserError
 from compressft.recipe import TrainConfig
 from compressft.transform import TASK_LOSS, Context, Transform
@@ -148,6 +148,9 @@ class CompressionTrainer(Trainer):
         if training:
             # Without the wrapper that distributed training puts around it.
             plain: Any = self.model
+            if not inputs["labels"].ne(IGNORE).any():
+                # The mean over no label at all is not a number.
+                loss = 0.0 * outputs["logits"].sum()
             terms: dict[str, Tensor] = {TASK_LOSS: loss * math.prod(t.task_weight(plain) for t in self.transforms)}
             for transform in self.transforms:
                 terms |= transform.loss(plain, inputs, outputs, self.context)

@@ -32,12 +32,21 @@ class TrainingData:
         features: encoded training rows: token ids without padding, `labels` as the task has them.
         collate: features -> padded batch.
         replace: encodes everything anew with another tokenizer.
+        max_length: tokens to which rows are cut, in all splits; None where only `features` are known.
+        unlabelled: gives the encoded rows without labels that stages with a teacher train on besides.
     """
 
     tokenizer: Any
     features: Sequence[dict[str, Any]]
     collate: Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]]
     replace: Callable[[Any], Sequence[dict[str, Any]]]
+    max_length: int | None = None
+    unlabelled: Callable[[], Sequence[dict[str, Any]]] = list
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a row may have."""
+        return self.max_length or max(len(feature["input_ids"]) for feature in self.features)
 
     def batches(self, rows: int, size: int, seed: int) -> list[dict[str, torch.Tensor]]:
         """A calibration set: `rows` distinct training rows (all if there are fewer) in batches of `size`."""
@@ -120,6 +129,8 @@ class Transform(BaseModel):
 
     type: str
     needs_hidden_states: ClassVar[bool] = False
+    # Whether it says what rows without labels should give.
+    answers: ClassVar[bool] = False
     # Transforms are prepared, followed and finalised in ascending order: what removes parts before training, the
     # method, what looks at activations, what gates single weights, what gates parts, what quantises.
     order: ClassVar[int] = METHOD

@@ -5,24 +5,29 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from compressft.data.augment import rewritten
+from compressft.data.fields import Fields
 from compressft.data.rows import ROW_KEY, Row, hub_rows, read_rows, sample_files
 from compressft.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from compressft.data.tasks import Fields
     from compressft.recipe import DataConfig
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Rows with canonical keys (`text`, `label`, ...). `test` may be empty: the report then uses validation."""
+    """Rows with canonical keys (`text`, `label`, ...). `test` may be empty: the report then uses validation.
+
+    `unlabelled` rows have inputs alone.
+    """
 
     train: list[Row]
     validation: list[Row]
     test: list[Row]
+    unlabelled: list[Row] = field(default_factory=list)
 
     @property
     def report_split(self) -> str:
@@ -30,11 +35,12 @@ class Splits:
         return "test" if self.test else "validation"
 
 
-def load_splits(config: DataConfig, fields: Fields) -> Splits:
+def load_splits(config: DataConfig, fields: Fields, mask: str | None = None) -> Splits:
     """Load and check all splits of a recipe.
 
     Args:
         fields: the task's required and optional fields.
+        mask: the tokenizer's mask token, for rewritten rows.
 
     Raises:
         UserError: a file, column, row or label is wrong.
@@ -58,7 +64,22 @@ def load_splits(config: DataConfig, fields: Fields) -> Splits:
             known = {row[fields.label] for row in train}
             validation = [row for row in validation if row[fields.label] in known] or train[: max(config.limit // 4, 1)]
             test = [row for row in test if row[fields.label] in known]
-    return Splits(train, validation, test)
+    return Splits(train, validation, test, _unlabelled(config, fields, train, mask))
+
+
+def _unlabelled(config: DataConfig, fields: Fields, train: list[Row], mask: str | None) -> list[Row]:
+    """Rows of files without labels, then rewritten training rows."""
+    rows: list[Row] = []
+    if config.unlabelled is not None:
+        files = config.unlabelled if isinstance(config.unlabelled, tuple) else (config.unlabelled,)
+        raw = [row for file in files for row in read_rows(file)]
+        columns = {name: column for name, column in config.columns.items() if name in fields.inputs}
+        rows = canonical_rows(raw, columns, Fields.of_inputs(fields))
+        if config.limit:
+            rows = _limited(rows, config.limit, config.seed)
+    if config.augment is not None:
+        rows += rewritten(train, fields.inputs, config.augment, mask, config.seed)
+    return rows
 
 
 def _raw(config: DataConfig) -> dict[str, list[Row]]:

@@ -5,49 +5,17 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from compressft.data.fields import Fields
 from compressft.data.rows import ROW_KEY, Row
 from compressft.errors import UserError
 
 IGNORE = -100
-
-
-@dataclass(frozen=True)
-class Fields:
-    """Fields of a task's rows. `label` names the class field that splits are stratified by."""
-
-    required: tuple[str, ...]
-    optional: tuple[str, ...] = ()
-    label: str | None = None
-
-    @property
-    def all(self) -> tuple[str, ...]:
-        """Required, then optional."""
-        return self.required + self.optional
-
-    def convert(self, name: str, value: Any, place: str) -> Any:
-        """Bring a value to its field's type; UserError where it cannot be."""
-        if name == "score":
-            try:
-                number = float(value)
-            except (TypeError, ValueError):
-                number = math.nan
-            if not math.isfinite(number):
-                raise UserError(f"data: {place}: score {value!r} is not a number")
-            return number
-        if name in ("tokens", "tags"):
-            if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
-                raise UserError(f"data: {place}: {name} wants a list of strings; got {value!r}")
-            return value
-        if isinstance(value, dict | list):
-            raise UserError(f"data: {place}: {name} wants a string; got {type(value).__name__}")
-        return str(value)
 
 
 class Task(ABC):
@@ -102,6 +70,13 @@ class Task(ABC):
             batch[key] = torch.tensor([f[key] + [fill] * (width - len(f[key])) for f in features])
         return batch
 
+    def encode_unlabelled(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        """Features of rows without labels, whose `labels` no loss counts."""
+        return [{**feature, "labels": self._no_label(feature)} for feature in self.encode(rows)] if rows else []
+
+    def _no_label(self, feature: dict[str, Any]) -> Any:
+        return IGNORE
+
     def _collate_labels(self, labels: list[Any], width: int) -> Tensor:
         return torch.tensor(labels)
 
@@ -122,7 +97,7 @@ class SequenceClassification(Task):
     """One label per text or pair of texts; accuracy."""
 
     type = "sequence-classification"
-    fields = Fields(("text", "label"), ("text_b",), label="label")
+    fields = Fields(("text", "label"), ("text_b",), label="label", answer="label")
     auto_class = "AutoModelForSequenceClassification"
     metric = "accuracy"
 
@@ -147,7 +122,7 @@ class Regression(Task):
     """One number per text or pair of texts; Pearson correlation (0 where the predictions are constant)."""
 
     type = "regression"
-    fields = Fields(("text", "score"), ("text_b",))
+    fields = Fields(("text", "score"), ("text_b",), answer="score")
     auto_class = "AutoModelForSequenceClassification"
     metric = "pearson"
 
@@ -180,7 +155,7 @@ class TokenClassification(Task):
     """One tag per word, carried by its first piece; span F1 (seqeval) for BIO tags, token accuracy otherwise."""
 
     type = "token-classification"
-    fields = Fields(("tokens", "tags"))
+    fields = Fields(("tokens", "tags"), answer="tags")
     auto_class = "AutoModelForTokenClassification"
     metric = "f1"
 
@@ -201,6 +176,9 @@ class TokenClassification(Task):
                 feature["labels"] = self._align(encoded.word_ids(i), row)
             features.append(feature)
         return features
+
+    def _no_label(self, feature: dict[str, Any]) -> list[int]:
+        return [IGNORE] * len(feature["input_ids"])
 
     def _align(self, words: list[int | None], row: Row) -> list[int]:
         previous, labels = None, []

@@ -54,7 +54,7 @@ def export(recipe: Recipe, root: Path, splits: Splits, console: Console) -> dict
     task = make_task(recipe.task, tokenizer, recipe.data.max_length, manifest["labels"])
     model = load_compressed(root / "model")
     baseline = baseline_folder(recipe, root)
-    encoded = {name: task.encode(rows) for name, rows in vars(splits).items() if name != "train" and rows}
+    encoded = {name: task.encode(rows) for name, rows in vars(splits).items() if name in ("validation", "test") and rows}
     report = describe_run(recipe, root, model, baseline)
     split = splits.report_split
     quality = {"metric": task.metric, "split": split, "baseline": None, "torch": None, "onnx": None}
@@ -219,7 +219,6 @@ def measure(
             dense = load_model(recipe.model, task.auto_class, **task.model_arguments())
             save_compressed(dense, None, dense_folder, {})
         dense = load_compressed(dense_folder, verify=False)
-        dense.config._attn_implementation = "sdpa"
         base_file = Path(scratch) / "base.onnx"
         save(to_graph(dense, sample_batch(task, encoded), tidy=False), base_file)
         models = {

@@ -72,6 +72,11 @@ class Distill(Transform):
     cache_precision: Literal["fp32", "fp16"] = "fp32"
 
     @property
+    def answers(self) -> bool:  # type: ignore[override]
+        """Whether rows without labels are taught: by logits or by what is inside."""
+        return self.logits > 0 or self._looks_inside
+
+    @property
     def needs_hidden_states(self) -> bool:  # type: ignore[override]
         """Whether the student's forward must return its hidden states."""
         return self.hidden > 0 or self.cosine > 0

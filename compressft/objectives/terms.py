@@ -52,8 +52,10 @@ def logit_term(config: Distill, model: nn.Module, batch: Mapping[str, Tensor], o
     if ours.shape[-1] == 1:
         return F.mse_loss(ours, theirs)
     if ours.dim() == 3:
-        # Per-token logits: only positions that carry a label or a real token.
-        keep = batch["labels"].ne(-100) if "labels" in batch else batch["attention_mask"].bool()
+        # Per-token logits: only positions that carry a label; all real tokens of a row that carries none.
+        real = batch["attention_mask"].bool()
+        keep = batch["labels"].ne(-100) if "labels" in batch else torch.zeros_like(real)
+        keep = keep | (real & ~keep.any(1, keepdim=True))
         if predicts_next(model, ours):
             ours, theirs, keep = ours[:, :-1], theirs[:, :-1], keep[:, 1:]
         ours, theirs = ours[keep], theirs[keep]

@@ -17,7 +17,7 @@ from compressft.transform import REMOVES, Context, Transform
 
 
 class Vocabulary(Transform):
-    """Keep the pieces of the training rows, a reserve, and every single character; all other rows leave the model.
+    """Keep the pieces of the training rows, labelled or not, a reserve, and every single character.
 
     Rows go before training starts, so gradients and optimiser state shrink too. Training texts are cut exactly as
     before; a new text may be cut into more and shorter pieces, but gets no unknown token that it had not before
@@ -40,7 +40,8 @@ class Vocabulary(Transform):
         if context.data is None:
             raise UserError("pass vocabulary: needs training rows to look at; run it in a recipe's stage")
         old: Any = context.data.tokenizer
-        counts = Counter(i for feature in context.data.features for i in feature["input_ids"])
+        texts = (*context.data.features, *context.data.unlabelled())
+        counts = Counter(i for feature in texts for i in feature["input_ids"])
         for special in old.all_special_ids:
             del counts[special]
         frequent = [i for i, n in counts.most_common(self.limit) if n >= self.min_count]

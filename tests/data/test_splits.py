@@ -117,7 +117,8 @@ def test_scores_become_numbers():
 
 
 def test_every_task_says_its_fields():
-    assert TokenClassification.fields == Fields(("tokens", "tags"))
+    assert TokenClassification.fields == Fields(("tokens", "tags"), answer="tags")
+    assert TokenClassification.fields.inputs == ("tokens",)
     assert CausalLM.fields.all == ("text",)
     assert all(task.fields.label in (None, *task.fields.required) for task in TASKS.values())
 
@@ -264,3 +265,26 @@ def test_sample_with_files_of_ones_own(files):
     splits = load_splits(DataConfig(sample="banking77", limit=50, **paths), FIELDS)
     assert len(splits.train) == 50
     assert [row["text"] for row in splits.test] in ([], ["where is my card"])
+
+
+# Rows without labels.
+
+
+def test_unlabelled_rows_come_from_files_and_from_rewriting(files):
+    more = [{"text": f"more {i}", ROW_KEY: f"f:{i}"} for i in range(5)]
+    paths = files(train=rows_of(), unlabelled=more)
+    splits = load_splits(DataConfig(**paths, augment={"copies": 2.0}, seed=3), FIELDS, "[MASK]")
+    assert [row["text"] for row in splits.unlabelled[:5]] == [row["text"] for row in more]
+    assert len(splits.unlabelled) == 5 + 2 * len(splits.train)
+    assert all("label" not in row for row in splits.unlabelled)
+    # Nothing of the validation rows is rewritten: their numbers do not occur.
+    words = {word for row in splits.unlabelled[5:] for word in row["text"].split()} - {"[MASK]"}
+    assert words <= {word for row in splits.train for word in row["text"].split()}
+    assert len(load_splits(DataConfig(**paths, limit=4), FIELDS).unlabelled) == 4
+
+
+def test_unlabelled_rows_need_a_text(files):
+    paths = files(train=rows_of(), unlabelled=[{"body": "a", ROW_KEY: "f:1"}])
+    with pytest.raises(UserError, match="no column 'text'"):
+        load_splits(DataConfig(**paths), FIELDS)
+    assert load_splits(DataConfig(**files(train=rows_of())), FIELDS).unlabelled == []

@@ -1,0 +1,52 @@
+"""Which fields a task's rows have, and their types."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from compressft.errors import UserError
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Fields of a task's rows. `label` names the class field that splits are stratified by, `answer` what is asked."""
+
+    required: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+    label: str | None = None
+    answer: str | None = None
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        """Required, then optional."""
+        return self.required + self.optional
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """All but the answer."""
+        return tuple(name for name in self.all if name != self.answer)
+
+    @classmethod
+    def of_inputs(cls, fields: Fields) -> Fields:
+        """The same rows without their answers."""
+        return cls(tuple(name for name in fields.required if name != fields.answer), fields.optional)
+
+    def convert(self, name: str, value: Any, place: str) -> Any:
+        """Bring a value to its field's type; UserError where it cannot be."""
+        if name == "score":
+            try:
+                number = float(value)
+            except (TypeError, ValueError):
+                number = math.nan
+            if not math.isfinite(number):
+                raise UserError(f"data: {place}: score {value!r} is not a number")
+            return number
+        if name in ("tokens", "tags"):
+            if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+                raise UserError(f"data: {place}: {name} wants a list of strings; got {value!r}")
+            return value
+        if isinstance(value, dict | list):
+            raise UserError(f"data: {place}: {name} wants a string; got {type(value).__name__}")
+        return str(value)
