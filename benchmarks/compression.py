@@ -60,6 +60,7 @@ def student(
     passes: Sequence[dict[str, Any]],
     train: dict[str, Any],
     distill: dict[str, Any] | None = None,
+    data: dict[str, Any] | None = None,
     export: dict[str, Any] | None = None,
     **facts: Any,
 ) -> Case:
@@ -70,7 +71,7 @@ def student(
     recipe = {
         "name": name,
         "model": source,
-        "data": DATA[task](),
+        "data": {**DATA[task](), **(data or {})},
         "stages": [stage],
         "export": export or {"enabled": False},
     }
