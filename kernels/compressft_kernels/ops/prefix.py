@@ -110,6 +110,8 @@ def prefix_attention(
         return reference.prefix_attention(q, k, v, prefix_k, prefix_v, causal=causal, lengths=lengths, scale=scale)
     check_prefix(q, k, v, prefix_k, prefix_v, lengths)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    # The kernels read them as they lie in memory: an expanded tensor has one value there.
+    lengths = None if lengths is None else lengths.contiguous()
     o, _ = prefix_forward(q.to(dtype), k.to(dtype), v.to(dtype), prefix_k, prefix_v, lengths, causal, scale)
     return o
 

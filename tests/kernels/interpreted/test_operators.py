@@ -287,3 +287,12 @@ def test_sizes_without_a_kernel_take_the_twin(random):
         y = adapter(x, wd, None, wu, None)
     assert not any(event.key.startswith("compressft::") for event in profile.key_averages())
     torch.testing.assert_close(y, reference.adapter(x, wd, None, wu, None))
+
+
+def test_lengths_of_any_strides(random):
+    """One length expanded over the batch, and every second one of a longer tensor."""
+    q, k, v = (random(3, 2, 5, 8, dtype=torch.float32) for _ in range(3))
+    front = [random(2, 3, 8, dtype=torch.float32) for _ in range(2)]
+    for lengths in (torch.tensor([2]).expand(3), torch.tensor([5, 0, 2, 0, 3, 0])[::2]):
+        ours = prefix_attention(q, k, v, *front, lengths=lengths)
+        torch.testing.assert_close(ours, reference.prefix_attention(q, k, v, *front, lengths=lengths))
