@@ -259,7 +259,8 @@ def save_delta(
 ) -> None:
     """Write a `delta/` folder: only the tensors that differ from the base (by value or shape), and the base's hash.
 
-    Pruned matrices are stored as bits and values where that is smaller.
+    Each is stored in its smallest exact form (`compressft.sparse`): a masked matrix is one bit a weight, a sparsely
+    changed one its new values and where they are, rows of the base's are their numbers.
 
     Args:
         base: `base_tensors` of the model that training started from.
@@ -274,7 +275,7 @@ def save_delta(
             for name, tensor in (plain | extra).items()
             if name not in base or base[name].shape != tensor.shape or not torch.equal(base[name], tensor)
         }
-        save_file(pack(changed), target / DELTA, metadata={"format": "pt"})
+        save_file(pack(changed, base), target / DELTA, metadata={"format": "pt"})
         if tokenizer is not None:
             tokenizer.save_pretrained(target)
         manifest = {
@@ -282,6 +283,7 @@ def save_delta(
             "kind": "delta",
             "architecture": type(model).__name__,
             "base_hash": content_hash(base),
+            "layers_hash": layers_hash(model, base),
             "config": json.loads(uniform_config(model).to_json_string(use_diff=False)),
             "shapes": shapes(model),
             "width": anatomy(model).width,
@@ -292,6 +294,12 @@ def save_delta(
         (target / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
     write_atomically(folder, write)
+
+
+def layers_hash(model: nn.Module, tensors: Mapping[str, Tensor]) -> str:
+    """Content hash of the layers' tensors alone: what an adapter was trained on, whatever head or vocabulary it had."""
+    root = anatomy(model).path(anatomy(model).family.layers)
+    return content_hash({name: tensor for name, tensor in tensors.items() if name.startswith(f"{root}.")})
 
 
 def load_delta(folder: str | Path, base: str | None = None) -> Any:
@@ -318,7 +326,7 @@ def load_delta(folder: str | Path, base: str | None = None) -> Any:
     values = dict(manifest["config"])
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     model = _empty(config, manifest["architecture"], manifest["shapes"], manifest.get("width"))
-    _fill(model, manifest["modules"], {**tensors, **unpack(load_file(folder / DELTA))})
+    _fill(model, manifest["modules"], {**tensors, **unpack(load_file(folder / DELTA), tensors)})
     return model.eval()
 
 

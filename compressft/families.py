@@ -14,7 +14,8 @@ class Family:
     hidden neurons (two for gated FFNs). `attention_out` and `ffn_out` are the modules whose output is added to the
     residual stream (after dropout, where the family has one). `ffn_norm` is the LayerNorm after the FFN's residual add
     in post-norm families, None in pre-norm ones; these have a `final_norm` above the top layer instead.
-    `embedding_tables` are tables looked up by one index per token.
+    `embedding_tables` are tables looked up by one index per token; `positions` is the one whose index is the token's
+    place, None where places act otherwise (rotary, relative, with an offset of the table's own).
 
     Who else touches the residual stream: `norms` are a layer's norms over it, `embedding_norm` is the one above the
     tables. `embedding_projection` maps narrower embeddings to it, in models that have it. `readers` are the linear
@@ -41,6 +42,7 @@ class Family:
     k: str | None = None
     v: str | None = None
     fused_qkv: str | None = None
+    positions: str | None = None
     ffn_norm: str | None = None
     pooler: str | None = None
     final_norm: str | None = None
@@ -66,6 +68,7 @@ _BERT = Family(
     layers="encoder.layer",
     embeddings=("embeddings",),
     embedding_tables=_BERT_EMBEDDINGS,
+    positions=_BERT_EMBEDDINGS[1],
     attention="attention.self",
     q="attention.self.query",
     k="attention.self.key",
@@ -99,6 +102,7 @@ _DISTILBERT = Family(
     layers="transformer.layer",
     embeddings=("embeddings",),
     embedding_tables=_BERT_EMBEDDINGS[:2],
+    positions=_BERT_EMBEDDINGS[1],
     attention="attention",
     q="attention.q_lin",
     k="attention.k_lin",
@@ -141,6 +145,7 @@ _GPT2 = Family(
     layers="h",
     embeddings=("wte", "wpe"),
     embedding_tables=("wte", "wpe"),
+    positions="wpe",
     attention="attn",
     fused_qkv="attn.c_attn",
     o="attn.c_proj",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from compressft.anatomy import anatomy, linear_shape
+from compressft.modules.attention import prefix_of
 from compressft.modules.bottleneck import Bottleneck
 
 # Tokens of the example that reports count.
@@ -14,8 +15,9 @@ FLOPS_LENGTH = 128
 def flops(model: nn.Module, length: int) -> int:
     """Operations (a multiplication and an addition are two) of one example of `length` tokens.
 
-    Counted are matrix products: linear layers, adapters, and attention's two products over all pairs of tokens (also
-    where a causal mask or paddings would let a kernel leave some out). Lookups, norms and activations are not.
+    Counted are matrix products: linear layers, adapters, and attention's two products over all pairs of tokens, and of
+    tokens and a prefix (also where a causal mask or paddings would let a kernel leave some out). Lookups, norms and
+    activations are not.
     """
     parts = anatomy(model)
     inside = tuple(f"{layer.name}." for layer in parts.layers)
@@ -24,7 +26,9 @@ def flops(model: nn.Module, length: int) -> int:
         for path in layer.linears:
             rows, columns = linear_shape(layer.part(path))
             total += 2 * rows * columns * length
-        total += 2 * 2 * layer.heads * layer.head_dim * length * length
+        prefix = prefix_of(layer.part(layer.family.attention))
+        keys = length if prefix is None else length + prefix()[0].shape[1]
+        total += 2 * 2 * layer.heads * layer.head_dim * length * keys
     pooler = f"{parts.path(parts.family.pooler)}." if parts.family.pooler else None
     # Encoders classify a row by one token, decoders compute every token's scores and pick one.
     pooled = "SequenceClassification" in type(model).__name__ and not parts.family.causal

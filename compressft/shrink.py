@@ -12,6 +12,7 @@ from compressft.anatomy import Layer, anatomy, refuse_pairs, stream
 from compressft.errors import UserError
 from compressft.modules.bottleneck import Bottleneck
 from compressft.modules.linear import CompressedLinear
+from compressft.modules.prefix import Prefix
 
 
 def shapes(model: nn.Module) -> list[dict[str, int]]:
@@ -113,6 +114,11 @@ def _shrink_heads(layer: Layer, groups: Tensor) -> None:
             _slice(layer.part(path), rows=rows)
     _slice(layer.part(family.o), columns=q_rows)
     attention = layer.part(family.attention)
+    prefix = getattr(attention, "prefix", None)
+    if prefix is not None:
+        # One that is still reparameterised is settled before anything is cut.
+        assert isinstance(prefix, Prefix)
+        prefix.keep(groups)
     kept = len(groups)
     for name, value in family.shape_attributes.items():
         setattr(attention, name, value(kept * queries_per_group, kept, dim))
@@ -128,6 +134,9 @@ def _slice(module: nn.Module, rows: Tensor | None = None, columns: Tensor | None
     """Keep these output rows and input columns of a Linear, CompressedLinear or Conv1D, in place."""
     if isinstance(module, CompressedLinear):
         module.unpack()
+        if module.delta is not None and not len(module.gates):
+            # What is added to a weight has its shape too.
+            module.fold()
     weight = module.weight
     assert isinstance(weight, nn.Parameter)
     # A gate has the weight's shape; passes that gate single weights settle theirs before anything is cut.

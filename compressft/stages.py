@@ -126,6 +126,7 @@ def train_stage(
     from compressft.trainer import CompressionTrainer
 
     set_seed(stage.train.seed)
+    shapes_before = shapes(model)
     context = Context(
         stage.transforms,
         {},
@@ -175,7 +176,8 @@ def train_stage(
         "tokens_per_second": trainer.tokens / seconds,
         "peak_memory_bytes": peak_memory(),
         "validation": reporter.evaluations[-1] if reporter.evaluations else {},
-        "dense": not stage.passes,
+        # A method may remove parts too.
+        "dense": not stage.passes and shapes(model) == shapes_before,
     }
 
 

@@ -22,10 +22,21 @@ from compressft.recipe import Stage
 from compressft.stages import StageRows
 from compressft.transform import Context
 from tests.tiny import fit, tiny
+from tests.tiny_adapters import joint_adapters
 from tests.tiny_folder import rows_of
 
 # Settings for the tiny model, where the defaults would not do anything to it (or a field has no default).
-METHOD_FIELDS = {"layers": {"top": 1}, "adapter": {"size": 4}, "probe": {"cache": False}}
+METHOD_FIELDS = {
+    "layers": {"top": 1},
+    "adapter": {"size": 4},
+    "probe": {"cache": False},
+    "prefix": {"length": 3, "hidden": 8},
+    "diff": {"density": 0.1, "end": 0.5},
+    "task_vector": {"encoding": "int8"},
+    "head_gates": {"decide": "importance", "heads": 0.5, "start": 0.0, "end": 0.5},
+    "fusion": lambda: {"adapters": joint_adapters()},
+    "scalar_mix": {"normalise": "row"},
+}
 PASS_FIELDS = {
     "structured": {"heads": 0.5, "ffn": 0.5, "align": 8, "floor_ffn": 8, "start": 0.0, "end": 0.5},
     "magnitude": {"sparsity": 0.5, "start": 0.0, "end": 0.5},
@@ -53,9 +64,10 @@ def rows():
 
 
 def stage_of(method, passes, objectives=()):
+    fields = METHOD_FIELDS.get(method, {})
     return Stage(
         name="one",
-        method={"type": method, **METHOD_FIELDS.get(method, {})},
+        method={"type": method, **(fields() if callable(fields) else fields)},
         passes=[{"type": one, **PASS_FIELDS.get(one, {})} for one in passes],
         objectives=[{"type": one, **OBJECTIVE_FIELDS.get(one, {})} for one in objectives],
     )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from compressft.export.int4 import Int4Embedding, Int4Linear
 from compressft.export.int8 import Int8Embedding, Int8Linear, QdqLinear
 from compressft.model import replace
-from compressft.modules.attention import EXPORT
+from compressft.modules.attention import EXPORT, TRAINING
 from compressft.modules.embedding import CompressedEmbedding
 from compressft.modules.linear import CompressedLinear
 from compressft.modules.quantizer import Int4Quantizer, Int8Quantizer
@@ -38,9 +38,19 @@ def fold(model: nn.Module) -> nn.Module:
         if isinstance(module, CompressedLinear):
             replace(deployed, path, deployed_linear(module))
         elif isinstance(module, CompressedEmbedding):
-            replace(deployed, path, Int4Embedding(module, portable) if module.bits == 4 else Int8Embedding(module))
-    deployed.config._attn_implementation = "sdpa" if portable else EXPORT  # type: ignore[union-attr]
+            replace(deployed, path, deployed_table(module, portable))
+    # In training's own function all is plain torch, a prefix included.
+    deployed.config._attn_implementation = TRAINING if portable else EXPORT  # type: ignore[union-attr]
     return deployed
+
+
+def deployed_table(table: CompressedEmbedding, portable: bool) -> nn.Module:
+    """What an embedding table ships as, without the rows that nothing looks up."""
+    if table.first:
+        table.fold()
+    if table.bits is None:
+        return table.restore()
+    return Int4Embedding(table, portable) if table.bits == 4 else Int8Embedding(table)
 
 
 def deployed_linear(linear: CompressedLinear) -> nn.Module:

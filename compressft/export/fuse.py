@@ -58,11 +58,13 @@ def _fits(node: Any, sources: list[Any]) -> bool:
     widths = {source.inputs[1].const_value.shape[1] for source in sources}
     causal = node.attributes.get("unidirectional")
     mask = len(node.inputs) > 4 and node.inputs[4] is not None
+    # A bias on the scores or keys of a past have no place in the fused node as it is written here.
+    more = any(value is not None for value in node.inputs[5:])
     biases = all(len(source.inputs) > 6 and source.inputs[6] is not None for source in sources)
     # QAttention scales by 1 / sqrt(head_dim) itself; a model with another scale keeps the general node.
     scale, heads = node.attributes.get("scale"), node.attributes["num_heads"].as_int()
     usual = scale is None or math.isclose(scale.as_float(), (min(widths) / heads) ** -0.5, rel_tol=1e-5)
-    return usual and len(widths) == 1 and mask and biases and not (causal and causal.as_int())
+    return usual and len(widths) == 1 and mask and biases and not more and not (causal and causal.as_int())
 
 
 def _replace(model: Any, node: Any, sources: list[Any]) -> None:

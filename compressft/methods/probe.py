@@ -1,4 +1,4 @@
-"""Linear probe: a frozen encoder, its features computed once per example, and a head trained on them."""
+"""Probe: a frozen encoder in eval mode, its features computed once per example, and a head trained on them."""
 
 from __future__ import annotations
 
@@ -6,73 +6,192 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from compressft.anatomy import anatomy
+from compressft.anatomy import anatomy, refuse_pairs
+from compressft.errors import UserError
 from compressft.methods.layers import Layers
+from compressft.methods.scalar_mix import add_mix, keeps_layers, mix_of
+from compressft.modules.head import Body, ProbeHead
+from compressft.modules.linear import CompressedLinear
 from compressft.transform import WEIGHTS, Context, Transform
+
+NAME = "probe_head"
+# Below this, a dimension does not vary.
+LEAST_DEVIATION = 1e-6
+# Training rows that are encoded at once to standardise features.
+ENCODED_ROWS = 32
 
 
 class Probe(Transform):
     """Train pooler and head on the frozen backbone's last hidden states (Peters, Ruder & Smith 2019, arXiv:1903.05987).
 
-    The backbone runs in eval mode without a graph, once per distinct example; `cache: false` runs it every time.
+    The backbone runs without dropout and without a graph, once per distinct example; `cache: false` runs it every time.
+    Beside passes it keeps the graph of what they learn, gates and ranges.
     The cache holds T * d fp32 values per example in memory.
+
+    Fields: `head`: what stands in front of the model's own head: "linear" nothing, "mlp" Linear - gelu - Linear on each
+    token, "bilstm" an LSTM in each direction over the tokens. `size`: width inside the MLP (default d), or of one
+    direction (default d / 2). `features`: "last", or "scalar_mix", a learned sum of all layers (method scalar_mix),
+    which is not cached. `standardise`: features less their mean over their standard deviation, both over the training
+    rows: of the token that the model's own head reads where nothing else stands in front of it, else of all tokens.
     """
 
     type: Literal["probe"] = "probe"
-    cache: bool = True
+    cache: bool | None = None
+    head: Body = "linear"
+    size: int | None = Field(default=None, ge=1)
+    features: Literal["last", "scalar_mix"] = "last"
+    standardise: bool = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Probe:
+        if self.size is not None and self.head == "linear":
+            raise ValueError("size is for head 'mlp' or 'bilstm'; leave it out")
+        if self.features == "scalar_mix" and self.cache:
+            raise ValueError("cache keeps the last layer's states alone; set it to false, or features to 'last'")
+        return self
+
+    @property
+    def caches(self) -> bool:
+        """Whether features are kept."""
+        return self.features == "last" if self.cache is None else self.cache
 
     def prepare(self, model: nn.Module, context: Context) -> None:
-        Layers(top=0).prepare(model, context)
+        whole: Any = model
         parts = anatomy(model)
+        if self.head != "linear" or self.standardise or self.features != "last":
+            refuse_pairs(model, "method probe")
+        if self.head == "bilstm" and parts.family.causal and whole.get_output_embeddings() is not None:
+            raise UserError("method probe.head: 'bilstm' lets a language model see later tokens; use 'mlp'")
+        if hasattr(parts.backbone, NAME):
+            raise UserError("method probe: an earlier stage left a probe's head in the model; use another method here")
+        Layers(top=0).prepare(model, context)
         backbone: Any = parts.backbone
         pooler = getattr(backbone, parts.family.pooler, None) if parts.family.pooler else None
+        frozen = FrozenForward(backbone, pooler, {} if self.caches else None)
+        # Importance and learned gates want gradients of the layers' outputs.
+        frozen.live = any(other.order >= WEIGHTS for other in context.transforms)
+        if self.features == "scalar_mix":
+            add_mix(model, True, "none").requires_grad_(True)
+            frozen.live = True
+        if self.head != "linear" or self.standardise:
+            frozen.head = self._add_head(model, frozen, context)
         # An instance attribute shadows the class's forward: no module is renamed, so checkpoints keep their names.
-        backbone.forward = FrozenForward(backbone, pooler, {} if self.cache else None)
+        backbone.forward = frozen
+
+    def param_groups(self, model: nn.Module, context: Context) -> list[dict[str, Any]]:
+        if self.features != "scalar_mix":
+            return []
+        return [{"params": list(mix_of(model).parameters()), "weight_decay": 0.0}]
+
+    def _add_head(self, model: nn.Module, frozen: FrozenForward, context: Context) -> ProbeHead:
+        parts = anatomy(model)
+        generator = torch.Generator().manual_seed(context.seed)
+        size = self.size or (max(parts.width // 2, 1) if self.head == "bilstm" else parts.width)
+        head = ProbeHead(parts.width, self.head, size, self.standardise, generator)
+        head.to(next(model.parameters()).device)
+        if self.standardise:
+            mean, deviation = self._statistics(model, frozen, context)
+            head.mean.copy_(mean)
+            head.deviation.copy_(deviation)
+        parts.backbone.add_module(NAME, head)
+        head.attach(parts.backbone)
+        head.enabled = frozen.live
+        return head
+
+    @torch.no_grad()
+    def _statistics(self, model: nn.Module, frozen: FrozenForward, context: Context) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation per dimension over the training rows, (d,) each."""
+        if context.data is None:
+            raise UserError("method probe.standardise: needs training rows to look at; run it in a recipe's stage")
+        one_token = self.head == "linear" and "SequenceClassification" in type(model).__name__
+        causal, device = anatomy(model).family.causal, next(model.parameters()).device
+        total = squares = torch.zeros(())
+        number = 0
+        for batch in context.data.batches(len(context.data.features), ENCODED_ROWS, context.seed):
+            batch = {name: value.to(device) for name, value in batch.items() if name != "labels"}
+            real = batch["attention_mask"].bool()
+            if one_token:
+                place = real.long().cumsum(1)
+                real = real & (place == (place[:, -1:] if causal else 1))
+            # In double precision: a difference of large sums.
+            rows = frozen.features(**batch)[real].double().cpu()
+            total, squares, number = total + rows.sum(0), squares + rows.square().sum(0), number + len(rows)
+        mean = total / number
+        deviation = (squares / number - mean.square()).clamp(min=0).sqrt()
+        return mean, torch.where(deviation < LEAST_DEVIATION, 1.0, deviation)
 
     def finalize(self, model: nn.Module) -> None:
-        del anatomy(model).backbone.forward
+        backbone: Any = anatomy(model).backbone
+        del backbone.forward
+        if hasattr(backbone, NAME):
+            getattr(backbone, NAME).enabled = True
 
     def conflict(self, others: Sequence[Transform]) -> str | None:
         for other in others:
-            if self.cache and other.order >= WEIGHTS:
+            if self.caches and other.order >= WEIGHTS:
                 return (
                     f"method 'probe' caches features that pass {other.type!r} would change; "
                     "set method.cache to false, or compress in a stage of its own"
                 )
+        if self.head != "linear" or self.standardise or self.features != "last":
+            return keeps_layers("probe", others)
         return None
 
 
 class FrozenForward:
-    """Replacement for a frozen backbone's forward, with an optional cache keyed by an example's own token ids."""
+    """Replacement for a frozen backbone's forward, with an optional cache keyed by an example's own token ids.
+
+    Attributes:
+        head: what is trained on the features before pooler and the model's own head, None where nothing is.
+        live: whether something that learns reads the layers or sits in them, so that their graph is not to be cut off.
+    """
 
     def __init__(self, backbone: Any, pooler: nn.Module | None, cache: dict[bytes, Tensor] | None) -> None:
         self.backbone = backbone
         self.original = backbone.forward
         self.pooler = pooler
         self.cache = cache
+        self.head: ProbeHead | None = None
+        self.live = False
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions as Output
 
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        if self.cache is None:
-            hidden = self._encode(input_ids, attention_mask, kwargs)
-        else:
-            hidden = self._cached(self.cache, input_ids, attention_mask, kwargs)
+        if self.live:
+            return self._evaluated(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        hidden = self.features(input_ids, attention_mask, **kwargs)
+        if self.head is not None:
+            hidden = self.head(hidden, attention_mask)
         pooled = self.pooler(hidden) if self.pooler is not None else None
         return Output(last_hidden_state=hidden, pooler_output=pooled)  # type: ignore[arg-type]
 
+    def features(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """The last hidden states (B, T, d), without a graph; of padded tokens a cache gives zeros."""
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if self.cache is None:
+            return self._encode(input_ids, attention_mask, kwargs)
+        return self._cached(self.cache, input_ids, attention_mask, kwargs)
+
+    def _evaluated(self, **kwargs: Any) -> Any:
+        modes = {module: module.training for module in self.backbone.modules()}
+        self.backbone.eval()
+        for module, mode in modes.items():
+            if isinstance(module, CompressedLinear):
+                # Quantizers learn their ranges from what training shows them; there is no dropout in here.
+                module.training = mode
+        try:
+            return self.original(**kwargs)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
     @torch.no_grad()
     def _encode(self, input_ids: Tensor, attention_mask: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        was_training = self.backbone.training
-        self.backbone.eval()
-        try:
-            return self.original(input_ids=input_ids, attention_mask=attention_mask, **kwargs)[0]
-        finally:
-            self.backbone.train(was_training)
+        return self._evaluated(input_ids=input_ids, attention_mask=attention_mask, **kwargs)[0]
 
     def _cached(
         self, cache: dict[bytes, Tensor], input_ids: Tensor, attention_mask: Tensor, kwargs: dict[str, Any]

@@ -13,6 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compressft.modules.linear import is_bare
+from compressft.modules.prefix import Front, attention_with_prefix
 
 TRAINING = "compressft"
 EXPORT = "compressft_onnx"
@@ -77,19 +81,29 @@ def recording(recorder: Recorder | None) -> Iterator[None]:
         _recorder.reset(token)
 
 
+def prefix_of(module: nn.Module) -> Front | None:
+    """The prefix of an attention module, None where it has none."""
+    prefix = getattr(module, "prefix", None)
+    return prefix if isinstance(prefix, Front) else None
+
+
 def attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """Scaled dot-product attention; query (B, Hq, T, D), key and value (B, Hkv, S, D), boolean mask (B, 1, T, S).
 
     Grouped-query heads and causality are SDPA's. Returns (B, T, Hq, D) and no weights. What distillation wants of the
-    scores it computes from what a `recording` kept; nothing leaves SDPA for it.
+    scores it computes from what a `recording` kept; nothing leaves SDPA for it. A module's child `prefix` puts its keys
+    and values in front.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     recorder = _recorder.get()
     if recorder is not None:
         recorder.take(module, query, key, value, attention_mask, kwargs)
+    prefix = prefix_of(module)
+    if prefix is not None and not is_bare():
+        return attention_with_prefix(prefix, module, query, key, value, attention_mask, **kwargs)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -105,23 +119,44 @@ def onnx_attention(
 ) -> tuple[Tensor, None]:
     """The same as one `com.microsoft::MultiHeadAttention` node; only meaningful while exporting.
 
-    `attention_mask` is the (B, S) int32 padding mask. K/V heads of grouped-query models are repeated.
+    `attention_mask` is the (B, S) int32 padding mask. K/V heads of grouped-query models are repeated. A prefix is
+    joined to the keys and values before the node.
     """
     batch, heads, length, head_dim = query.shape
+    causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
+    bias, prefix = None, prefix_of(module)
+    if prefix is not None:
+        own = key.shape[2]
+        key, value = prefix.joined(key, value)
+        size = prefix()[0].shape[1]
+        if attention_mask is not None:
+            attention_mask = F.pad(attention_mask, (size, 0), value=1)
+        if causal:
+            # `unidirectional` lets query t see the first t + 1 keys, the prefix counted.
+            bias, causal = causal_bias(length, own, size, query), False
     groups = heads // key.shape[1]
     if groups > 1:
         key = key.repeat_interleave(groups, dim=1)
         value = value.repeat_interleave(groups, dim=1)
     q, k, v = (t.transpose(1, 2).flatten(2) for t in (query, key, value))
-    causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
     attributes: dict[str, Any] = {"num_heads": int(heads), "unidirectional": int(causal)}
     if scaling is not None:
         attributes["scale"] = float(scaling)
-    inputs = [q, k, v, None] if attention_mask is None else [q, k, v, None, attention_mask]
+    inputs = [q, k, v, None, attention_mask, bias]
+    while inputs[-1] is None:
+        inputs.pop()
     out = torch.onnx.ops.symbolic(
         "com.microsoft::MultiHeadAttention", inputs, attributes, dtype=q.dtype, shape=q.shape, version=1
     )
     return out.view(batch, length, heads, head_dim), None
+
+
+def causal_bias(queries: int, keys: int, size: int, like: Tensor) -> Tensor:
+    """(1, 1, T, P + S): 0 for the prefix and for own keys up to the query's place, least number for later ones."""
+    place = torch.arange(keys - queries, keys, device=like.device)[:, None]
+    later = torch.arange(-size, keys, device=like.device) > place
+    zero = torch.zeros((), dtype=like.dtype, device=like.device)
+    return torch.where(later, torch.finfo(like.dtype).min, zero)[None, None]
 
 
 def padding_mask(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Bottleneck adapters (Houlsby, Pfeiffer) as modules over the `adapter` kernel."""
+"""Bottleneck adapters (Houlsby, Pfeiffer, parallel) and stacks of them, as modules over the `adapter` kernel."""
 
 from __future__ import annotations
 
@@ -8,27 +8,37 @@ import torch
 from compressft_kernels import adapter as adapter_kernel
 from torch import Tensor, nn
 
+from compressft.errors import UserError
+from compressft.families import Family
 from compressft.modules.kinds import Extra, known
 from compressft.modules.linear import is_bare
 
 
 @known
 class Bottleneck(Extra):
-    """y = residual + up(act(down(x))); x (..., d), `down_weight` (r, d), `up_weight` (d, r).
+    """y = residual + scale * up(act(down(x))); x (..., d), `down_weight` (r, d), `up_weight` (d, r).
 
     Houlsby et al. (2019), section 2.1. `init` "houlsby" draws both matrices from a normal of std 1e-3 truncated at two
-    standard deviations (near-identity); "bert" from N(0, 0.02) (Pfeiffer et al. 2021); biases start at 0.
+    standard deviations (near-identity); "bert" from N(0, 0.02) (Pfeiffer et al. 2021); "zero" draws `down_weight` from
+    U(-1/sqrt(d), 1/sqrt(d)) and leaves `up_weight` 0, which is the identity (He et al. 2022); biases start at 0.
     """
 
     kind: ClassVar[str] = "bottleneck"
 
-    def __init__(self, width: int, size: int, activation: str, init: str, generator: torch.Generator) -> None:
+    def __init__(
+        self, width: int, size: int, activation: str, init: str, generator: torch.Generator, scale: float = 1.0
+    ) -> None:
         super().__init__()
         self.activation = activation
+        self.scale = scale
         self.down_weight = nn.Parameter(torch.empty(size, width))
         self.down_bias = nn.Parameter(torch.zeros(size))
         self.up_weight = nn.Parameter(torch.empty(width, size))
         self.up_bias = nn.Parameter(torch.zeros(width))
+        if init == "zero":
+            nn.init.uniform_(self.down_weight, -(width**-0.5), width**-0.5, generator=generator)
+            nn.init.zeros_(self.up_weight)
+            return
         for weight in (self.down_weight, self.up_weight):
             if init == "houlsby":
                 # PyTorch's truncation bounds are absolute values, not standard deviations.
@@ -38,7 +48,8 @@ class Bottleneck(Extra):
 
     def describe(self) -> dict[str, Any]:
         size, width = self.down_weight.shape
-        return {"width": width, "size": size, "activation": self.activation}
+        scale = {} if self.scale == 1.0 else {"scale": self.scale}
+        return {"width": width, "size": size, "activation": self.activation, **scale}
 
     @classmethod
     def rebuild(cls, old: nn.Module | None, entry: dict[str, Any]) -> Bottleneck:
@@ -53,8 +64,87 @@ class Bottleneck(Extra):
             self.up_weight,
             self.up_bias,
             activation=self.activation,
+            scale=self.scale,
             residual=x if residual is None else residual,
         )
+
+
+@known
+class Parallel(Bottleneck):
+    """A bottleneck beside an FFN: ffn(x) + scale * up(act(down(x))), x what the FFN reads (He et al. 2022, table 3).
+
+    A child of its layer, made for it by `beside`; `attach` puts it to work. In post-norm layers x is also the
+    residual.
+    """
+
+    kind: ClassVar[str] = "parallel"
+    # Paths, in the layer, of the modules that hold the FFN's first and last projection.
+    reads: str
+    writes: str
+
+    def beside(self, family: Family) -> Parallel:
+        """Meant for a layer of this family; returns itself.
+
+        Raises:
+            UserError: the layer has no module of its own for its FFN.
+        """
+        self.reads, self.writes = family.up[0].rpartition(".")[0], family.down.rpartition(".")[0]
+        if not self.reads:
+            raise UserError("method adapter.placement: 'parallel' wants an FFN that is a module; take 'pfeiffer' here")
+        return self
+
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), "reads": self.reads, "writes": self.writes}
+
+    @classmethod
+    def rebuild(cls, old: nn.Module | None, entry: dict[str, Any]) -> Parallel:
+        entry = dict(entry)
+        reads, writes = entry.pop("reads"), entry.pop("writes")
+        new = cls(**entry, init="zero", generator=torch.Generator().manual_seed(0))
+        new.reads, new.writes = reads, writes
+        return new
+
+    def attach(self, owner: nn.Module) -> None:
+        """Act on the FFN of the layer whose child this is."""
+        if self.reads == self.writes:
+            owner.get_submodule(self.writes).register_forward_hook(self._on_ffn)
+        else:
+            # BERT's second half is given x as its residual, and adds the two before its LayerNorm.
+            owner.get_submodule(self.writes).register_forward_pre_hook(self._on_residual)
+
+    def _on_ffn(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        return None if is_bare() else self(args[0], residual=output)
+
+    def _on_residual(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        return None if is_bare() else (args[0], self(args[1]), *args[2:])
+
+
+@known
+class Stack(Extra):
+    """Adapters one on top of the other (Pfeiffer et al., MAD-X, EMNLP 2020): each reads what the one below wrote."""
+
+    kind: ClassVar[str] = "stack"
+
+    def __init__(self, *adapters: nn.Module) -> None:
+        super().__init__()
+        for place, adapter in enumerate(adapters):
+            self.add_module(str(place), adapter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d) -> (..., d)."""
+        for adapter in self.children():
+            x = adapter(x)
+        return x
+
+
+def links(adapter: nn.Module) -> list[nn.Module]:
+    """The adapters of a Stack from the bottom up; of anything else, itself."""
+    return list(adapter.children()) if isinstance(adapter, Stack) else [adapter]
+
+
+def on_top(below: nn.Module | None, new: nn.Module) -> nn.Module:
+    """`new` on top of what stands there, if anything does."""
+    return new if below is None else Stack(*links(below), new)
 
 
 @known
@@ -89,7 +179,8 @@ class AdaptedOutput(nn.Module):
 class AdaptedNorm(nn.LayerNorm):
     """Pfeiffer's place in a post-norm block: out = LN(z + up(act(down(LN(z))))) with z = FFN(h) + h.
 
-    The one pretrained LayerNorm is applied twice; its parameters keep their names.
+    The one pretrained LayerNorm is applied twice, and once more for every further adapter of a stack; its parameters
+    keep their names.
     """
 
     kind: ClassVar[str] = "adapted_norm"
@@ -116,5 +207,7 @@ class AdaptedNorm(nn.LayerNorm):
         return cls.of(old, None)
 
     def forward(self, input: Tensor) -> Tensor:
-        normed = super().forward(input)
-        return normed if is_bare() else super().forward(self.adapter(normed, residual=input))
+        if not is_bare():
+            for adapter in links(self.adapter):
+                input = adapter(super().forward(input), residual=input)
+        return super().forward(input)

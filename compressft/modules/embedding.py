@@ -1,4 +1,4 @@
-"""CompressedEmbedding: an embedding table whose rows are int8 with one scale each, or int4 in blocks."""
+"""CompressedEmbedding: a table whose rows are int8 with one scale each or int4 in blocks, or looked up further down."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from compressft.modules.int4 import fake_quantise, on_live_columns, straight_through
 from compressft.modules.int8 import quantise_weight, weight_scale
 from compressft.modules.kinds import known
-from compressft.modules.linear import is_dense
+from compressft.modules.linear import is_bare, is_dense
 
 
 @known
@@ -20,19 +20,20 @@ class CompressedEmbedding(nn.Embedding):
     """Lookup of fake-quantised rows, straight-through gradient.
 
     `bits` 8: s8, scale = max|row| / 127. `bits` 4: symmetric blocks of `block` along the row
-    (`compressft.modules.int4`). Only the rows that are looked up are quantised. `active` off gives the plain table.
-    Input (...) int64, output (..., dim). `columns` gives factors per column (dim,), 0 for those that will be gone and
-    that scales and blocks must not see.
+    (`compressft.modules.int4`). `bits` None: as they are. Only the rows that are looked up are quantised. `active` off
+    gives the plain table. Input (...) int64, output (..., dim); index 0 looks up row `first`. `columns` gives factors
+    per column (dim,), 0 for those that will be gone and that scales and blocks must not see.
     """
 
     kind: ClassVar[str] = "embedding"
     active: bool = True
     columns: Callable[[], Tensor] | None = None
-    bits: int = 8
+    bits: int | None = 8
     block: int = 32
+    first: int = 0
 
     @classmethod
-    def of(cls, module: nn.Embedding, bits: int = 8, block: int = 32) -> CompressedEmbedding:
+    def of(cls, module: nn.Embedding, bits: int | None = 8, block: int = 32) -> CompressedEmbedding:
         """Take over an embedding, sharing its weight; itself, at these bits, if it is one."""
         if isinstance(module, cls):
             new = module
@@ -45,18 +46,37 @@ class CompressedEmbedding(nn.Embedding):
         return new
 
     def describe(self) -> dict[str, Any]:
-        """{"bits", "block"}."""
-        return {"bits": self.bits, "block": self.block}
+        """{"bits", "block"}, and "first" where it is not 0."""
+        return {"bits": self.bits, "block": self.block} | ({"first": self.first} if self.first else {})
 
     @classmethod
     def rebuild(cls, old: nn.Module | None, entry: dict[str, Any]) -> CompressedEmbedding:
         """In place of the plain table."""
         assert isinstance(old, nn.Embedding)
-        return cls.of(old, **entry)
+        new = cls.of(old, entry["bits"], entry["block"])
+        new.first = entry.get("first", 0)
+        return new
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Drop the rows before `first`, which nothing looks up any more."""
+        self.weight = nn.Parameter(self.weight[self.first :].clone(), requires_grad=self.weight.requires_grad)
+        self.num_embeddings, self.first = len(self.weight), 0
+        # It only says which row gets no gradient.
+        self.padding_idx = None
+
+    def restore(self) -> nn.Embedding:
+        """The plain table with the same values."""
+        with torch.device("meta"):
+            new = nn.Embedding(self.num_embeddings, self.embedding_dim, padding_idx=self.padding_idx)
+        new.weight = self.weight
+        return new.train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
+        # The base looks up the rows that it was pretrained with.
+        input = input + self.first if self.first and not is_bare() else input
         rows = F.embedding(input, self.weight, self.padding_idx)
-        if not self.active or is_dense():
+        if self.bits is None or not self.active or is_dense():
             return rows
         flat = rows.detach().reshape(-1, rows.shape[-1])
         live = None if self.columns is None else self.columns()

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressft.modules.bottleneck import links
 from compressft.modules.gate import ColumnGate
 from compressft.modules.linear import is_dense
 
@@ -99,8 +100,9 @@ class GatedNorm(nn.LayerNorm):
         """(..., d) -> (..., d)."""
         if is_dense():
             return self.original[0](input)
-        y = self._normalised(input)
-        return y if self.adapter is None else self._normalised(self.adapter(y, residual=input))
+        for adapter in [] if self.adapter is None else links(self.adapter):
+            input = adapter(self._normalised(input), residual=input)
+        return self._normalised(input)
 
     def _normalised(self, x: Tensor) -> Tensor:
         gate = self.gate[0].columns()

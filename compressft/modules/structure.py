@@ -7,16 +7,27 @@ from typing import Any
 from torch import nn
 
 # Importing them makes them known.
-from compressft.modules import bottleneck, embedding, quantizer  # noqa: F401
+from compressft.modules import (  # noqa: F401
+    bottleneck,
+    embedding,
+    fusion,
+    head,
+    invertible,
+    prefix,
+    quantizer,
+    scalar_mix,
+    side,
+    tuner,
+)
 from compressft.modules.kinds import KINDS
 from compressft.modules.linear import CompressedLinear
 
 
 def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Module path -> {"kind", ...} for every module of ours, outer ones first; gates and deltas must be folded.
+    """Module path -> {"kind", ...} for every module of ours, outer ones first; gates must be folded.
 
     Raises:
-        ValueError: gates, a delta or a packed weight are still in place.
+        ValueError: gates, a delta of no known kind or a packed weight are still in place.
     """
     table: dict[str, dict[str, Any]] = {}
     for path, module in model.named_modules():
@@ -29,7 +40,7 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def _check_settled(path: str, linear: CompressedLinear) -> None:
-    if len(linear.gates) or linear.delta is not None:
+    if len(linear.gates) or not (linear.delta is None or getattr(type(linear.delta), "kind", None) in KINDS):
         raise ValueError(f"{path}: gates or delta are not folded; call the transforms' finalize first")
     if linear.store is not None:
         raise ValueError(f"{path}: the weight is still packed; call the transforms' finalize first")
@@ -48,7 +59,11 @@ def rebuild(model: nn.Module, table: dict[str, dict[str, Any]]) -> None:
             raise ValueError(f"{path}: unknown kind {kind!r}; this folder was written by a newer compressft")
         parent, _, name = path.rpartition(".")
         owner = model.get_submodule(parent)
-        setattr(owner, name, KINDS[kind].rebuild(getattr(owner, name, None), arguments))
+        new = KINDS[kind].rebuild(getattr(owner, name, None), arguments)
+        setattr(owner, name, new)
+        attach = getattr(new, "attach", None)
+        if attach is not None:
+            attach(owner)
 
 
 def _flat(table: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

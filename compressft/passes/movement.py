@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
+
 from compressft.modules.gate import Gate, ScoreGate
 from compressft.modules.linear import CompressedLinear
 from compressft.passes.scored import Scored
+from compressft.passes.unstructured import present
 
 
 class Movement(Scored):
@@ -19,10 +22,18 @@ class Movement(Scored):
     so it takes no `sparsity`: use hard for a target.
 
     Fields: `learning_rate` of the scores, which have no weight decay; it follows the stage's scheduler. Pruned weights
-    keep getting score gradients and may return until progress `freeze`; from there on the masks stay.
+    keep getting score gradients and may return until progress `freeze`; from there on the masks stay. `initial`: scores
+    start at 0, as in the paper, or at each |weight| of a tensor, shifted and scaled to mean 0 and standard deviation 1:
+    what training does not move is then ranked by its magnitude.
     """
 
     type: Literal["movement"] = "movement"
+    initial: Literal["zero", "magnitude"] = "zero"
 
     def gate(self, path: str, linear: CompressedLinear) -> Gate:
-        return ScoreGate(linear.out_features, linear.in_features)
+        gate = ScoreGate(linear.out_features, linear.in_features)
+        if self.initial == "magnitude":
+            size = present(linear).abs().float()
+            with torch.no_grad():
+                gate.scores.copy_((size - size.mean()) / size.std().clamp(min=torch.finfo(torch.float32).tiny))
+        return gate

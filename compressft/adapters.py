@@ -1,0 +1,198 @@
+"""Saved adapters: read them from `delta/` folders, refuse those of another base, put adapters into a model's layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressft.anatomy import Layer, anatomy
+from compressft.checkpoint import DELTA, layers_hash, plain_state, read_manifest, verify_files
+from compressft.errors import UserError
+from compressft.model import compress_linear, replace
+from compressft.modules.bottleneck import AdaptedNorm, AdaptedOutput, Bottleneck, on_top
+from compressft.modules.invertible import INVERTIBLE, Invertible
+from compressft.modules.kinds import KINDS
+from compressft.sparse import ROWS, unpack
+from compressft.transform import REMOVES, Transform
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """The adapters of one run in Pfeiffer's place.
+
+    Attributes:
+        folder: where they were read.
+        layers: per layer, from the bottom up: one, or the whole stack that was there.
+        invertible: that of the run, None where it had none.
+    """
+
+    folder: str
+    layers: tuple[tuple[Bottleneck, ...], ...]
+    invertible: Invertible | None
+
+
+def pfeiffer_path(layer: Layer) -> str:
+    """Model-level path of what holds a layer's adapter in Pfeiffer's place, as its attribute `adapter`."""
+    return f"{layer.name}.{layer.family.ffn_norm or layer.family.ffn_out}"
+
+
+def put_after_ffn(model: nn.Module, layer: Layer, adapter: nn.Module) -> None:
+    """Pfeiffer's place: inside the LayerNorm after the FFN, or, in a pre-norm layer, on the FFN's output."""
+    if layer.family.ffn_norm is None:
+        put_after(model, layer, layer.family.ffn_out, adapter)
+        return
+    norm = layer.part(layer.family.ffn_norm)
+    assert isinstance(norm, nn.LayerNorm)
+    replace(model, pfeiffer_path(layer), AdaptedNorm.of(norm, on_top(getattr(norm, "adapter", None), adapter)))
+
+
+def put_after(model: nn.Module, layer: Layer, path: str, adapter: nn.Module) -> None:
+    """On the output of the module at a layer-relative path; on top of an adapter that is there."""
+    if path in layer.linears:
+        linear = compress_linear(model, f"{layer.name}.{path}")
+        linear.adapter = on_top(linear.adapter, adapter)
+        return
+    module: Any = layer.part(path)
+    if isinstance(module, AdaptedOutput):
+        module.adapter = on_top(module.adapter, adapter)
+    else:
+        replace(model, f"{layer.name}.{path}", AdaptedOutput(module, adapter))
+
+
+def adapter_in(model: nn.Module, layer: Layer) -> nn.Module | None:
+    """What stands in Pfeiffer's place of a layer, None where nothing does."""
+    return getattr(model.get_submodule(pfeiffer_path(layer)), "adapter", None)
+
+
+def read_adapters(model: nn.Module, folders: Sequence[str], who: str) -> list[SavedAdapter]:
+    """Read adapters that were trained on this model's layers as they are now.
+
+    Args:
+        folders: `delta/` folders of runs with method adapter, placement pfeiffer.
+        who: the field that names them, for messages.
+
+    Raises:
+        UserError: a folder is missing, damaged or no delta; it holds other adapters, or more changes than adapters and
+            head; it was trained on another base than the others, or than this model.
+    """
+    manifests = [_manifest(Path(folder).expanduser(), who) for folder in folders]
+    bases = [manifest["layers_hash"] for manifest in manifests]
+    for folder, base in zip(folders, bases, strict=True):
+        if base != bases[0]:
+            raise UserError(f"{who}: {folder!r} was trained on another base than {folders[0]!r}; give adapters of one")
+    if bases and bases[0] != layers_hash(model, plain_state(model)[0]):
+        raise UserError(
+            f"{who}: {folders[0]!r} was trained on another base than the model here; "
+            "set the recipe's model to the one that its run started from"
+        )
+    return [_read(model, folder, manifest, who) for folder, manifest in zip(folders, manifests, strict=True)]
+
+
+def cut_before(others: Sequence[Transform], who: str) -> str | None:
+    """Why saved adapters do not fit into what `others` leave of the layers before a method begins, or None."""
+    for other in others:
+        # A vocabulary is no layer.
+        if other.order == REMOVES and other.type != "vocabulary":
+            return (
+                f"{who}: saved adapters want the layers that they were trained on, and pass {other.type!r} cuts them "
+                "first; do it in a stage after this one"
+            )
+    return None
+
+
+def _manifest(folder: Path, who: str) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise UserError(f"{who}: folder {str(folder)!r} does not exist; give the delta/ folder of a run")
+    manifest = read_manifest(folder)
+    if manifest.get("kind") != "delta":
+        raise UserError(f"{who}: {str(folder)!r} is no delta/ folder (kind {manifest.get('kind')!r}); give one")
+    if "layers_hash" not in manifest:
+        raise UserError(f"{who}: {str(folder)!r} was written before adapters could be read; train it again")
+    verify_files(folder, manifest["files"])
+    return manifest
+
+
+def _read(model: nn.Module, folder: str, manifest: dict[str, Any], who: str) -> SavedAdapter:
+    from safetensors.torch import load_file
+
+    parts = anatomy(model)
+    table, stored = manifest["modules"], load_file(Path(folder).expanduser() / DELTA)
+    places = [f"{pfeiffer_path(layer)}.adapter" for layer in parts.layers]
+    coupling = parts.path(INVERTIBLE)
+    bottlenecks = {path for path, entry in table.items() if KINDS.get(entry["kind"], nn.Module) is Bottleneck}
+    outside = [path for path in bottlenecks if not path.startswith(tuple(places))]
+    if outside or not bottlenecks or len(manifest["shapes"]) != len(parts.layers):
+        raise UserError(
+            f"{who}: {folder!r} holds no adapters of placement pfeiffer, one a layer; "
+            "give the delta/ folder of a run with method adapter, placement pfeiffer"
+        )
+    pooler = parts.path(parts.family.pooler) + "." if parts.family.pooler else None
+    ours = (*(f"{place}." for place in places), f"{coupling}.", *([pooler] if pooler else []))
+    for name in stored:
+        # Fewer rows of a table are no other rows, and ranges are no weights.
+        harmless = ".quantizer." in name or (name.startswith(parts.embedding_paths) and name.endswith(ROWS))
+        if name.startswith(f"{parts.prefix}.") and not name.startswith(ours) and not harmless:
+            raise UserError(
+                f"{who}: {folder!r} also changes {name.partition('#')[0]}, which its adapters need; "
+                "give a run with method adapter and no pass that changes the model"
+            )
+    layers = []
+    for place in places:
+        found = sorted((path for path in bottlenecks if path == place or path.startswith(f"{place}.")), key=_last)
+        layers.append(tuple(_filled(table[path], path, stored) for path in found))
+    if not all(layers):
+        raise UserError(f"{who}: {folder!r} lacks the adapters of some layers; train it again")
+    invertible = _filled(table[coupling], coupling, stored) if coupling in table else None
+    return SavedAdapter(folder, tuple(layers), invertible)
+
+
+def _last(path: str) -> int:
+    """Place of a Stack's adapter."""
+    name = path.rpartition(".")[2]
+    return int(name) if name.isdigit() else 0
+
+
+def _filled(entry: dict[str, Any], path: str, stored: dict[str, Tensor]) -> Any:
+    """The described module with its stored tensors."""
+    arguments = dict(entry)
+    new: Any = KINDS[arguments.pop("kind")].rebuild(None, arguments)
+    tensors = unpack({name: tensor for name, tensor in stored.items() if name.startswith(f"{path}.")})
+    new.load_state_dict({name.removeprefix(f"{path}."): tensor for name, tensor in tensors.items()})
+    return new.requires_grad_(False)
+
+
+@torch.no_grad()
+def swap_adapter(model: nn.Module, folder: str, position: int = 0) -> None:
+    """Put another saved adapter at one position of every layer's stack (MAD-X, step 3: another language).
+
+    Its invertible adapter takes the place of the one that is there. Nothing else changes.
+
+    Args:
+        position: 0 is the lowest of the stack.
+
+    Raises:
+        UserError: as `read_adapters`; the model has no stack, or one of the two has an invertible adapter alone.
+    """
+    who = "swap_adapter"
+    (saved,) = read_adapters(model, [folder], who)
+    parts = anatomy(model)
+    backbone: Any = parts.backbone
+    stacks: list[Any] = [adapter_in(model, layer) for layer in parts.layers]
+    if any(len(found) != 1 for found in saved.layers):
+        raise UserError(f"{who}: {folder!r} holds a stack of adapters; give a run that trained one alone")
+    if any(stack is None or str(position) not in stack._modules for stack in stacks):
+        raise UserError(f"{who}: the model has no stack of adapters with position {position}")
+    present = getattr(backbone, INVERTIBLE, None)
+    if (present is None) != (saved.invertible is None):
+        raise UserError(f"{who}: only one of {folder!r} and the model has an invertible adapter; give two alike")
+    for stack, (new,) in zip(stacks, saved.layers, strict=True):
+        setattr(stack, str(position), new.to(stack.get_submodule(str(position)).up_bias.device))
+    if present is not None and saved.invertible is not None:
+        if present.describe() != saved.invertible.describe():
+            raise UserError(f"{who}: the invertible adapters' sizes or activations differ")
+        present.load_state_dict(saved.invertible.state_dict())

@@ -1,0 +1,140 @@
+"""ProbeHead: what a probe trains between a frozen backbone and the model's own head."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compressft.modules.kinds import known
+from compressft.modules.tap import Tap
+
+Body = Literal["linear", "mlp", "bilstm"]
+
+
+class BiLSTM(nn.Module):
+    """One LSTM layer in each direction over a row's real tokens: (B, T, d) -> (B, T, 2 * size), 0 at paddings.
+
+    Paddings, on either side, are never read (Hochreiter & Schmidhuber 1997; Schuster & Paliwal 1997). Computed in fp32.
+    Exported as ONNX's own LSTM, which takes each row's length.
+    """
+
+    def __init__(self, width: int, size: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.size = size
+        with torch.device("meta"):
+            self.forwards = nn.LSTM(width, size, batch_first=True)
+            self.backwards = nn.LSTM(width, size, batch_first=True)
+        for lstm in (self.forwards, self.backwards):
+            lstm.to_empty(device="cpu")
+            for parameter in lstm.parameters():
+                nn.init.uniform_(parameter, -(size**-0.5), size**-0.5, generator=generator)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """`mask` (B, T): 1 for real tokens, which stand side by side."""
+        places = torch.arange(x.shape[1], device=x.device)[None, :]
+        real = mask.to(torch.int64)
+        length, start = real.sum(1, keepdim=True), real.argmax(1, keepdim=True)
+        # Real tokens first; paddings, wherever they were, behind them.
+        there, back = _wrapped(places + start, x.shape[1]), _wrapped(places - start, x.shape[1])
+        if torch.compiler.is_exporting():
+            y = self._exported(_gather(x.float(), there), length)
+        else:
+            reverse = _wrapped(length - 1 - places, x.shape[1])
+            with torch.autocast(x.device.type, enabled=False):
+                inputs = _gather(x.float(), there)
+                y = torch.cat(
+                    [self.forwards(inputs)[0], _gather(self.backwards(_gather(inputs, reverse))[0], reverse)], -1
+                )
+        return _gather(y, back) * real[..., None].to(y.dtype)
+
+    def _exported(self, x: Tensor, length: Tensor) -> Tensor:
+        """The same as one LSTM node; only meaningful while exporting."""
+        lstms = (self.forwards, self.backwards)
+        weights = torch.stack([_gates(lstm.weight_ih_l0) for lstm in lstms])
+        recurrent = torch.stack([_gates(lstm.weight_hh_l0) for lstm in lstms])
+        biases = torch.stack([torch.cat([_gates(lstm.bias_ih_l0), _gates(lstm.bias_hh_l0)]) for lstm in lstms])
+        y = torch.onnx.ops.symbolic(
+            "LSTM",
+            [x.transpose(0, 1), weights, recurrent, biases, length.flatten().to(torch.int32)],
+            {"hidden_size": self.size, "direction": "bidirectional"},
+            dtype=x.dtype,
+            shape=(x.shape[1], 2, x.shape[0], self.size),
+            version=18,
+        )
+        return y.permute(2, 0, 1, 3).flatten(2)
+
+
+def _wrapped(places: Tensor, size: int) -> Tensor:
+    """Modulo `size`, of places from -size to 2 * size - 1; the exporter has no modulo of a dynamic size."""
+    places = torch.where(places < 0, places + size, places)
+    return torch.where(places >= size, places - size, places)
+
+
+def _gather(x: Tensor, places: Tensor) -> Tensor:
+    """Tokens of x (B, T, d) in the order of `places` (B, T)."""
+    return torch.gather(x, 1, places[..., None].expand(-1, -1, x.shape[2]))
+
+
+def _gates(parameter: Any) -> Tensor:
+    """torch's order of an LSTM's gates, input, forget, cell, output, as ONNX's: input, output, forget, cell."""
+    return parameter.unflatten(0, (4, -1))[[0, 3, 1, 2]].flatten(0, 1)
+
+
+@known
+class ProbeHead(Tap):
+    """Features (B, T, d) -> (B, T, d) for the model's own head: standardised, then through `body`.
+
+    `body`: "linear" nothing; "mlp" Linear - gelu - Linear, `size` wide inside; "bilstm" a `BiLSTM` of `size` in each
+    direction, mapped back to d where 2 * size is another. Buffers `mean` and `deviation` (d,), with `standardise`.
+    """
+
+    kind: ClassVar[str] = "probe_head"
+    above_norm = True
+    wants = ("attention_mask",)
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(
+        self, width: int, body: Body, size: int, standardise: bool, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__()
+        self.width, self.body, self.size, self.standardise = width, body, size, standardise
+        generator = generator or torch.Generator().manual_seed(0)
+        if standardise:
+            self.register_buffer("mean", torch.zeros(width))
+            self.register_buffer("deviation", torch.ones(width))
+        if body == "mlp":
+            self.inner, self.outer = _linear(width, size, generator), _linear(size, width, generator)
+        elif body == "bilstm":
+            self.lstm = BiLSTM(width, size, generator)
+            self.outer = None if 2 * size == width else _linear(2 * size, width, generator)
+
+    def describe(self) -> dict[str, Any]:
+        return {"width": self.width, "body": self.body, "size": self.size, "standardise": self.standardise}
+
+    def top(self, states: list[Tensor], last: Tensor, inputs: dict[str, Any]) -> Tensor:
+        return self(last, inputs["attention_mask"])
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`mask` (B, T) marks paddings with 0; None: there are none."""
+        if self.standardise:
+            x = (x - self.mean) / self.deviation
+        if self.body == "mlp":
+            return self.outer(F.gelu(self.inner(x)))  # type: ignore[misc]
+        if self.body == "bilstm":
+            real = torch.ones_like(x[..., 0], dtype=torch.int64) if mask is None else mask
+            y = self.lstm(x, real)
+            return y if self.outer is None else self.outer(y)
+        return x
+
+
+def _linear(width: int, out: int, generator: torch.Generator) -> nn.Linear:
+    with torch.device("meta"):
+        new = nn.Linear(width, out)
+    new.to_empty(device="cpu")
+    nn.init.uniform_(new.weight, -(width**-0.5), width**-0.5, generator=generator)
+    nn.init.zeros_(new.bias)
+    return new

@@ -1,0 +1,250 @@
+"""Side-tuning: the blend, its limits and gradients; copy, ladder and another model; no graph in the backbone."""
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from compressft.anatomy import anatomy
+from compressft.checkpoint import load_compressed, save_compressed
+from compressft.errors import UserError
+from compressft.export.onnx import operators
+from compressft.methods.adapter import Adapter
+from compressft.methods.side import Side
+from compressft.modules.linear import bare
+from compressft.passes.depth import Depth
+from compressft.passes.structured import Structured
+from compressft.passes.ziplm import ZipLM
+from compressft.transform import Context, trainable
+from tests.methods.added import (
+    CASES,
+    FAMILIES,
+    check_autocast,
+    check_checkpointing,
+    check_export,
+    check_frozen_base,
+    check_nf4,
+    check_round_trips,
+    headed,
+    names_of,
+    prepared,
+    rows_for,
+    shaken,
+    trained,
+)
+from tests.tiny import accuracy, batch_for, fit, labelled, logits, padded, tiny
+
+KINDS = {"copy": Side(), "ladder": Side(network="ladder", size=8)}
+
+
+def side_of(model):
+    return anatomy(model).backbone.side
+
+
+@pytest.fixture(scope="module")
+def smaller(tmp_path_factory):
+    """Another model: one layer, 16 wide."""
+    folder = tmp_path_factory.mktemp("smaller")
+    settings = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
+    tiny("bert", architecture="BertModel", **settings).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_copy_and_a_new_ladder_are_the_identity(family, kind):
+    model = prepared(KINDS[kind], headed(family))
+    want = logits(headed(family), batch_for(family))
+    for blend in (0.0, -3.0, 2.0):
+        with torch.no_grad():
+            side_of(model).blend.fill_(blend)
+        torch.testing.assert_close(logits(model, batch_for(family)), want, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(logits(shaken(model, "side."), batch_for(family)), want, atol=1e-2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["bert", "distilbert", "llama"])
+def test_the_blend(family):
+    """R = alpha B + (1 - alpha) S on the final hidden states, alpha = sigmoid(a)."""
+    model, plain = shaken(prepared(Side(), headed(family)), "side.network."), headed(family)
+    batch = batch_for(family)
+    b = plain.base_model(**batch).last_hidden_state
+    s = side_of(model).network(**batch).last_hidden_state
+    side_of(model).blend.fill_(1.39)
+    alpha = torch.sigmoid(torch.tensor(1.39))
+    got = model.base_model(**batch).last_hidden_state
+    torch.testing.assert_close(got, alpha * b + (1 - alpha) * s, atol=1e-5, rtol=1e-5)
+    for value, limit in ((40.0, b), (-40.0, s)):
+        side_of(model).blend.fill_(value)
+        torch.testing.assert_close(model.base_model(**batch).last_hidden_state, limit, atol=1e-5, rtol=1e-5)
+
+
+def test_gradient_of_alpha():
+    model = shaken(prepared(Side(), headed()), "side.network.")
+    side, batch = side_of(model), padded()
+    with torch.no_grad():
+        side.blend.fill_(0.4)
+        b = headed().bert(**batch).last_hidden_state
+        s = side.network(**batch).last_hidden_state
+    up = torch.randn_like(b)
+    model.bert(**batch).last_hidden_state.backward(up)
+    alpha = torch.sigmoid(side.blend.detach())
+    assert side.blend.grad.item() == pytest.approx(((up * (b - s)).sum() * alpha * (1 - alpha)).item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_no_graph_in_the_backbone(kind, family):
+    model = prepared(KINDS[kind], headed(family)).train()
+    inside, saved = [], []
+    for layer in anatomy(model).layers:
+        layer.module.register_forward_pre_hook(lambda m, a: inside.append(m))
+        layer.module.register_forward_hook(lambda m, a, out: (inside.clear(), saved.append(out.grad_fn))[:0] or None)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(len(inside)), t)[1], lambda t: t):
+        loss = model(**rows_for(family)).loss
+    loss.backward()
+    assert kept and not any(kept) and saved == [None, None]
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_trainable_set(kind, check_training):
+    model = headed()
+    Side.prepare(KINDS[kind], trial := headed(), Context())
+    expected = names_of(trial, ".side.")
+    if kind == "copy":
+        # The first step of a copy equals the base: all of it moves afterwards.
+        assert "bert.side.network.embeddings.word_embeddings.weight" in expected
+    else:
+        assert not any("network" in name for name in expected)
+    KINDS[kind].prepare(model, Context())
+    assert {name for name, _ in trainable(model)} == expected
+    fit(model, [KINDS[kind]], [labelled()], 3)
+    check_frozen_base(model, headed())
+    assert side_of(model).blend.requires_grad
+    (group,) = KINDS[kind].param_groups(model, Context())
+    assert group["weight_decay"] == 0.0 and group["params"][0] is side_of(model).blend
+
+
+@pytest.mark.parametrize(("family", "head"), CASES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_families_and_heads(family, head, kind, tmp_path):
+    model = trained(KINDS[kind], headed(family, head), rows_for(family, head))
+    check_frozen_base(model, headed(family, head))
+    check_round_trips(model, family, tmp_path)
+
+
+def test_another_model_beside(smaller, tmp_path):
+    method = Side(network=smaller)
+    model = prepared(method, headed())
+    side = side_of(model)
+    assert side.project.weight.shape == (32, 16) and side.network.pooler is None
+    with torch.no_grad():
+        batch = padded()
+        s = side.project(tiny("bert", architecture="BertModel", num_hidden_layers=1, hidden_size=16,
+                              num_attention_heads=2, intermediate_size=24)(**batch).last_hidden_state)  # fmt: skip
+        want = 0.5 * headed().bert(**batch).last_hidden_state + 0.5 * s
+        torch.testing.assert_close(model.bert(**batch).last_hidden_state, want, atol=1e-5, rtol=1e-5)
+    model = trained(method, headed(), rows_for("bert"))
+    check_round_trips(model, "bert", tmp_path)
+    # A BERT beside a model that knows no segments.
+    check_round_trips(trained(method, headed("distilbert"), rows_for("distilbert")), "distilbert", tmp_path / "other")
+    prepared(method, headed())
+    assert torch.equal(*(side_of(prepared(method, headed())).project.weight for _ in range(2)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_segments_reach_the_side_network(kind):
+    model = prepared(KINDS[kind], headed())
+    batch = padded()
+    batch["token_type_ids"] = (batch["input_ids"] % 2) * batch["attention_mask"]
+    torch.testing.assert_close(logits(model, batch), logits(headed(), batch), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_precision_memory_and_nf4(family, kind):
+    check_checkpointing(KINDS[kind], family)
+    if kind == "copy":
+        check_autocast(KINDS[kind], family)
+    check_nf4(KINDS[kind], family)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_export(kind, tmp_path):
+    model = shaken(trained(KINDS[kind], headed(), rows_for("bert")), "side.")
+    graph = check_export(model, rows_for("bert"), tmp_path)
+    # The fused operator in both networks.
+    assert operators(graph)["MultiHeadAttention"] == (4 if kind == "copy" else 2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_learns_sixteen_examples(kind):
+    model, batch, method = headed(), labelled(), KINDS[kind]
+    method.prepare(model, Context())
+    fit(model, [method], [batch], steps=150, learning_rate=1e-2)
+    assert accuracy(model, batch) == 1.0
+
+
+def test_generation(tmp_path):
+    ids = padded(1)["input_ids"][:, :4]
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    model = shaken(prepared(KINDS["ladder"], tiny("llama")), "side.")
+    both = [model.generate(ids, use_cache=on, **settings) for on in (True, False)]
+    assert torch.equal(*both)
+    model = shaken(prepared(KINDS["copy"], tiny("llama")), "side.")
+    with pytest.raises(UserError, match="keeps no key/value cache; generate with use_cache=False"):
+        model.generate(ids, use_cache=True, **settings)
+    assert model.generate(ids, use_cache=False, **settings).shape == (1, 10)
+    save_compressed(model, None, tmp_path / "model", {})
+    again = load_compressed(tmp_path / "model")
+    assert torch.equal(logits(again, padded()), logits(model, padded()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bare_is_the_base(kind):
+    model = shaken(prepared(KINDS[kind], headed()), "side.")
+    with bare():
+        assert torch.equal(logits(model, padded()), logits(headed(), padded()))
+
+
+def test_passes_compress_the_backbone_alone():
+    model, method = headed(), KINDS["copy"]
+    ffn = Structured(ffn=0.5, align=8, floor_ffn=8, start=0.0, end=0.5)
+    for transform in (method, ffn):
+        transform.prepare(model, Context([method, ffn]))
+    fit(model, [method, ffn], [labelled(8)], 4)
+    before = logits(model, padded())
+    for transform in (method, ffn):
+        transform.finalize(model)
+    torch.testing.assert_close(logits(model, padded()), before, atol=1e-5, rtol=1e-5)
+    assert sum(layer.ffn for layer in anatomy(model).layers) == 64
+    assert side_of(model).network.encoder.layer[0].output.dense.in_features == 64
+
+
+def test_what_is_refused(tmp_path, smaller):
+    with pytest.raises(ValidationError, match="size is the ladder's width, network is 'copy'"):
+        Side(size=4)
+    model = prepared(Side(), headed())
+    with pytest.raises(UserError, match="an earlier stage left a side network"):
+        Side().prepare(model, Context())
+    with pytest.raises(UserError, match="has 97 vocabulary rows, the model 50"):
+        Side(network=smaller).prepare(headed(vocab_size=50), Context())
+    with pytest.raises(UserError, match=r"could not be loaded|does not exist"):
+        Side(network=str(tmp_path / "nowhere")).prepare(headed(), Context())
+    adapted = prepared(Adapter(placement="pfeiffer", size=4), headed())
+    with pytest.raises(UserError, match="'copy' is a compressed model"):
+        Side().prepare(adapted, Context())
+    assert "removes hidden" in Side().conflict([Structured(hidden=0.5)])
+    assert Side().conflict([Structured(ffn=0.5)]) is None and Side().conflict([Depth(keep=[0])]) is None
+    assert "cuts the model before it is copied" in Side().conflict([ZipLM(target={"sparsity": 0.4})])
+    assert KINDS["ladder"].conflict([ZipLM(target={"sparsity": 0.4})]) is None
+
+
+def test_draws_from_its_own_generator(smaller):
+    for method in (*KINDS.values(), Side(network=smaller)):
+        model = headed()
+        state = torch.get_rng_state()
+        method.prepare(model, Context(seed=3))
+        assert torch.equal(torch.get_rng_state(), state)

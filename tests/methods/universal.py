@@ -1,0 +1,93 @@
+"""What a method has to stand whatever it trains: recomputed activations, autocast, a resume, folders."""
+
+from __future__ import annotations
+
+import torch
+
+from compressft.checkpoint import base_tensors, load_compressed, load_delta, save_compressed, save_delta
+from compressft.model import checkpoint_activations, load_model
+from compressft.transform import Context, trainable
+from tests.passes.sparse import Run, classifier
+from tests.tiny import labelled, logits, tiny
+
+
+def gradients(method, family: str = "bert", checkpointing: bool = False) -> dict[str, torch.Tensor]:
+    """One step's gradients by name, the activations kept or computed again in the backward pass."""
+    model, batch = classifier(family)
+    method.prepare(model, Context())
+    method.after_step(model, 0.0)
+    if checkpointing:
+        checkpoint_activations(model)
+    torch.manual_seed(0)
+    outputs = model.train()(**batch)
+    (outputs.loss + sum(method.loss(model, batch, outputs, Context()).values())).backward()
+    return {name: parameter.grad for name, parameter in trainable(model) if parameter.grad is not None}
+
+
+def check_checkpointing(method, family: str = "bert") -> None:
+    """Dropout and the method's own noise are the same when a layer is computed again."""
+    kept, again = gradients(method, family), gradients(method, family, checkpointing=True)
+    assert kept.keys() == again.keys() and kept
+    for name, gradient in kept.items():
+        torch.testing.assert_close(again[name], gradient, msg=name)
+
+
+def check_autocast(method, family: str = "bert") -> None:
+    """In bf16 the loss is near that of fp32, parameters and gradients stay fp32."""
+    losses = []
+    for on in (False, True):
+        model, batch = classifier(family)
+        method.prepare(model, Context())
+        torch.manual_seed(0)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=on):
+            loss = model.train()(**batch).loss
+        loss.backward()
+        losses.append(loss.detach())
+        for name, parameter in trainable(model):
+            assert parameter.grad is None or parameter.grad.dtype == torch.float32, name
+            assert parameter.grad is None or torch.isfinite(parameter.grad).all(), name
+    torch.testing.assert_close(losses[1], losses[0], atol=0.1, rtol=0.05)
+
+
+def check_resume(method, steps: int = 8, others=(), stops=(3,)) -> None:
+    """A run that is stopped and goes on has the bits of one that is left alone."""
+
+    def run():
+        return Run(tiny(), [method, *others], steps)
+
+    whole = run().train()
+    for stop in stops:
+        first = run().train(stop)
+        second = run().take((first.model.state_dict(), first.optimiser.state_dict(), first.step)).train()
+        for one in (first, second):
+            assert one.model.state_dict().keys() == whole.model.state_dict().keys()
+        settled = [r.model.state_dict() for r in (whole, second)]
+        assert all(torch.equal(settled[0][name], settled[1][name]) for name in settled[0]), stop
+        if stop == stops[-1]:
+            whole.finalize()
+            second.finalize()
+            assert torch.equal(logits(whole.model, labelled()), logits(second.model, labelled()))
+
+
+def check_folders(method, folder, steps: int = 4, **train) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Train, settle (which moves no logit), save model/ and delta/: both load to the same logits, bit for bit.
+
+    Returns:
+        the tensors in delta.safetensors, and the base's.
+    """
+    from safetensors.torch import load_file
+
+    tiny("bert", architecture="BertModel").save_pretrained(folder / "base")
+    base = base_tensors(str(folder / "base"))
+    model = load_model(str(folder / "base"), "AutoModelForSequenceClassification", num_labels=3)
+    run = Run(model, [method], steps, **train).train()
+    batch = labelled()
+    before = logits(model, batch)
+    run.finalize()
+    after = logits(model, batch)
+    torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
+    save_delta(model, None, base, folder / "delta", {"model": str(folder / "base")})
+    save_compressed(model, None, folder / "model", {})
+    assert torch.equal(logits(load_delta(folder / "delta"), batch), after)
+    assert torch.equal(logits(load_compressed(folder / "model"), batch), after)
+    return load_file(folder / "delta" / "delta.safetensors"), base
