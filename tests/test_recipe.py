@@ -389,11 +389,14 @@ def full() -> Recipe:
         "sparsegpt": {"sparsity": 0.5},
     }
     methods = {"nf4": "adapter"}
+    method_fields: dict[str, dict[str, Any]] = {"layers": {"top": 1}, "fusion": {"adapters": ["a/delta"]}}
     stages = [
         {"name": "teacher"},
-        {"name": "probe", "method": "probe"},
-        {"name": "layers", "method": {"type": "layers", "top": 1}},
-        {"name": "adapter", "method": "adapter"},
+        *(
+            {"name": f"method-{name}", "method": {"type": name, **method_fields.get(name, {})}}
+            for name in METHODS
+            if name != "full"
+        ),
         {
             "name": "student",
             "objectives": [{"type": "distill", "teacher": "teacher"}],
@@ -411,6 +414,12 @@ def full() -> Recipe:
                 {"type": "distill", "teacher": "teacher", "hidden": 1.0, "attention": 1.0, "relations": 1.0}
             ],
         },
+        {"name": "sparse", "method": {"type": "task_vector", "encoding": "magnitude", "density": 0.1}},
+        {"name": "low", "method": {"type": "task_vector", "encoding": "low_rank", "rank": 2}},
+        {"name": "heads", "method": {"type": "head_gates", "decide": "importance", "heads": 0.3}},
+        {"name": "stacked", "method": {"type": "adapter", "placement": "pfeiffer"}},
+        {"name": "wide-probe", "method": {"type": "probe", "head": "mlp"}},
+        {"name": "ladder", "method": {"type": "side", "network": "ladder"}},
         {"name": "soft", "passes": [{"type": "movement", "variant": "soft"}]},
         {"name": "pattern", "passes": [{"type": "wanda", "pattern": "1:4"}]},
         {"name": "pattern2", "passes": [{"type": "sparsegpt", "pattern": "1:4"}]},
@@ -452,6 +461,7 @@ def others(model: type[BaseModel], name: str, value: Any) -> list[Any]:
         words += [value + 1, value * 0.5 + 0.1, value * 0.5, value * 0.9, 1]
     texts = ["q", "adapter", "2:4", "1e3", f"{value}x"]
     lists: list[Any] = [["q"], ["heads"], [[1, 8]], [[1, 1]], {"text": "t"}, {"speedup": 2.0}, {"speedup": 3.0}]
+    lists += [{"copies": 2.0}, {"peft_type": "IA3"}]
     return [other for other in [*words, *texts, *lists, 1, 2, 0.5] if other != value]
 
 

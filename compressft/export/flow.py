@@ -38,6 +38,8 @@ from compressft.shrink import shapes
 
 # Dead rows and columns are removed; this share of zeros is from single weights.
 NOTEWORTHY_ZEROS = 0.1
+# Splits that a file is verified on.
+EVALUATED = ("validation", "test")
 
 
 def export(recipe: Recipe, root: Path, splits: Splits, console: Console) -> dict[str, Any]:
@@ -54,7 +56,7 @@ def export(recipe: Recipe, root: Path, splits: Splits, console: Console) -> dict
     task = make_task(recipe.task, tokenizer, recipe.data.max_length, manifest["labels"])
     model = load_compressed(root / "model")
     baseline = baseline_folder(recipe, root)
-    encoded = {name: task.encode(rows) for name, rows in vars(splits).items() if name in ("validation", "test") and rows}
+    encoded = {name: task.encode(rows) for name, rows in vars(splits).items() if name in EVALUATED and rows}
     report = describe_run(recipe, root, model, baseline)
     split = splits.report_split
     quality = {"metric": task.metric, "split": split, "baseline": None, "torch": None, "onnx": None}

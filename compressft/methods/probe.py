@@ -13,8 +13,10 @@ from compressft.anatomy import anatomy, refuse_pairs
 from compressft.errors import UserError
 from compressft.methods.layers import Layers
 from compressft.methods.scalar_mix import add_mix, keeps_layers, mix_of
+from compressft.modules.gate import Gate
 from compressft.modules.head import Body, ProbeHead
 from compressft.modules.linear import CompressedLinear
+from compressft.modules.quantizer import Quantizer
 from compressft.transform import WEIGHTS, Context, Transform
 
 NAME = "probe_head"
@@ -180,8 +182,8 @@ class FrozenForward:
         modes = {module: module.training for module in self.backbone.modules()}
         self.backbone.eval()
         for module, mode in modes.items():
-            if isinstance(module, CompressedLinear):
-                # Quantizers learn their ranges from what training shows them; there is no dropout in here.
+            if isinstance(module, CompressedLinear | Gate | Quantizer):
+                # What passes learn, they learn from training; there is no dropout in these.
                 module.training = mode
         try:
             return self.original(**kwargs)

@@ -34,7 +34,7 @@ from tests.methods.added import (
     shaken,
     trained,
 )
-from tests.tiny import TINY, accuracy, batch_for, fit, labelled, logits, padded, tiny
+from tests.tiny import TINY, batch_for, fit, logits, padded, tiny
 
 HOULSBY = Adapter(placement="houlsby", size=8)
 PFEIFFER = Adapter(placement="pfeiffer", size=8)
@@ -476,13 +476,6 @@ def test_export(languages, kind, tmp_path):
         method = Adapter(placement="pfeiffer", size=4, stack=tuple(languages(invertible=True)[:1]))
     model = shaken(trained(method, headed(), rows_for("bert")), ".parallel.")
     check_export(model, rows_for("bert"), tmp_path)
-
-
-def test_parallel_learns_sixteen_examples():
-    model, batch = tiny(), labelled()
-    PARALLEL.prepare(model, Context())
-    fit(model, [PARALLEL], [batch], steps=120, learning_rate=1e-2)
-    assert accuracy(model, batch) == 1.0
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])

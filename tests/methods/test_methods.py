@@ -10,6 +10,7 @@ from compressft.methods.full import Full
 from compressft.methods.head_gates import HeadGates
 from compressft.methods.layers import Layers
 from compressft.methods.mask import Mask
+from compressft.methods.peft import Peft
 from compressft.methods.prefix import PrefixTuning
 from compressft.methods.probe import Probe
 from compressft.methods.scalar_mix import ScalarMix
@@ -34,6 +35,7 @@ CASES = {
     "bilstm probe": Probe(head="bilstm"),
     "prefix": PrefixTuning(length=3, hidden=8),
     "prefix, its keys and values": PrefixTuning(length=3, reparameterise=False),
+    "lora": Peft(config={"peft_type": "LORA", "r": 4, "target_modules": "all-linear"}),
     "mask": Mask(),
     "mask, masked head": Mask(head="masked"),
     "supermask": Mask(preset="supermask"),

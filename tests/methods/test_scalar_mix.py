@@ -27,7 +27,7 @@ from tests.methods.added import (
     shaken,
     trained,
 )
-from tests.tiny import accuracy, batch_for, fit, labelled, logits, padded, tiny
+from tests.tiny import batch_for, fit, labelled, logits, padded, tiny
 
 
 def last_states(model, batch):
@@ -178,13 +178,6 @@ def test_hidden_states_and_cached_generation():
     with torch.no_grad():
         out = bert.bert(**padded(), output_hidden_states=True)
     assert len(out.hidden_states) == 3 and torch.equal(out.hidden_states[-1], out.last_hidden_state)
-
-
-def test_learns_sixteen_examples():
-    model, batch, method = headed(), labelled(), ScalarMix()
-    method.prepare(model, Context())
-    fit(model, [method], [batch], steps=150, learning_rate=1e-2)
-    assert accuracy(model, batch) == 1.0
 
 
 def test_bare_is_the_base():
