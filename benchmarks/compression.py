@@ -84,6 +84,12 @@ LAST = {"start": 0.0, "end": 0.6}
 PRUNING: dict[str, Any] = {
     "magnitude": lambda removed: {"type": "magnitude", "sparsity": removed, **LAST},
     "movement": lambda removed: {"type": "movement", "sparsity": removed, **LAST},
+    "movement-from-magnitude": lambda removed: {
+        "type": "movement",
+        "sparsity": removed,
+        "initial": "magnitude",
+        **LAST,
+    },
     "structured": lambda removed: {"type": "structured", "target": {"sparsity": removed}, **LAST},
     "ziplm": lambda removed: {"type": "ziplm", "target": {"sparsity": removed}},
 }
@@ -168,7 +174,7 @@ def edge() -> list[Case]:
         ]
         distill = {"temperature": 2.0, "task": 0.3, "logits": 0.7, "hidden": 1.0, "layer_map": layers}
         train = {"epochs": epochs, "learning_rate": 3e-4}
-        return student(name, "edge", task, passes, train, distill, {"label_agreement": 0.99})
+        return student(name, "edge", task, passes, train, distill, export={"label_agreement": 0.99})
 
     return [
         one("banking77-15x", "banking77", [1, 3, 5], 0.66, 0.84, 14, "int4"),

@@ -75,7 +75,7 @@ def _edge(edge: dict[str, Any], found: dict[str, Any]) -> str:
 
 def _pruning(found: dict[str, Any]) -> str:
     rows = []
-    for kind in ("magnitude", "movement", "structured", "ziplm"):
+    for kind in ("magnitude", "movement", "movement-from-magnitude", "structured", "ziplm"):
         for distilled in (True, False):
             row = [kind, "with" if distilled else "without"]
             for kept in (50, 25, 10, 5):

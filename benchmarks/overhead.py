@@ -15,11 +15,12 @@ STRUCTURED = {"type": "structured", "heads": 0.5, "ffn": 0.5, "start": 0.0}
 STAGES: dict[str, list[Any]] = {
     "distillation": [],
     "vocabulary": ["vocabulary"],
-    "magnitude": [{"type": "magnitude", "sparsity": 0.9, "start": 0.0}],
+    # Masks are drawn anew at a tenth of the steps, as in runs of a thousand.
+    "magnitude": [{"type": "magnitude", "sparsity": 0.9, "start": 0.0, "updates": 2}],
     "movement": [{"type": "movement", "sparsity": 0.9, "start": 0.0}],
     "l0": ["l0"],
     "block": [{"type": "block", "sparsity": 0.5, "start": 0.0}],
-    "n_m": [{"type": "n_m", "start": 0.0}],
+    "n_m": [{"type": "n_m", "start": 0.0, "updates": 2}],
     "structured": [STRUCTURED],
     "structured-learned": [{"type": "structured", "decide": "learned", "sparsity": 0.5, "start": 0.0}],
     "structured-target": [{"type": "structured", "target": {"sparsity": 0.5}, "start": 0.0}],

@@ -111,7 +111,7 @@ class Adapted(nn.Module):
         return self._mixed(adapter_names, args, kwargs)
 
     def _mixed(self, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        from transformers.modeling_outputs import ModelOutput
+        from transformers.utils import ModelOutput  # type: ignore[attr-defined]
 
         unknown = sorted(set(names) - set(self.trees) - {BASE})
         if unknown:
@@ -134,6 +134,7 @@ class Adapted(nn.Module):
                 logits = out.logits.new_empty(rows, *out.logits.shape[1:])
             elif logits.shape[1:] != out.logits.shape[1:]:
                 raise UserError(f"adapter_names: the heads of {names[0]!r} and {name!r} give logits of other shapes")
+            assert logits is not None
             logits = logits.index_copy(0, where, out.logits)
             if out.loss is not None:
                 share = out.loss * (len(where) / rows)

@@ -146,7 +146,7 @@ class CompressedLinear(nn.Linear):
 
     def effective_bias(self) -> Tensor | None:
         """What is added to the product, (out,): a delta may change it too."""
-        changes = None if is_bare() else getattr(self.delta, "bias", None)
+        changes: Any = None if is_bare() else getattr(self.delta, "bias", None)
         return self.bias if changes is None else changes()
 
     def _product(self, x: Tensor) -> Tensor:
@@ -164,9 +164,11 @@ class CompressedLinear(nn.Linear):
             if len(gates) == 1:
                 packed = self.store is not None and _reads_nf4(gates[0])
                 return gates[0].linear(x, self.store.nf4 if packed else self.weight, self.bias)  # type: ignore[union-attr]
-        elif not gates and hasattr(self.delta, "product"):
-            # Cheaper than building W + delta: no gradient of the whole weight.
-            return self.delta.product(x)
+        else:
+            product: Any = getattr(self.delta, "product", None)
+            if not gates and product is not None:
+                # Cheaper than building W + delta: no gradient of the whole weight.
+                return product(x)
         return F.linear(x, self.effective_weight(), self.effective_bias())
 
     @torch.no_grad()

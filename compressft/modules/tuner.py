@@ -30,6 +30,8 @@ ORIGIN = (
 class BaseView(nn.Module):
     """What a tuner sees as its base layer: the linear without its delta, seen but not owned (no parameter of it)."""
 
+    linear: CompressedLinear
+
     def __init__(self, linear: CompressedLinear) -> None:
         super().__init__()
         # Past nn.Module's registration, or the layer would contain itself.
@@ -180,4 +182,4 @@ def inject(model: nn.Module, config: Any, seed: int) -> dict[str, nn.Module]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(config, model)
-    return {path: module for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    return {path: module for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)}  # type: ignore[misc]
