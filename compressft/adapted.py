@@ -70,11 +70,14 @@ class Adapted(nn.Module):
         Raises:
             UserError: an unknown name.
         """
+        self._check(name)
+        self.active = name
+
+    def _check(self, name: str) -> None:
         if name not in self.trees:
             raise UserError(
                 f"adapter {name!r} is not there; there are {', '.join(self.trees)}{nearest(name, self.trees)}"
             )
-        self.active = name
 
     def delete_adapter(self, name: str) -> None:
         """Forget one; where it was the active one, the base is what runs.
@@ -82,10 +85,7 @@ class Adapted(nn.Module):
         Raises:
             UserError: an unknown name.
         """
-        if name not in self.trees:
-            raise UserError(
-                f"adapter {name!r} is not there; there are {', '.join(self.trees)}{nearest(name, self.trees)}"
-            )
+        self._check(name)
         del self.trees[name], self.methods[name]
         if self.active == name:
             self.active = None

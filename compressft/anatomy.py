@@ -41,6 +41,14 @@ class Layer:
         """Paths of all linear projections, in execution order."""
         return (*self.projections, self.family.o, *self.family.cross_linears, *self.family.up, self.family.down)
 
+    @property
+    def roles(self) -> dict[str, tuple[str, ...]]:
+        """Path -> "q", "k", "v", "o", "up" or "down" (all three of q, k, v where fused), in execution order."""
+        f = self.family
+        fixed = {f.q: "q", f.k: "k", f.v: "v", f.o: "o", f.down: "down", **dict.fromkeys(f.up, "up")}
+        fixed |= dict(zip(f.cross_linears, "qkvo", strict=False))
+        return {path: tuple("qkv") if path == f.fused_qkv else (fixed[path],) for path in self.linears}
+
 
 @dataclass(frozen=True)
 class Stream:

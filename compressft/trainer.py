@@ -148,7 +148,8 @@ class CompressionTrainer(Trainer):
         if training:
             # Without the wrapper that distributed training puts around it.
             plain: Any = self.model
-            if not inputs["labels"].ne(IGNORE).any():
+            labels = inputs["labels"]
+            if not labels.is_floating_point() and not labels.ne(IGNORE).any():
                 # The mean over no label at all is not a number.
                 loss = 0.0 * outputs["logits"].sum()
             terms: dict[str, Tensor] = {TASK_LOSS: loss * math.prod(t.task_weight(plain) for t in self.transforms)}

@@ -94,6 +94,17 @@ def batch_of(t: CompressionTrainer, rows: int = 16) -> dict[str, Tensor]:
 # Loss.
 
 
+def test_a_row_without_a_label_is_one_of_classes_alone(tmp_path):
+    """-100 stands for no label in classification, and is a number like any other in regression."""
+    t = trainer(tmp_path)
+    batch = batch_of(t)
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    assert float(t.compute_loss(t.model.train(), batch)) == 0.0
+    numbers = trainer(tmp_path, model=tiny("bert", num_labels=1))
+    batch["labels"] = torch.full((16,), -100.0)
+    assert float(numbers.compute_loss(numbers.model.train(), batch)) > 5000
+
+
 def test_loss_is_the_sum_of_its_terms(tmp_path):
     """Task loss times all factors, plus every term, each computed again here."""
     teacher = tiny("bert", seed=5, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)

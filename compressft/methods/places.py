@@ -20,15 +20,15 @@ def linear_paths(model: nn.Module, parts: Sequence[Part] = PROJECTIONS, first_la
     A fused qkv projection counts where all three are asked for. Families without a pooler have none to give.
     """
     found = anatomy(model)
-    family = found.family
-    roles: dict[str | None, Part] = {family.q: "q", family.k: "k", family.v: "v", family.o: "o", family.down: "down"}
-    roles |= dict.fromkeys(family.up, "up")
-    wanted = {path for path, role in roles.items() if role in parts}
-    if family.fused_qkv and {"q", "k", "v"} <= set(parts):
-        wanted.add(family.fused_qkv)
-    paths = [f"{x.name}.{path}" for x in found.layers[first_layer:] for path in x.linears if path in wanted]
-    if "pooler" in parts and family.pooler and getattr(found.backbone, family.pooler, None) is not None:
-        paths += _linears(model, found.path(family.pooler))
+    paths = [
+        f"{layer.name}.{path}"
+        for layer in found.layers
+        if layer.index >= first_layer
+        for path, roles in layer.roles.items()
+        if set(roles) <= set(parts)
+    ]
+    if "pooler" in parts and found.family.pooler and getattr(found.backbone, found.family.pooler, None) is not None:
+        paths += _linears(model, found.path(found.family.pooler))
     return paths
 
 

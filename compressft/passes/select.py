@@ -32,15 +32,9 @@ def layer_linears(model: nn.Module, exclude: Sequence[str] = ()) -> list[str]:
 
     `exclude` lists parts (`LINEARS`) or full module paths; a fused qkv projection is out where any of its three is.
     """
-    parts = anatomy(model)
-    family = parts.family
-    roles = {family.q: "q", family.k: "k", family.v: "v", family.o: "o", family.down: "down"}
-    roles |= dict.fromkeys(family.up, "up")
-    if family.fused_qkv:
-        roles[family.fused_qkv] = next((part for part in "qkv" if part in exclude), "q")
     return [
         f"{layer.name}.{path}"
-        for layer in parts.layers
-        for path in layer.linears
-        if roles.get(path) not in exclude and f"{layer.name}.{path}" not in exclude
+        for layer in anatomy(model).layers
+        for path, parts in layer.roles.items()
+        if f"{layer.name}.{path}" not in exclude and not any(part in exclude for part in parts)
     ]
