@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
+from benchmarks.sentences import cut
 from compressft.again import export_again
 from compressft.measure import hardware, versions
 from compressft.recipe import parse_recipe
@@ -34,7 +35,7 @@ def data_folder() -> Path:
 
 @dataclass(frozen=True)
 class Case:
-    """One recipe as plain data. Strings may hold {data} and {runs}; `after` names the cases whose folders it reads.
+    """One recipe as plain data; strings may hold placeholders (`filled`). `after` names cases whose folders it reads.
 
     `keep`: whether the run's folder stays (another case reads it, or its file is looked at).
     """
@@ -125,8 +126,10 @@ def _run(suite: str, case: Case, cases: Sequence[Case], console: Console) -> dic
 
 
 def filled(value: Any, folders: Mapping[str, str] | None = None) -> Any:
-    """A copy with {data} and the folders' names replaced by paths."""
+    """A copy with {data}, {dvd_sentences} and the folders' names replaced by paths."""
     if isinstance(value, str):
+        if value == "{dvd_sentences}":
+            return str(cut(data_folder() / "amazon_mdsd" / "dvd.jsonl", ROOT / "dvd_sentences.jsonl"))
         for name, path in {"data": str(data_folder()), **(folders or {})}.items():
             value = value.replace("{" + name + "}", path)
         return value

@@ -10,7 +10,7 @@ from compressft_kernels import masked_linear, pack_mask, packed_linear, unpack_m
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressft.modules.rank import flatten, keep_largest, nth_largest
+from compressft.modules.rank import flatten, keep_largest, nth_largest, nth_largest_each
 
 
 class Gate(nn.Module):
@@ -232,25 +232,35 @@ class ScoreGate(Gate):
         keep_top([self], number)
 
 
-@torch.no_grad()
 def keep_top(gates: Sequence[ScoreGate], number: int) -> None:
     """Let exactly the `number` highest scores of all these gates live; ties are broken by position.
 
     A dropped score equal to the lowest kept one is moved to the next lower float, so that the comparison alone tells
     the two apart. Subnormal scores become 0 where that matters: hardware may take them for 0 when it compares.
     """
-    scores = [gate.scores for gate in gates]
-    if number <= 0 or number >= sum(values.numel() for values in scores):
-        limit = scores[0].new_tensor(torch.inf if number <= 0 else -torch.inf)
-    else:
-        lowest = nth_largest(flatten(scores), number)
+    keep_top_each([gates], [number])
+
+
+@torch.no_grad()
+def keep_top_each(pools: Sequence[Sequence[ScoreGate]], numbers: Sequence[int]) -> None:
+    """`keep_top` for several pools of gates, ranked at the same time on CPU."""
+    ranked = []
+    for gates, number in zip(pools, numbers, strict=True):
+        if 0 < number < sum(gate.scores.numel() for gate in gates):
+            ranked.append((gates, number))
+            continue
+        for gate in gates:
+            gate.threshold.fill_(torch.inf if number <= 0 else -torch.inf)
+    found = nth_largest_each(
+        [flatten([g.scores.detach() for g in gates]) for gates, _ in ranked], [n for _, n in ranked]
+    )
+    for (gates, number), (lowest, alone) in zip(ranked, found, strict=True):
         limit = _next_below(lowest)
-        alive = sum(int((values > limit).sum()) for values in scores)
         tiny = torch.finfo(lowest.dtype).tiny
-        if alive != number or lowest.abs() < tiny or limit.abs() < tiny:
-            limit = _separate(scores, number)
-    for gate in gates:
-        gate.threshold.copy_(limit)
+        if not alone or lowest.abs() < tiny or limit.abs() < tiny:
+            limit = _separate([gate.scores for gate in gates], number)
+        for gate in gates:
+            gate.threshold.copy_(limit)
 
 
 def _separate(scores: Sequence[Tensor], number: int) -> Tensor:

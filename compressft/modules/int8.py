@@ -13,7 +13,10 @@ import math
 import torch
 from torch import Tensor
 
+from compressft.modules.last_input import LastInput
+
 QMAX = 255.0
+_last = LastInput()
 # Largest weight integer by `weight_bits`. Seven bits keep 255 * 63 * 2 below 2^15: x86 CPUs without VNNI add pairs of
 # u8 x s8 products in saturating 16 bits.
 WMAX = {8: 127.0, 7: 63.0}
@@ -39,6 +42,14 @@ def quantise_weight(weight: Tensor, scale: Tensor) -> Tensor:
     return (weight / scale.to(weight.dtype)[:, None]).round_()
 
 
+def quantise_input(x: Tensor, scale: Tensor, zero_point: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The u8 levels of x, where x was clipped (bool), and levels - zero_point in `dtype`, all shaped as x."""
+    q = (x.float() / scale).round_().add_(zero_point)
+    level = q.clamp(0.0, QMAX)
+    clipped = q != level
+    return level.to(torch.uint8), clipped, level.sub_(zero_point).to(dtype)
+
+
 class _QuantisedLinear(torch.autograd.Function):
     """y = (q_x - z) q_W^T * (s_x s_W) + b; straight-through for rounding, zero gradient where x was clipped.
 
@@ -48,9 +59,8 @@ class _QuantisedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, low, high, x_scale, zero_point, dtype, bits, rate):
-        q = (x.float() / x_scale).round_().add_(zero_point)
-        level = q.clamp(0.0, QMAX)
-        clipped = q != level
+        key = (float(x_scale), float(zero_point), dtype) if x.device.type == "cpu" else None
+        level, clipped, centred = _last.value(x, key, lambda: quantise_input(x, x_scale, zero_point, dtype))
         w_scale = weight_scale(weight, bits)
         q_weight = quantise_weight(weight, w_scale)
         if rate < 1.0:
@@ -58,7 +68,6 @@ class _QuantisedLinear(torch.autograd.Function):
             q_weight = torch.where(smooth, weight / w_scale.to(weight.dtype)[:, None], q_weight)
         q_weight = q_weight.to(dtype)
         scale = x_scale * w_scale
-        centred = level.sub(zero_point).to(dtype)
         if dtype is torch.float16:
             # Sums of integer products overflow fp16; powers of two keep them exact.
             acc = (centred * 2.0**-8) @ (q_weight * 2.0**-7).t()
@@ -70,7 +79,7 @@ class _QuantisedLinear(torch.autograd.Function):
             y += bias
         ctx.learns = any(ctx.needs_input_grad[3:5])
         kept = x if ctx.learns else None
-        ctx.save_for_backward(level.to(torch.uint8), clipped, q_weight, w_scale, x_scale, zero_point, kept)
+        ctx.save_for_backward(level, clipped, q_weight, w_scale, x_scale, zero_point, kept)
         ctx.has_bias = bias is not None
         ctx.dtype = dtype
         ctx.x_dtype = x.dtype

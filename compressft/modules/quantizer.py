@@ -19,11 +19,13 @@ from compressft.modules.int4 import (
 )
 from compressft.modules.int8 import activation_scale, quantised_linear
 from compressft.modules.kinds import Extra, known
+from compressft.modules.last_input import LastInput
 
 Ranges = Literal["static", "dynamic", "learned"]
 Format = Literal["operators", "qdq"]
 # Batches whose minima and maxima a learned range starts from.
 FIRST_BATCHES = 16
+_last = LastInput()
 
 
 class Quantizer(Extra):
@@ -220,6 +222,9 @@ class Int4Quantizer(Quantizer):
 @torch.no_grad()
 def _range(x: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
     """Least and greatest value, fp32; gated-off columns count as 0, which every range contains."""
-    # Per column and then over columns would be ten times as slow on CPU.
-    low, high = torch.aminmax(x if columns is None else x * columns)
+    if columns is None:
+        low, high = _last.value(x, "range", lambda: torch.aminmax(x))
+    else:
+        # Per column and then over columns would be ten times as slow on CPU.
+        low, high = torch.aminmax(x * columns)
     return low.float(), high.float()

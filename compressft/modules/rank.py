@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -11,16 +12,33 @@ from torch import Tensor
 
 def nth_largest(values: Tensor, number: int) -> Tensor:
     """The `number`-th largest value (from 1) of a flat tensor, a scalar."""
-    size = values.numel()
+    return _select(values, number)[0]
+
+
+def nth_largest_each(values: Sequence[Tensor], numbers: Sequence[int]) -> list[tuple[Tensor, bool]]:
+    """For each flat tensor its `number`-th largest value, and whether no smaller-ranked one equals it."""
+    threads = torch.get_num_threads()
+    if len(values) < 2 or threads < 2 or values[0].device.type != "cpu":
+        return [_select(v, n) for v, n in zip(values, numbers, strict=True)]
+    # NumPy selects on one thread and holds no lock meanwhile.
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(_select, values, numbers))
+
+
+@torch.no_grad()
+def _select(values: Tensor, number: int) -> tuple[Tensor, bool]:
+    dropped = values.numel() - number
     if values.device.type == "cpu":
         # NumPy selects with vector instructions: 15 times as fast as topk and kthvalue.
-        wide = values.detach() if values.dtype in (torch.float32, torch.float64) else values.detach().float()
-        found = np.partition(wide.numpy(), size - number)[size - number]
-        return values.new_tensor(float(found))
+        wide = values if values.dtype in (torch.float32, torch.float64) else values.float()
+        parted = np.partition(wide.numpy(), dropped)
+        return values.new_tensor(float(parted[dropped])), dropped == 0 or bool(parted[:dropped].max() < parted[dropped])
     # Selecting from the shorter end; sorting all of a large model would take ten times as long.
-    if 2 * number <= size:
-        return values.topk(number, sorted=False).values.amin()
-    return values.topk(size - number + 1, largest=False, sorted=False).values.amax()
+    if number <= dropped:
+        lowest = values.topk(number, sorted=False).values.amin()
+    else:
+        lowest = values.topk(dropped + 1, largest=False, sorted=False).values.amax()
+    return lowest, int((values >= lowest).sum()) == number
 
 
 def flatten(values: Sequence[Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from compressft.modules.gate import ScoreGate, keep_top
+from compressft.modules.gate import ScoreGate, keep_top_each
 from compressft.passes.unstructured import Gradual
 from compressft.transform import Context, Transform
 
@@ -52,13 +52,14 @@ class Scored(Gradual):
 
     def prune(self, model: nn.Module, extent: float) -> None:
         """Set the gates' thresholds for a fraction of the full extent."""
-        for gates in self.pools(model):
-            if self.variant == "hard":
-                assert self.sparsity is not None
-                keep_top(gates, round((1.0 - self.sparsity * extent) * sum(g.scores.numel() for g in gates)))
-            else:
-                for gate in gates:
-                    keep_above(gate, self.threshold * extent)
+        pools = self.pools(model)
+        if self.variant == "hard":
+            assert self.sparsity is not None
+            kept = 1.0 - self.sparsity * extent
+            keep_top_each(pools, [round(kept * sum(gate.scores.numel() for gate in gates)) for gates in pools])
+        else:
+            for gate in (gate for gates in pools for gate in gates):
+                keep_above(gate, self.threshold * extent)
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor], outputs: Any, context: Context) -> dict[str, Tensor]:
         if self.variant == "hard":
