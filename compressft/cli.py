@@ -67,7 +67,8 @@ def run(
 @app.command()
 def recipes() -> None:
     """List the shipped recipes."""
-    from compressft.recipe import load_recipe, shipped_recipes
+    from compressft.document import shipped_recipes
+    from compressft.recipe import load_recipe
 
     names = shipped_recipes()
     width = max(map(len, names))

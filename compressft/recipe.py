@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
+from compressft.document import SOURCES, override_all, read_document
+from compressft.document import shipped_recipes as shipped_recipes
 from compressft.errors import UserError, nearest
 from compressft.methods import METHODS
 from compressft.methods.full import Full
@@ -24,7 +25,6 @@ TaskType = Literal["sequence-classification", "regression", "token-classificatio
 
 # Tasks whose rows may lack a label while a teacher answers.
 TEACHABLE = ("sequence-classification", "token-classification")
-SOURCES = ("sample", "dataset", "train")
 
 
 class Part(BaseModel):
@@ -286,12 +286,6 @@ def _fields_at(model: type[BaseModel], location: Sequence[int | str]) -> list[st
     return sorted(current.model_fields)
 
 
-def shipped_recipes() -> dict[str, Path]:
-    """Names and files of the recipes inside the package."""
-    folder = Path(str(files("compressft"))) / "recipes"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"), key=lambda path: path.stem)}
-
-
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe by shipped name or YAML path, follow `extends:`, apply `a.b=c` overrides, validate.
 
@@ -301,10 +295,8 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: file, field or value is wrong; the message has the path, the value and what is allowed.
     """
-    document = _read(source, ())
-    # A new source of rows drops the old one's splits; those that are set here come after it.
-    for override in sorted(overrides, key=lambda o: o.partition("=")[0] not in {f"data.{s}" for s in SOURCES}):
-        _apply(document, override)
+    document = read_document(source)
+    override_all(document, overrides)
     return parse_recipe(document, str(source))
 
 
@@ -314,111 +306,6 @@ def parse_recipe(document: Mapping[str, Any], where: str = "recipe") -> Recipe:
         return Recipe.model_validate(document)
     except ValidationError as error:
         raise UserError(f"{where}: {_explain(error, Recipe, '')}") from None
-
-
-def _read(source: str | Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    shipped = shipped_recipes()
-    path = shipped[str(source)] if str(source) in shipped else Path(source)
-    if not path.is_file():
-        raise UserError(
-            f"recipe: {str(source)!r} is neither a file nor a shipped recipe; shipped: "
-            f"{', '.join(shipped)}{nearest(str(source), shipped)}"
-        )
-    if path.resolve() in seen:
-        raise UserError(f"{path}: `extends` leads back to this file; remove it")
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(document, dict):
-        raise UserError(f"{path}: wants a mapping of fields; got {type(document).__name__}")
-    document = _unshared(document)
-    base_name = document.pop("extends", None)
-    if base_name is None:
-        return document
-    beside = path.parent / str(base_name)
-    base = _read(beside if beside.is_file() else str(base_name), (*seen, path.resolve()))
-    return _merge(base, document)
-
-
-def _unshared(value: Any) -> Any:
-    """A copy in which a YAML alias is a value of its own: an override of one must not reach the other."""
-    if isinstance(value, dict):
-        return {key: _unshared(item) for key, item in value.items()}
-    return [_unshared(item) for item in value] if isinstance(value, list) else value
-
-
-def _merge(base: Any, new: Any) -> Any:
-    """Mappings merge; stages merge by name; anything else is replaced."""
-    if isinstance(base, dict) and isinstance(new, dict):
-        merged = dict(base)
-        for key, value in new.items():
-            if key == "stages" and key in base:
-                merged[key] = _merge_stages(base[key], value)
-            elif key == "data" and isinstance(value, dict) and isinstance(base.get(key), dict):
-                merged[key] = _merge(_without_source(base[key], value), value)
-            else:
-                merged[key] = _merge(base[key], value) if key in base else value
-        return merged
-    return new
-
-
-def _without_source(data: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """A new source of rows replaces the base's: its files, sample or hub id do not mix with it."""
-    if any(new.get(source) is not None for source in SOURCES):
-        return {key: value for key, value in data.items() if key not in (*SOURCES, "validation", "test", "unlabelled")}
-    return data
-
-
-def _merge_stages(base: Any, new: Any) -> Any:
-    if not isinstance(base, list) or not isinstance(new, list) or not all(isinstance(s, dict) for s in [*base, *new]):
-        return new
-    by_name = {stage.get("name"): stage for stage in new}
-    merged = [_merge(stage, by_name.pop(stage.get("name"), {})) for stage in base]
-    return merged + [stage for stage in new if stage.get("name") in by_name]
-
-
-def _apply(document: dict[str, Any], override: str) -> None:
-    path, equals, text = override.partition("=")
-    if not equals or not path:
-        raise UserError(f"--set {override!r}: wants PATH=VALUE, such as stages.student.train.epochs=2")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"--set {override!r}: the value is not YAML") from None
-    node: Any = document
-    steps = path.split(".")
-    for i, step in enumerate(steps[:-1]):
-        node = _child(node, step, override, ".".join(steps[: i + 1]))
-    last = steps[-1]
-    if steps[:-1] == ["data"] and last in SOURCES and isinstance(node, dict):
-        document["data"] = node = _without_source(node, {last: value})
-    if isinstance(node, list):
-        node[_position(node, last, override)] = value
-    else:
-        node[last] = value
-
-
-def _child(node: Any, step: str, override: str, path: str) -> Any:
-    key: Any = _position(node, step, override) if isinstance(node, list) else step
-    child = node[key] if isinstance(node, list) else node.setdefault(key, {})
-    if isinstance(child, str) and (isinstance(node, list) or step == "method"):
-        # A transform given by its name alone.
-        child = node[key] = {"type": child}
-    if not isinstance(child, dict | list):
-        raise UserError(f"--set {override!r}: {path} is {child!r}, which has no fields")
-    return child
-
-
-def _position(items: list[Any], step: str, override: str) -> int:
-    if step.lstrip("-").isdigit() and -len(items) <= int(step) < len(items):
-        return int(step)
-    names = [str(i.get("name", i.get("type"))) if isinstance(i, dict) else str(i) for i in items]
-    if step in names:
-        return names.index(step)
-    raise UserError(f"--set {override!r}: no item {step!r}; items: {', '.join(names)}{nearest(step, names)}")
 
 
 def smoke(recipe: Recipe) -> Recipe:

@@ -15,8 +15,9 @@ import yaml
 from onnx import TensorProto, helper, save
 
 from compressft import cli
+from compressft.document import shipped_recipes
 from compressft.families import FAMILIES
-from compressft.recipe import load_recipe, parse_recipe, shipped_recipes
+from compressft.recipe import load_recipe, parse_recipe
 from tests.tiny_folder import document, rows_of, save_tiny, write_jsonl
 
 ROOT = Path(__file__).parents[1]

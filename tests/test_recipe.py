@@ -13,6 +13,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from compressft.document import shipped_recipes
 from compressft.errors import UserError
 from compressft.methods import METHODS
 from compressft.objectives import OBJECTIVES
@@ -24,7 +25,6 @@ from compressft.recipe import (
     TrainConfig,
     load_recipe,
     parse_recipe,
-    shipped_recipes,
     smoke,
 )
 

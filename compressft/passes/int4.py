@@ -15,7 +15,7 @@ from compressft.modules.gptq import gptq
 from compressft.modules.linear import CompressedLinear
 from compressft.modules.quantizer import Int4Quantizer
 from compressft.passes.calibrate import second_moments
-from compressft.passes.quantised import PARTS, Tables, compress_tables, follow, quantised_linears, rate, settle
+from compressft.passes.quantised import PARTS, TableBlock, Tables, compress_tables, follow, quantised_linears, rate, settle
 from compressft.passes.select import check_exclude
 from compressft.transform import PARTS as REMOVES_PARTS
 from compressft.transform import QUANTISES, Context, Transform
@@ -33,8 +33,8 @@ class Int4(Transform):
     `start`: progress from which weights are rounded. `noise`: progress until which only a random share of them is,
     growing linearly from 0 at `start` (Fan et al. 2020); 0 rounds all at once. `accuracy_level` 4 lets the runtime
     round the inputs to s8 per block, which is much faster, and rounds them in training too: as onnxruntime does it on
-    x86 (on ARM it may round whole rows). `embeddings`: "int8" per row, "int4" in blocks of 32, or "none". `exclude` as
-    in `int8`.
+    x86 (on ARM it may round whole rows). `embeddings`, `embedding_block` and `exclude` as in
+    `int8`.
     """
 
     type: Literal["int4"] = "int4"
@@ -47,13 +47,14 @@ class Int4(Transform):
     noise: float = Field(default=0.0, ge=0, le=1)
     accuracy_level: Literal[0, 4] = 0
     embeddings: Tables = "int8"
+    embedding_block: TableBlock = 32
     exclude: tuple[str, ...] = ()
 
     def prepare(self, model: nn.Module, context: Context) -> None:
         check_exclude(model, "pass int4.exclude", self.exclude, PARTS)
         paths = quantised_linears(model, self.exclude)
         fixed = self._frozen(model, paths) if self.rounding == "gptq" else []
-        compress_tables(model, self.embeddings, self.exclude)
+        compress_tables(model, self.embeddings, self.embedding_block, self.exclude)
         for path in paths:
             layer = compress_linear(model, path)
             new = Int4Quantizer(self.block, self.symmetric, self.accuracy_level)

@@ -12,6 +12,7 @@ from compressft.model import compress_linear
 from compressft.modules.quantizer import Format, Int8Quantizer, Ranges
 from compressft.passes.quantised import (
     PARTS,
+    TableBlock,
     Tables,
     compress_tables,
     follow,
@@ -41,9 +42,9 @@ class Int8(Transform):
     weights' integers: x86 CPUs without VNNI (AVX2 alone) add u8 x s8 products in saturating 16 bits, so that an 8-bit
     model may give other results there; verification sees this only on such a machine.
 
-    `embeddings`: "int8" per row, "int4" in blocks of 32, or "none". `exclude` lists parts that stay fp32: "q", "k",
-    "v", "o", "up", "down", "pooler", "embeddings", or a module's full path; a fused qkv projection stays fp32 where any
-    of its three does.
+    `embeddings`: "int8" per row, "int4" in blocks of `embedding_block` (32: 0.63 bytes a value, 128: 0.53), or "none".
+    `exclude` lists parts that stay fp32: "q", "k", "v", "o", "up", "down", "pooler", "embeddings", or a module's full
+    path; a fused qkv projection stays fp32 where any of its three does.
     """
 
     type: Literal["int8"] = "int8"
@@ -57,6 +58,7 @@ class Int8(Transform):
     noise: float = Field(default=0.0, ge=0, le=1)
     weight_bits: Literal[7, 8] = 8
     embeddings: Tables | bool = "int8"
+    embedding_block: TableBlock = 32
     exclude: tuple[str, ...] = ()
 
     @field_validator("embeddings")
@@ -70,7 +72,7 @@ class Int8(Transform):
             layer = compress_linear(model, path)
             new = Int8Quantizer(self.ranges, self.momentum, self.weight_bits, self.format)
             layer.quantizer = new.to(layer.weight.device)
-        compress_tables(model, self.embeddings, self.exclude)  # type: ignore[arg-type]
+        compress_tables(model, self.embeddings, self.embedding_block, self.exclude)  # type: ignore[arg-type]
 
     def param_groups(self, model: nn.Module, context: Context) -> list[dict[str, Any]]:
         ends = [parameter for quantizer in quantizers(model) for parameter in quantizer.parameters()]

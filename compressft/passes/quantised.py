@@ -16,6 +16,7 @@ from compressft.passes.select import LINEARS, layer_linears
 
 PARTS = (*LINEARS, "pooler", "embeddings")
 Tables = Literal["int8", "int4", "none"]
+TableBlock = Literal[32, 64, 128]
 BITS: dict[str, int] = {"int8": 8, "int4": 4}
 
 
@@ -30,8 +31,12 @@ def quantised_linears(model: nn.Module, exclude: Sequence[str]) -> list[str]:
     return paths
 
 
-def compress_tables(model: nn.Module, tables: Tables, exclude: Sequence[str]) -> None:
-    """Make the embedding tables `CompressedEmbedding`s of these bits, less what `exclude` names."""
+def compress_tables(model: nn.Module, tables: Tables, block: int, exclude: Sequence[str]) -> None:
+    """Make the embedding tables `CompressedEmbedding`s of these bits, less what `exclude` names.
+
+    Args:
+        block: values of a row that share a scale in int4.
+    """
     if tables == "none" or "embeddings" in exclude:
         return
     parts = anatomy(model)
@@ -39,7 +44,7 @@ def compress_tables(model: nn.Module, tables: Tables, exclude: Sequence[str]) ->
         if parts.path(relative) not in exclude:
             table = parts.backbone.get_submodule(relative)
             assert isinstance(table, nn.Embedding)
-            replace(model, parts.path(relative), CompressedEmbedding.of(table, BITS[tables]))
+            replace(model, parts.path(relative), CompressedEmbedding.of(table, BITS[tables], block))
 
 
 def quantizers(model: nn.Module) -> list[Quantizer]:

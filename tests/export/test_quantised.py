@@ -244,7 +244,8 @@ def test_qdq_models_are_standard_onnx(family, embeddings, tmp_path):
 
 @pytest.mark.parametrize(("family", "adapter"), [("bert", True), ("llama", False)])
 def test_int4_models(family, adapter, tmp_path):
-    model = settled(Int4(block=32, embeddings="int4", symmetric=adapter), family, adapter)
+    whole_rows = Int4(block=32, embeddings="int4", embedding_block=128, symmetric=adapter)
+    model = settled(whole_rows, family, adapter)
     graph = check(model, tmp_path / "m.onnx", family, limit=1e-4)
     found = [node.op_type for node in graph.graph.node]
     assert found.count("MatMulNBits") == sum(isinstance(m, CompressedLinear) for m in model.modules())
