@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compressft.errors import UserError, nearest
+from compressft.formats.folders import DEFAULT, named, read, save
+from compressft.formats.settled import Settled, continue_from, own_head, own_what_is_trained, shared_copy
 from compressft.methods import METHODS
 from compressft.model import count, restore_plain
 from compressft.modules.kinds import Extra
@@ -32,6 +35,8 @@ class Adapted(nn.Module):
         self.base_model = base.requires_grad_(False)
         self.trees = nn.ModuleDict()
         self.methods: dict[str, Transform] = {}
+        # Loaded as they ship: there is nothing left to finalise.
+        self.loaded: set[str] = set()
         self.active: str | None = None
 
     @property
@@ -53,16 +58,19 @@ class Adapted(nn.Module):
         Raises:
             UserError: the name is taken or has a dot; the method does not fit the model.
         """
-        if name in self.trees or name == BASE:
-            raise UserError(f"adapter {name!r}: the name is taken; taken: {', '.join([*self.trees, BASE])}")
-        if not name or "." in name:
-            raise UserError(f"adapter {name!r}: wants a name without dots")
+        self._check_free(name)
         method = as_method(method)
         tree = shared_copy(self.base_model)
         method.prepare(tree, Context((method,), seed=seed))
         own_what_is_trained(tree, self.base_model)
         self.trees[name], self.methods[name] = tree.train(self.training), method
         self.set_adapter(name)
+
+    def _check_free(self, name: str) -> None:
+        if name in self.trees or name == BASE:
+            raise UserError(f"adapter {name!r}: the name is taken; taken: {', '.join([*self.trees, BASE])}")
+        if not name or "." in name:
+            raise UserError(f"adapter {name!r}: wants a name without dots")
 
     def set_adapter(self, name: str) -> None:
         """Make this one active; the others' parameters stay as they are.
@@ -87,6 +95,7 @@ class Adapted(nn.Module):
         """
         self._check(name)
         del self.trees[name], self.methods[name]
+        self.loaded.discard(name)
         if self.active == name:
             self.active = None
 
@@ -174,12 +183,93 @@ class Adapted(nn.Module):
         restore_plain(merged)
         return merged
 
-    def settled(self) -> Any:
-        """A copy of the active tree after its method's `finalize`: what ships, every tensor its own."""
-        assert self.active is not None
-        model = copy.deepcopy(self.trees[self.active]).eval()
-        self.methods[self.active].finalize(model)
+    def settled(self, name: str | None = None) -> Any:
+        """A copy of a tree (default: the active one) after its method's `finalize`: what ships, all tensors its own."""
+        name = self.active if name is None else name
+        assert name is not None
+        model = copy.deepcopy(self.trees[name]).eval()
+        if name not in self.loaded:
+            self.methods[name].finalize(model)
         return model
+
+    def save_pretrained(self, directory: str | Path, selected_adapters: Sequence[str] | None = None) -> dict[str, str]:
+        """Write each adapter as it ships, with its task's head: "default" into the folder, others into one by its name.
+
+        A folder holds `adapter_config.json` and `adapter_model.safetensors`. PEFT's tuners and prefixes are written as
+        PEFT does, where its format can hold them, so that `peft.PeftModel.from_pretrained` gives the same logits.
+
+        Returns:
+            the format of each: "peft" or "compressft".
+
+        Raises:
+            UserError: there is no adapter, or an unknown name is selected.
+        """
+        names = list(self.trees) if selected_adapters is None else list(selected_adapters)
+        if not names:
+            raise UserError("save_pretrained: there is no adapter; add one")
+        formats: dict[str, str] = {}
+        for name in names:
+            self._check(name)
+            folder = Path(directory).expanduser()
+            head = own_head(self.trees[name], self.base_model)
+            result = Settled(self.settled(name), self.base_model, self.methods[name], head)
+            formats[name] = save(result, folder if name == DEFAULT else folder / name)
+        return formats
+
+    @classmethod
+    def from_pretrained(
+        cls, base: nn.Module, directory: str | Path, name: str | None = None, is_trainable: bool = False
+    ) -> Adapted:
+        """Saved adapters on a base.
+
+        Args:
+            base: from `load_model`; it is frozen.
+            directory: what `load_adapter` takes, or a folder of such folders.
+            name: load the adapter in the folder itself under this name. Default: all that `save_pretrained` wrote,
+                under their names, the first of them active.
+            is_trainable: as for `load_adapter`.
+
+        Raises:
+            UserError: as `load_adapter`.
+        """
+        adapted, folder = cls(base).train(base.training), Path(directory).expanduser()
+        if name is not None:
+            adapted.load_adapter(folder, name, is_trainable)
+            return adapted
+        for found, path in named(folder).items():
+            adapted.load_adapter(path, found, is_trainable)
+        adapted.set_adapter(next(iter(adapted.trees)))
+        return adapted
+
+    def load_adapter(self, directory: str | Path, name: str, is_trainable: bool = False) -> None:
+        """Put a saved adapter on the base under a new name, and make it the active one.
+
+        Args:
+            directory: a folder that `save_pretrained` or `compressft convert` wrote, a run directory or its `delta/`,
+                or an adapter saved by PEFT or the `adapters` package.
+            is_trainable: go on training it; otherwise it is frozen.
+
+        Raises:
+            UserError: it was made on another base; something is missing, damaged, unknown or has another shape; a
+                method that ships as something else than it trains cannot go on from that.
+        """
+        self._check_free(name)
+        found = read(self.base_model, directory)
+        method, tree = found.method, found.model
+        if method is None:
+            raise UserError(f"{directory}: does not say which method made it; give the run directory")
+        if is_trainable:
+            self.add_adapter(name, method)
+            try:
+                continue_from(self.trees[name], tree, self.base_model, method)
+            except UserError:
+                self.delete_adapter(name)
+                raise
+            return
+        self.trees[name], self.methods[name] = tree.train(self.training), method
+        self.loaded.add(name)
+        self.base_model.requires_grad_(False)
+        self.set_adapter(name)
 
 
 def get_model(
@@ -212,22 +302,3 @@ def as_method(value: Transform | Mapping[str, Any] | str) -> Transform:
         return parse_transform(value, METHODS, "method")
     except ValueError as error:
         raise UserError(str(error)) from None
-
-
-def shared_copy(model: nn.Module) -> Any:
-    """Another tree of the same modules over the same parameters and buffers."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-
-
-def own_what_is_trained(tree: nn.Module, base: nn.Module) -> None:
-    """Give the tree copies of the base's tensors that it trains or writes to; the base's stay frozen."""
-    shared = {id(parameter) for parameter in base.parameters()}
-    copies: dict[int, nn.Parameter] = {}
-    for module in tree.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if id(parameter) in shared and parameter.requires_grad:
-                if id(parameter) not in copies:
-                    copies[id(parameter)] = nn.Parameter(parameter.detach().clone())
-                setattr(module, name, copies[id(parameter)])
-    base.requires_grad_(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ from compressft.modules.invertible import INVERTIBLE, Invertible
 from compressft.modules.kinds import KINDS
 from compressft.sparse import ROWS, unpack
 from compressft.transform import REMOVES, Transform
+
+# What a saved adapter's folder is made of, in every package's format; our own fields are under the key.
+ADAPTER_CONFIG, ADAPTER_TENSORS, ADAPTER_KEY = "adapter_config.json", "adapter_model.safetensors", "compressft"
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ def read_adapters(model: nn.Module, folders: Sequence[str], who: str) -> list[Sa
     """Read adapters that were trained on this model's layers as they are now.
 
     Args:
-        folders: `delta/` folders of runs with method adapter, placement pfeiffer.
+        folders: `delta/` folders of runs with method adapter, placement pfeiffer, or adapters that we saved.
         who: the field that names them, for messages.
 
     Raises:
@@ -85,7 +89,9 @@ def read_adapters(model: nn.Module, folders: Sequence[str], who: str) -> list[Sa
     for folder, base in zip(folders, bases, strict=True):
         if base != bases[0]:
             raise UserError(f"{who}: {folder!r} was trained on another base than {folders[0]!r}; give adapters of one")
-    if bases and bases[0] != layers_hash(model, plain_state(model)[0]):
+    # A model without values is there to be counted.
+    counted = next(model.parameters()).is_meta
+    if bases and not counted and bases[0] != layers_hash(model, plain_state(model)[0]):
         raise UserError(
             f"{who}: {folders[0]!r} was trained on another base than the model here; "
             "set the recipe's model to the one that its run started from"
@@ -108,6 +114,8 @@ def cut_before(others: Sequence[Transform], who: str) -> str | None:
 def _manifest(folder: Path, who: str) -> dict[str, Any]:
     if not folder.is_dir():
         raise UserError(f"{who}: folder {str(folder)!r} does not exist; give the delta/ folder of a run")
+    if (folder / ADAPTER_CONFIG).is_file():
+        return _saved(folder, who)
     manifest = read_manifest(folder)
     if manifest.get("kind") != "delta":
         raise UserError(f"{who}: {str(folder)!r} is no delta/ folder (kind {manifest.get('kind')!r}); give one")
@@ -117,11 +125,26 @@ def _manifest(folder: Path, who: str) -> dict[str, Any]:
     return manifest
 
 
+def _saved(folder: Path, who: str) -> dict[str, Any]:
+    """What the folder of an adapter that we saved says, which is what a manifest does."""
+    try:
+        entry = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get(ADAPTER_KEY)
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise UserError(f"{folder / ADAPTER_CONFIG}: is not JSON: truncated or changed") from None
+    if entry is None:
+        raise UserError(
+            f"{who}: {str(folder)!r} is another package's adapter; make it ours with: compressft convert {folder} DST"
+        )
+    verify_files(folder, entry["files"])
+    return entry
+
+
 def _read(model: nn.Module, folder: str, manifest: dict[str, Any], who: str) -> SavedAdapter:
     from safetensors.torch import load_file
 
     parts = anatomy(model)
-    table, stored = manifest["modules"], load_file(Path(folder).expanduser() / DELTA)
+    file = DELTA if DELTA in manifest["files"] else ADAPTER_TENSORS
+    table, stored = manifest["modules"], load_file(Path(folder).expanduser() / file)
     places = [f"{pfeiffer_path(layer)}.adapter" for layer in parts.layers]
     coupling = parts.path(INVERTIBLE)
     bottlenecks = {path for path, entry in table.items() if KINDS.get(entry["kind"], nn.Module) is Bottleneck}

@@ -210,6 +210,28 @@ def _rows(rows: Sequence[Mapping[str, Any]], json_file: Path | None) -> None:
 
 
 @app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A run directory, its delta/, or a saved adapter.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="A folder that does not exist yet.")],
+    to: Annotated[
+        str | None,
+        typer.Option(
+            metavar="peft|adapterhub|compressft", help="Format. Default: ours for others' adapters, theirs for ours."
+        ),
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="The base model, where SRC does not say it.")] = None,
+) -> None:
+    """Turn an adapter of PEFT's or AdapterHub's into ours, or ours into theirs."""
+    from compressft.formats.convert import convert as convert_folder
+    from compressft.progress import quiet_libraries
+
+    quiet_libraries()
+    done = convert_folder(source, target, to, base)
+    out.print(f"{done.source} -> {done.target}: {target}", soft_wrap=True)
+    out.print(f"load it with {done.usage}", soft_wrap=True)
+
+
+@app.command()
 def env() -> None:
     """Versions, device, and which kernels will be used and why."""
     from compressft.environment import lines

@@ -79,7 +79,7 @@ def test_every_shipped_recipe_loads_by_name_and_by_path(name):
     assert recipe == load_recipe(shipped_recipes()[name])
     assert recipe.name == name
     assert recipe.description
-    assert recipe.export.enabled
+    assert recipe.export.enabled == all(transform.exports for stage in recipe.stages for transform in stage.transforms)
 
 
 def test_names_and_mappings_mean_the_same(base, write):

@@ -131,6 +131,9 @@ def initial_scores(weight: Tensor, init: Init, sparsity: float, generator: torch
     "uniform" draws from U(-c, s), s = (c + threshold) / sparsity - c, so that the share is a probability; "magnitude"
     gives exactly round(sparsity * N) of the smallest weights 0 and the others twice the threshold.
     """
+    if weight.is_meta:
+        # A model without values is there to be counted.
+        return torch.empty(weight.shape)
     if init == "magnitude":
         number = weight.numel() - round(sparsity * weight.numel())
         return keep_largest([weight.detach().abs()], number)[0].float() * (2 * THRESHOLD)

@@ -57,7 +57,10 @@ class TaskVector(Transform):
         Full(freeze_embeddings=self.freeze_embeddings).prepare(model, context)
         if not self._plain:
             head = {name for name, _ in head_parameters(model)}
-            kept = {name: p.detach().cpu().clone() for name, p in trainable(model) if name not in head}
+            # A model without values is there to be counted.
+            kept = {
+                name: p.detach().cpu().clone() for name, p in trainable(model) if name not in head and not p.is_meta
+            }
             anatomy(model).backbone.add_module(ORIGIN, Origin(kept).to(next(model.parameters()).device))
 
     def after_step(self, model: nn.Module, progress: float) -> None:

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from compressft_kernels import adapter as adapter_kernel
+from compressft_kernels.reference.bottleneck import Norm
 from torch import Tensor, nn
 
 from compressft.errors import UserError
@@ -55,8 +56,8 @@ class Bottleneck(Extra):
     def rebuild(cls, old: nn.Module | None, entry: dict[str, Any]) -> Bottleneck:
         return cls(**entry, init="bert", generator=torch.Generator().manual_seed(0))
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """`residual` defaults to x."""
+    def forward(self, x: Tensor, residual: Tensor | None = None, norm: Norm | None = None) -> Tensor:
+        """`residual` defaults to x; `norm`: gamma, beta and eps of a LayerNorm between x and the first projection."""
         return adapter_kernel(
             x,
             self.down_weight,
@@ -66,6 +67,7 @@ class Bottleneck(Extra):
             activation=self.activation,
             scale=self.scale,
             residual=x if residual is None else residual,
+            norm=norm,
         )
 
 
@@ -209,5 +211,9 @@ class AdaptedNorm(nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
         if not is_bare():
             for adapter in links(self.adapter):
-                input = adapter(super().forward(input), residual=input)
+                if isinstance(adapter, Bottleneck):
+                    # In one kernel where there is one, which keeps LN(z) for nobody.
+                    input = adapter(input, norm=(self.weight, self.bias, self.eps))
+                else:
+                    input = adapter(super().forward(input), residual=input)
         return super().forward(input)

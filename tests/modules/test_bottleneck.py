@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from compressft.modules import bottleneck as module
 from compressft.modules.bottleneck import AdaptedNorm, AdaptedOutput, Bottleneck
 
 
@@ -64,3 +65,42 @@ def test_adapted_norm_is_pfeiffers_formula():
     torch.testing.assert_close(ours(z), norm(z + inner))
     adapter.up_weight.zero_()
     assert torch.equal(ours(z), norm(z))
+
+
+def saved(call, *own):
+    """Storages that autograd keeps for the backward pass, by address, those of `own` left out."""
+    addresses, found = {tensor.untyped_storage().data_ptr() for tensor in own}, {}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in addresses:
+            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        call()
+    return found
+
+
+def test_adapted_norm_keeps_no_more_than_the_formula_needs():
+    norm = nn.LayerNorm(16).requires_grad_(False)
+    adapter, z = bottleneck("bert", "relu", 16, 4), torch.randn(64, 16, requires_grad=True)
+    ours = AdaptedNorm.of(norm, adapter)
+    kept = saved(lambda: ours(z), *ours.parameters())
+    # z, LN(z), relu(down) and what the second LayerNorm reads; a mean and a deviation for each row of both.
+    assert sum(kept.values()) <= 4 * 64 * (3 * 16 + 4 + 2 * 2)
+
+
+def test_adapted_norm_gives_its_norm_to_the_kernel(monkeypatch):
+    """One operator then normalises and projects, and LN(z) need not be kept."""
+    given = []
+
+    def kernel(x, *weights, norm, residual, **options):
+        given.append((x, residual, norm))
+        return residual
+
+    monkeypatch.setattr(module, "adapter_kernel", kernel)
+    norm = nn.LayerNorm(16)
+    ours, z = AdaptedNorm.of(norm, bottleneck("bert", "relu", 16, 4)), torch.randn(3, 16)
+    assert torch.equal(ours(z), norm(z))
+    ((x, residual, (gamma, beta, eps)),) = given
+    assert x is z and residual is z and gamma is norm.weight and beta is norm.bias and eps == norm.eps

@@ -1,0 +1,1 @@
+"""Adapter folders of the `adapters` package (AdapterHub): bottlenecks, fusions of them, prefixes."""
