@@ -61,8 +61,8 @@ def _unshared(value: Any) -> Any:
 
 
 def _merge(base: Any, new: Any) -> Any:
-    """Mappings merge; stages merge by name; anything else is replaced."""
-    if isinstance(base, dict) and isinstance(new, dict):
+    """Mappings merge; stages merge by name; anything else is replaced, and so is a transform by one of another type."""
+    if isinstance(base, dict) and isinstance(new, dict) and new.get("type") in (None, base.get("type")):
         merged = dict(base)
         for key, value in new.items():
             if key == "stages" and key in base:

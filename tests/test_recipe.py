@@ -140,6 +140,14 @@ def test_extends_merges_mappings_and_stages_by_name(base, write):
     assert (recipe.name, recipe.model) == ("child", "minilm")
 
 
+def test_a_method_of_another_type_replaces_the_base_s(write):
+    write("parent.yaml", {**BASE, "stages": [{"name": "one", "method": {"type": "adapter", "size": 8}}]})
+    child = write("child.yaml", {"extends": "parent.yaml", "stages": [{"name": "one", "method": {"type": "prefix"}}]})
+    assert load_recipe(child).stages[0].method.type == "prefix"
+    same = write("same.yaml", {"extends": "parent.yaml", "stages": [{"name": "one", "method": {"scale": 2.0}}]})
+    assert load_recipe(same).stages[0].method.size == 8
+
+
 def test_extends_replaces_lists_that_are_not_stages(base, write):
     child = {"extends": "base.yaml", "stages": [{"name": "student", "passes": ["int8"]}]}
     assert [p.type for p in load_recipe(write("child.yaml", child)).stages[1].passes] == ["int8"]

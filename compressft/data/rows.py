@@ -1,4 +1,4 @@
-"""Read rows from JSON Lines, CSV and Parquet files and from hub data sets; every complaint names file and line."""
+"""Read rows from files (JSON Lines, CSV, Parquet, text) and hub data sets; every complaint names file and line."""
 
 from __future__ import annotations
 
@@ -75,6 +75,19 @@ def _csv(path: Path) -> list[Row]:
     return rows
 
 
+def _paragraphs(path: Path) -> list[Row]:
+    """Running text: a row for each run of lines between blank ones."""
+    rows: list[Row] = []
+    inside = False
+    for number, line in enumerate(_text(path).splitlines(), 1):
+        if line.strip() and inside:
+            rows[-1]["text"] += f"\n{line}"
+        elif line.strip():
+            rows.append({"text": line, ROW_KEY: f"{path}:{number}"})
+        inside = bool(line.strip())
+    return rows
+
+
 def _parquet(path: Path) -> list[Row]:
     import pyarrow
     import pyarrow.parquet
@@ -92,6 +105,7 @@ READERS: dict[str, Callable[[Path], list[Row]]] = {
     ".csv": _csv,
     ".tsv": _csv,
     ".parquet": _parquet,
+    ".txt": _paragraphs,
 }
 
 
@@ -122,11 +136,16 @@ def hub_rows(dataset: str, subset: str | None = None) -> dict[str, list[Row]]:
     for split in loaded:
         table = loaded[split]
         names = {key: f.names for key, f in table.features.items() if isinstance(f, datasets.ClassLabel)}
+        lists = {key: getattr(f, "feature", None) for key, f in table.features.items()}
+        tags = {key: f.names for key, f in lists.items() if isinstance(f, datasets.ClassLabel)}
         rows = [dict(row) for row in table]
         if rows and names and all(row[key] == -1 for row in rows for key in names):
             continue
         result[str(split)] = [
-            row | {key: labels[row[key]] for key, labels in names.items()} | {ROW_KEY: f"{dataset}/{split}:{number}"}
+            row
+            | {key: labels[row[key]] for key, labels in names.items()}
+            | {key: [labels[i] for i in row[key]] for key, labels in tags.items()}
+            | {ROW_KEY: f"{dataset}/{split}:{number}"}
             for number, row in enumerate(rows, 1)
         ]
     return result

@@ -205,10 +205,14 @@ class TokenClassification(Task):
 
 
 class CausalLM(Task):
-    """Next-token prediction on running text, packed into blocks of `max_length` tokens; perplexity."""
+    """Next-token prediction; perplexity.
+
+    Running text is packed into blocks of `max_length` tokens. Rows with a `prompt` stay apart: prompt, end token, text,
+    end token, and only the text and its end count (Li & Liang 2021, "Prefix-Tuning", section 3.1).
+    """
 
     type = "causal-lm"
-    fields = Fields(("text",))
+    fields = Fields(("text",), ("prompt",))
     auto_class = "AutoModelForCausalLM"
     metric = "perplexity"
     greater_is_better = False
@@ -217,6 +221,8 @@ class CausalLM(Task):
         return {}
 
     def encode(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        if rows and "prompt" in rows[0]:
+            return [self._answered(row) for row in rows]
         end = self.tokenizer.eos_token_id
         stream: list[int] = []
         for row in rows:
@@ -228,6 +234,20 @@ class CausalLM(Task):
         if not blocks:
             raise UserError("data: the text has fewer than two tokens")
         return [{"input_ids": b, "attention_mask": [1] * len(b), "labels": list(b)} for b in blocks]
+
+    def _answered(self, row: Row) -> dict[str, Any]:
+        end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        prompt, text = (
+            [*self.tokenizer(row[name], add_special_tokens=False)["input_ids"], *end] for name in ("prompt", "text")
+        )
+        if not prompt or len(prompt) >= self.max_length:
+            raise UserError(
+                f"data: {row[ROW_KEY]}: a prompt of {len(prompt)} tokens; wants at least 1 and, so that text follows, "
+                f"fewer than data.max_length {self.max_length}"
+            )
+        ids = (prompt + text)[: self.max_length]
+        labels = ([IGNORE] * len(prompt) + text)[: self.max_length]
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
     def _collate_labels(self, labels: list[Any], width: int) -> Tensor:
         return torch.tensor([row + [IGNORE] * (width - len(row)) for row in labels])

@@ -15,7 +15,16 @@ from compressft.modules.gptq import gptq
 from compressft.modules.linear import CompressedLinear
 from compressft.modules.quantizer import Int4Quantizer
 from compressft.passes.calibrate import second_moments
-from compressft.passes.quantised import PARTS, TableBlock, Tables, compress_tables, follow, quantised_linears, rate, settle
+from compressft.passes.quantised import (
+    PARTS,
+    TableBlock,
+    Tables,
+    compress_tables,
+    follow,
+    quantised_linears,
+    rate,
+    settle,
+)
 from compressft.passes.select import check_exclude
 from compressft.transform import PARTS as REMOVES_PARTS
 from compressft.transform import QUANTISES, Context, Transform

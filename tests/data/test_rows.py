@@ -56,7 +56,7 @@ def save(path, rows) -> None:
         path.write_text(jsonl(rows), encoding="utf-8")
 
 
-@pytest.mark.parametrize("suffix", [*READERS, ".TSV", ".CSV", ".JSONL"])
+@pytest.mark.parametrize("suffix", [*(suffix for suffix in READERS if suffix != ".txt"), ".TSV", ".CSV", ".JSONL"])
 def test_every_kind_of_file_yields_the_same_rows(tmp_path, suffix):
     path = tmp_path / f"rows{suffix}"
     save(path, ROWS)
@@ -166,6 +166,27 @@ def test_hub_rows_name_class_labels_and_places(tmp_path):
     rows = hub_rows(str(tmp_path / "local"))
     assert without_place(rows["train"]) == [{"text": "a", "label": "yes"}, {"text": "b", "label": "no"}]
     assert rows["train"][1][ROW_KEY].endswith("/train:2")
+
+
+def test_hub_rows_name_tags(tmp_path):
+    import datasets
+
+    tags = datasets.Sequence(datasets.ClassLabel(names=["O", "B-X"]))
+    features = datasets.Features({"tokens": datasets.Sequence(datasets.Value("string")), "tags": tags})
+    table = datasets.Dataset.from_dict({"tokens": [["a", "b"]], "tags": [[1, 0]]}, features=features)
+    (tmp_path / "local").mkdir()
+    table.to_parquet(tmp_path / "local" / "train.parquet")
+    rows = hub_rows(str(tmp_path / "local"))
+    assert without_place(rows["train"]) == [{"tokens": ["a", "b"], "tags": ["B-X", "O"]}]
+
+
+def test_a_text_file_is_a_row_for_each_paragraph(tmp_path):
+    path = tmp_path / "play.txt"
+    path.write_text("First:\nSpeak.\n\n \nAll:\nSpeak, speak.\n", encoding="utf-8")
+    assert read_rows(path) == [
+        {"text": "First:\nSpeak.", ROW_KEY: f"{path}:1"},
+        {"text": "All:\nSpeak, speak.", ROW_KEY: f"{path}:5"},
+    ]
 
 
 def test_hub_split_with_withheld_labels_is_left_out(tmp_path):

@@ -119,7 +119,7 @@ def test_scores_become_numbers():
 def test_every_task_says_its_fields():
     assert TokenClassification.fields == Fields(("tokens", "tags"), answer="tags")
     assert TokenClassification.fields.inputs == ("tokens",)
-    assert CausalLM.fields.all == ("text",)
+    assert CausalLM.fields.all == ("text", "prompt")
     assert all(task.fields.label in (None, *task.fields.required) for task in TASKS.values())
 
 

@@ -265,7 +265,7 @@ def test_text_is_packed_into_full_blocks(tokenizer):
     assert all(f["labels"] == f["input_ids"] and f["attention_mask"] == [1] * len(f["input_ids"]) for f in features)
 
 
-def test_texts_end_with_the_end_token_where_there_is_one(tokenizer):
+def with_end(tokenizer):
     class WithEnd:
         pad_token_id = 0
         eos_token_id = 102
@@ -273,9 +273,25 @@ def test_texts_end_with_the_end_token_where_there_is_one(tokenizer):
         def __call__(self, *arguments, **keywords):
             return tokenizer(*arguments, **keywords)
 
-    features = make_task("causal-lm", WithEnd(), 64).encode(rows_of(text=["one two", "three"]))
+    return WithEnd()
+
+
+def test_texts_end_with_the_end_token_where_there_is_one(tokenizer):
+    features = make_task("causal-lm", with_end(tokenizer), 64).encode(rows_of(text=["one two", "three"]))
     pieces = tokenizer.convert_ids_to_tokens(features[0]["input_ids"])
     assert pieces == ["one", "two", "[SEP]", "three", "[SEP]"]
+
+
+def test_after_a_prompt_only_the_text_and_its_end_count(tokenizer):
+    task = make_task("causal-lm", with_end(tokenizer), 7)
+    rows = rows_of(prompt=["one two", "one"], text=["three", "one two three four five six"])
+    first, second = task.encode(rows)
+    assert tokenizer.convert_ids_to_tokens(first["input_ids"]) == ["one", "two", "[SEP]", "three", "[SEP]"]
+    assert first["labels"] == [IGNORE] * 3 + first["input_ids"][3:]
+    assert len(second["input_ids"]) == len(second["labels"]) == len(second["attention_mask"]) == 7
+    assert second["labels"] == [IGNORE] * 2 + second["input_ids"][2:]
+    with pytest.raises(UserError, match=r"f:1: a prompt of 3 tokens; .* data\.max_length 3"):
+        make_task("causal-lm", with_end(tokenizer), 3).encode(rows)
 
 
 def test_a_block_of_one_token_predicts_nothing_and_is_dropped(tokenizer):
