@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from compressft.adapted import get_model
+    from compressft.adapted import Adapted, get_model
     from compressft.checkpoint import load_compressed
     from compressft.errors import UserError
     from compressft.model import load_model
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Adapted",
     "Recipe",
     "Transform",
     "UserError",
@@ -26,6 +27,7 @@ __all__ = [
 
 # Names load on first use, so that `import compressft` stays fast: public name -> (module, name there).
 _HOMES = {
+    "Adapted": ("compressft.adapted", "Adapted"),
     "Recipe": ("compressft.recipe", "Recipe"),
     "Transform": ("compressft.transform", "Transform"),
     "UserError": ("compressft.errors", "UserError"),
