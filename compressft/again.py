@@ -16,7 +16,7 @@ from compressft.model import load_tokenizer
 from compressft.progress import quiet_libraries
 from compressft.recipe import load_recipe
 from compressft.report import load_metrics, write_report
-from compressft.run import complete, load_task
+from compressft.run import complete, load_task, refuse_export
 
 
 def export_again(root: str | Path, overrides: Sequence[str], console: Console | None = None) -> dict[str, Any]:
@@ -32,6 +32,7 @@ def export_again(root: str | Path, overrides: Sequence[str], console: Console | 
     quiet_libraries()
     folder = finished_run(root)
     recipe = load_recipe(folder / "recipe.yaml", overrides)
+    refuse_export(recipe)
     _, splits = load_task(recipe, load_tokenizer(str(folder / "model")))
     stages = [read_manifest(folder / "stages" / stage.name)["stage"] for stage in recipe.stages]
     report = complete(export(recipe, folder, splits, console or Console(stderr=True)), recipe, stages)

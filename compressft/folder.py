@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from compressft import ranks
 from compressft.checkpoint import MANIFEST, hash_files, read_manifest, sync, verify_files
 from compressft.errors import UserError
 from compressft.recipe import Recipe, parse_recipe
@@ -151,13 +152,17 @@ class RunFolder:
     # What must not be measured or drawn again by a resumed run.
 
     def memo(self, key: str, compute: Callable[[], Any]) -> Any:
-        """compute(), a JSON value, written to `memo/KEY.json`; read from there once it is."""
+        """compute(), a JSON value, written to `memo/KEY.json`; read from there once it is.
+
+        Of several processes the first computes.
+        """
         path = self.root / "memo" / f"{key}.json"
-        if not path.is_file():
+        if ranks.first() and not path.is_file():
             path.parent.mkdir(exist_ok=True)
             staging = path.with_name(f".{path.name}.tmp")
             staging.write_text(json.dumps(compute()), encoding="utf-8")
             staging.rename(path)
+        ranks.wait()
         return json.loads(path.read_text(encoding="utf-8"))
 
     # Resumable checkpoints.
@@ -202,8 +207,10 @@ class RunFolder:
         Raises:
             UserError: it is truncated or changed; the message names the file.
         """
-        for leftover in (self.staging, *self.staging.parent.glob(f"{DROPPED}*")):
-            shutil.rmtree(leftover, ignore_errors=True)
+        if ranks.first():
+            for leftover in (self.staging, *self.staging.parent.glob(f"{DROPPED}*")):
+                shutil.rmtree(leftover, ignore_errors=True)
+        ranks.wait()
         for path in reversed(self.checkpoints()):
             manifest = read_manifest(path)
             if manifest.get("stage") == stage:
@@ -240,6 +247,39 @@ class RunFolder:
         staging = self.root / ".metrics.tmp"
         staging.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         staging.rename(self.metrics)
+
+
+class SharedFolder(RunFolder):
+    """The run directory as the other processes of the same run see it: the first one holds it and writes."""
+
+    def __init__(self, root: str | Path, recipe: Recipe) -> None:
+        self.root = Path(root).expanduser()
+        self.recipe = recipe
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Nothing is held."""
+
+    def check_space(self, model_bytes: int) -> None:
+        """The first process checks."""
+
+    def publish(self, written: Path, step: int, info: dict[str, Any], keep: int) -> Path:
+        """Where the first process publishes it."""
+        return self.root / "checkpoints" / f"step-{step}"
+
+    def log(self, row: dict[str, Any]) -> None:
+        """The first process logs."""
+
+    def rewind(self, step: int, evaluated: bool = True) -> None:
+        """The first process rewinds."""
+
+
+def open_folder(root: str | Path, recipe: Recipe, resume: bool) -> RunFolder:
+    """The run directory of a run of one process or several; arguments and errors as `RunFolder`'s."""
+    folder = RunFolder(root, recipe, resume) if ranks.first() else SharedFolder(root, recipe)
+    ranks.wait()
+    return folder
 
 
 def sync_directory(path: Path) -> None:

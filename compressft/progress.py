@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
+from compressft import ranks
 from compressft.data.tasks import Task
 from compressft.folder import RunFolder
 
@@ -75,7 +76,9 @@ class Reporter(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self._progress is not None:
             self._progress.update(self._bar, completed=state.global_step)
-        if self.interrupted:
+        # A signal may reach another process first.
+        if any(ranks.total(self.interrupted)):
+            self.interrupted = True
             control.should_save = True
             control.should_training_stop = True
 
@@ -141,8 +144,11 @@ class Reporter(TrainerCallback):
             "stage_step": state.global_step,
             "done": state.global_step >= state.max_steps,
             "seconds": self.seconds,
-            "tokens": self.trainer.tokens,
+            "tokens": self.trainer.all_tokens(),
+            "processes": ranks.count(),
         }
+        # Each process has written its random state.
+        ranks.wait()
         self.folder.publish(written, self.offset + state.global_step, info, self.keep)
 
     def on_train_end(self, args, state, control, **kwargs):

@@ -7,11 +7,13 @@ from typing import Any
 
 from rich.console import Console
 
+from compressft import ranks
 from compressft.checkpoint import base_tensors, load_compressed, save_compressed, save_delta
 from compressft.data import TASKS, Splits, Task, load_splits, make_task
+from compressft.errors import UserError
 from compressft.export import export
 from compressft.export.verify import model_logits
-from compressft.folder import RunFolder
+from compressft.folder import RunFolder, open_folder
 from compressft.memory import keep_freed_memory
 from compressft.model import load_tokenizer
 from compressft.progress import quiet_libraries
@@ -25,23 +27,29 @@ INFO_KEYS = ("task", "labels", "max_length", "columns", "metric")
 def run(recipe: Recipe, output: str | Path, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
     """Run a recipe into a directory.
 
+    Where torchrun has started several processes, all train and the first alone writes, exports and tells.
+
     Args:
         output: the run directory (layout: README).
         resume: go on with an interrupted run of the same recipe.
         console: where progress goes; standard error by default.
 
     Returns:
-        the report (the content of `report/report.json`).
+        the report (the content of `report/report.json`), in every process.
 
     Raises:
         UserError: a mistake in recipe, data or directory.
         VerificationError: the exported file misses the recipe's tolerances.
         Interrupted: stopped by SIGINT; a checkpoint was published.
     """
+    refuse_export(recipe)
+    ranks.start()
     console = console or Console(stderr=True)
+    if not ranks.first():
+        console = Console(quiet=True)
     quiet_libraries()
     keep_freed_memory()
-    with RunFolder(output, recipe, resume) as folder:
+    with open_folder(output, recipe, resume) as folder:
         tokenizer = load_tokenizer(recipe.model)
         task, splits = load_task(recipe, tokenizer)
         rows = ", ".join(
@@ -50,14 +58,44 @@ def run(recipe: Recipe, output: str | Path, resume: bool = False, console: Conso
         console.print(f"{recipe.name}: {rows} rows", highlight=False)
         info = model_info(recipe, task)
         model, task, stages = train_stages(recipe, folder, task, splits, info, console)
-        save_compressed(model, task.tokenizer, folder.root / "model", info)
-        sample = task.encode(splits.validation[:SETTLE_ROWS])
-        loaded = load_compressed(folder.root / "model")
-        unchanged("saving and loading model/", model_logits(model, task, sample), model_logits(loaded, task, sample))
-        save_delta(model, task.tokenizer, base_tensors(recipe.model), folder.root / "delta", info)
-        report = complete(export(recipe, folder.root, splits, console), recipe, stages)
-        write_report(report, load_metrics(folder.metrics), folder.root / "report")
-        return report
+        report = ship(recipe, folder, task, splits, info, model, stages, console) if ranks.first() else None
+        return ranks.shared(report)
+
+
+def refuse_export(recipe: Recipe) -> None:
+    """Say before any work that a model will have no ONNX form.
+
+    Raises:
+        UserError: it has none, and the recipe wants one.
+    """
+    for stage in recipe.stages if recipe.export.enabled else ():
+        for transform in stage.transforms:
+            if not transform.exports:
+                raise UserError(
+                    f"stages.{stage.name}: {transform.type!r} leaves a model that has no ONNX form; "
+                    "set export.enabled to false to train it and ship model/"
+                )
+
+
+def ship(
+    recipe: Recipe,
+    folder: RunFolder,
+    task: Task,
+    splits: Splits,
+    info: dict[str, Any],
+    model: Any,
+    stages: list[dict[str, Any]],
+    console: Console,
+) -> dict[str, Any]:
+    """Save the trained model, export it and write the report, which is returned."""
+    save_compressed(model, task.tokenizer, folder.root / "model", info)
+    sample = task.encode(splits.validation[:SETTLE_ROWS])
+    loaded = load_compressed(folder.root / "model")
+    unchanged("saving and loading model/", model_logits(model, task, sample), model_logits(loaded, task, sample))
+    save_delta(model, task.tokenizer, base_tensors(recipe.model), folder.root / "delta", info)
+    report = complete(export(recipe, folder.root, splits, console), recipe, stages)
+    write_report(report, load_metrics(folder.metrics), folder.root / "report")
+    return report
 
 
 def complete(exported: dict[str, Any], recipe: Recipe, stages: list[dict[str, Any]]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from compressft import ranks
 from compressft.checkpoint import load_compressed, save_compressed
 from compressft.data import Splits, Task, make_task
 from compressft.errors import UserError, VerificationError
@@ -63,7 +64,9 @@ def train_stages(
             offset = sum(r["steps"] for r in records)
             record = train_stage(stage, model.to(device), recipe, folder, rows, offset, console, costs)
             record["base"] = base
-            save_compressed(model, rows.task.tokenizer, folder.stage(stage.name), {**info, "stage": record})
+            if ranks.first():
+                save_compressed(model, rows.task.tokenizer, folder.stage(stage.name), {**info, "stage": record})
+            ranks.wait()
         else:
             model = load_compressed(folder.stage(stage.name))
             tokenizer = load_tokenizer(str(folder.stage(stage.name)))
@@ -134,7 +137,8 @@ def train_stage(
         stage.train.seed,
         rows.data(),
         lambda key, compute: folder.memo(f"{stage.name}.{key}", compute),
-        folder=folder.root / "cache",
+        # What one process has asked a teacher no other knows.
+        folder=folder.root / "cache" / (f"process-{ranks.number()}" if ranks.number() else ""),
         **costs,
     )
     for transform in stage.transforms:
@@ -144,12 +148,18 @@ def train_stage(
         checkpoint_activations(model)
     found = folder.newest(stage.name)
     checkpoint, manifest = found if found else (None, {"seconds": 0.0, "step": offset})
+    processes = manifest.get("processes", ranks.count())
+    if processes != ranks.count():
+        raise UserError(
+            f"--resume: the run was started with {processes} processes, this is one of {ranks.count()}; "
+            f"go on with torchrun --nproc-per-node {processes}"
+        )
     done = manifest.get("done", False)
     folder.rewind(manifest["step"], evaluated=not done)
     reporter = Reporter(folder, stage.name, task, stage.train.keep_checkpoints, offset, manifest["seconds"], console)
     trainer = CompressionTrainer(model, task, stage.train, context, *rows.features(stage), folder.staging, [reporter])
     reporter.trainer = trainer
-    trainer.tokens = manifest.get("tokens", 0)
+    trainer.tokens = manifest.get("tokens", 0) if ranks.first() else 0
     trainable = count(model)["trainable"]
     with closing(reporter):
         if checkpoint and done:
@@ -158,6 +168,9 @@ def train_stage(
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if reporter.interrupted and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(f"stopped at step {trainer.state.global_step} of stage {stage.name!r}; saved")
+    differing = ranks.differing(model)
+    if differing:
+        raise RuntimeError(f"stage {stage.name!r}: {differing[0]} is not the same in all processes")
     sample = rows.validation[:SETTLE_ROWS]
     masked, live = model_logits(model, task, sample), live_weights(model)
     for transform in stage.transforms:
@@ -166,14 +179,14 @@ def train_stage(
         raise VerificationError(f"stage {stage.name!r}: finalize brought pruned weights back; the model is not saved")
     unchanged(f"stage {stage.name!r}: finalize", masked, model_logits(model, task, sample))
     seconds, steps = reporter.seconds, trainer.state.global_step
-    examples = steps * stage.train.batch_size * stage.train.gradient_accumulation
+    examples = steps * stage.train.batch_size * stage.train.gradient_accumulation * ranks.count()
     return {
         "name": stage.name,
         "seconds": seconds,
         "steps": steps,
         "trainable": trainable,
         "examples_per_second": examples / seconds,
-        "tokens_per_second": trainer.tokens / seconds,
+        "tokens_per_second": trainer.all_tokens() / seconds,
         "peak_memory_bytes": peak_memory(),
         "validation": reporter.evaluations[-1] if reporter.evaluations else {},
         # A method may remove parts too.

@@ -1,4 +1,4 @@
-"""A thin subclass of transformers.Trainer that calls the Transforms; distribution, resume and logging are its."""
+"""A thin subclass of transformers.Trainer that calls the Transforms; evaluation, resume and logging are its."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalPrediction
 
+from compressft import ranks
 from compressft.data.tasks import IGNORE, Task
 from compressft.errors import UserError
 from compressft.recipe import TrainConfig
@@ -79,25 +80,35 @@ class LengthGroupedSampler(Sampler[int]):
 
 
 class Hooks(TrainerCallback):
-    """Calls `after_step` of every Transform: once at the start, then after each optimiser step."""
+    """Calls `after_step` of every Transform: once at the start, then after each optimiser step.
+
+    What Transforms draw or decide there is the same in all processes.
+    """
 
     def __init__(self, transforms: Sequence[Transform]) -> None:
         self.transforms = transforms
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self._follow(model, state.global_step / max(state.max_steps, 1))
+        self._follow(model, args, state, state.global_step)
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         # The Trainer counts the step after this call; gradients are still there now.
-        self._follow(model, (state.global_step + 1) / max(state.max_steps, 1))
+        self._follow(model, args, state, state.global_step + 1)
 
-    def _follow(self, model: Any, progress: float) -> None:
-        for transform in self.transforms:
-            transform.after_step(model, progress)
+    def _follow(self, model: Any, args: Any, state: Any, step: int) -> None:
+        with ranks.same_draws(args.seed * 1_000_003 + step):
+            for transform in self.transforms:
+                transform.after_step(model, step / max(state.max_steps, 1))
 
 
 class CompressionTrainer(Trainer):
-    """transformers.Trainer with the Transforms' loss terms, parameter groups and hooks."""
+    """transformers.Trainer with the Transforms' loss terms, parameter groups and hooks.
+
+    In a run of several processes each takes `batch_size` rows of every step, and the gradient is the mean of theirs:
+    what one process has on a batch so many times as large, where its loss is a mean over rows. Means over tokens are
+    means of the processes' means, as with gradient accumulation. At an epoch's end rows are taken twice where they do
+    not come out even. Weights, masks and ranges are the same in all processes throughout.
+    """
 
     def __init__(
         self,
@@ -127,6 +138,12 @@ class CompressionTrainer(Trainer):
             callbacks=[Hooks(self.transforms), *callbacks],
         )
         self.remove_callback(PrinterCallback)
+        if ranks.count() > 1:
+            ranks.alike(model)
+            # Not to be wrapped in DistributedDataParallel: `average_gradients` says why.
+            self.accelerator.prepare_model(model, evaluation_mode=True)
+            # Dropout of its own for every process.
+            torch.manual_seed(self.args.seed + ranks.number())
         # The loss below is a mean over the batch; the Trainer divides it by the accumulation steps.
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = False
@@ -167,6 +184,13 @@ class CompressionTrainer(Trainer):
             self.tokens += int(inputs["attention_mask"].sum())
         return (loss, outputs) if return_outputs else loss
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As the Trainer's; with the last batch of a step, gradients become the mean over the processes."""
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:
+            ranks.average_gradients(self.model)  # type: ignore[arg-type]
+        return loss
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As the Trainer's, but it draws no random number: a checkpoint of the same step may be written before it."""
         with torch.random.fork_rng(devices=[]):
@@ -181,11 +205,16 @@ class CompressionTrainer(Trainer):
         self.evaluate()
 
     def drain_terms(self) -> dict[str, float]:
-        """Mean of each loss term since the last call."""
+        """Mean of each loss term since the last call, over all processes."""
         steps = self.terms.pop("steps", 0)
-        means = {name: value / steps for name, value in self.terms.items()} if steps else {}
+        sums = ranks.total(*self.terms.values())
+        means = {name: value / (steps * ranks.count()) for name, value in zip(self.terms, sums, strict=True)}
         self.terms.clear()
         return means
+
+    def all_tokens(self) -> int:
+        """Real tokens trained on so far, by all processes."""
+        return int(ranks.total(self.tokens)[0])
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The Trainer's optimiser, with the Transforms' own groups taken out of the common ones."""
@@ -206,7 +235,9 @@ class CompressionTrainer(Trainer):
         """Batches of similar length, in an order that depends on seed and epoch alone."""
         features: Any = self.train_dataset
         batch_size = self.args.train_batch_size
-        sampler = LengthGroupedSampler([len(f["input_ids"]) for f in features], batch_size, self.args.seed)
+        # Neighbouring batches are one step's: each process takes one of them.
+        step_size = batch_size * ranks.count()
+        sampler = LengthGroupedSampler([len(f["input_ids"]) for f in features], step_size, self.args.seed)
         loader = DataLoader(features, batch_size=batch_size, sampler=sampler, collate_fn=self.data_collator)
         return self.accelerator.prepare(loader)
 

@@ -131,6 +131,8 @@ class Transform(BaseModel):
     needs_hidden_states: ClassVar[bool] = False
     # Whether it says what rows without labels should give.
     answers: ClassVar[bool] = False
+    # Whether the model that it leaves behind can be written as an ONNX file.
+    exports: ClassVar[bool] = True
     # Transforms are prepared, followed and finalised in ascending order: what removes parts before training, the
     # method, what looks at activations, what gates single weights, what gates parts, what quantises.
     order: ClassVar[int] = METHOD

@@ -6,9 +6,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from compressft.flops import flops
 from compressft.methods.adapter import Adapter
+from compressft.methods.fusion import Fusion
+from compressft.methods.lsh_attention import LshAttention
+from compressft.methods.probe import Probe
+from compressft.methods.side import Side
 from compressft.passes.structured import Structured
 from compressft.shrink import drop_layers, narrow, shrink
 from compressft.transform import Context
+from tests.methods.added import save_adapter
 from tests.passes.test_structured_parts import architecture
 from tests.tiny import TINY, random_keep, tiny
 
@@ -48,6 +53,37 @@ def test_adapters_count(placement):
     Adapter(placement=placement, size=5).prepare(model, Context())
     number = 4 if placement == "houlsby" else 2
     assert flops(model, LENGTH) == dense + number * 2 * (2 * 5 * 32) * LENGTH
+
+
+def test_fusion_counts(tmp_path):
+    folders = tuple(
+        save_adapter(tmp_path / str(i), lambda: tiny(attention="eager"), seed=i, size=i + 3) for i in (0, 1)
+    )
+    model = tiny(attention="eager")
+    Fusion(adapters=folders).prepare(model, Context())
+    assert flops(model, LENGTH) == counted(model)
+
+
+@pytest.mark.parametrize("kind", ["copy", "ladder"])
+def test_side_networks_count(kind):
+    model = tiny(attention="eager")
+    Side(network=kind).prepare(model, Context())
+    assert flops(model, LENGTH) == counted(model)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_hashed_attention_counts(family):
+    model = tiny(family)
+    LshAttention(chunk=4, rounds=3, buckets=6, look_back=2).prepare(model, Context())
+    assert flops(model, LENGTH) == counted(model)
+
+
+def test_an_lstm_counts():
+    model = tiny()
+    dense = flops(model, LENGTH)
+    Probe(head="bilstm", size=5, cache=False).prepare(model, Context())
+    # Four gates of 5 from 32 and from 5, each way, and back from 10 to 32.
+    assert flops(model, LENGTH) == dense + 2 * (2 * 4 * 5 * (32 + 5) + 10 * 32) * LENGTH
 
 
 def test_length_enters_squared_in_attention_alone():

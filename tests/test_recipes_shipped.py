@@ -17,7 +17,10 @@ from tests.tiny_folder import save_tiny, write_jsonl
 NAMES = sorted(shipped_recipes())
 WORDS = ("apple", "river", "stone", "cloud", "lamp", "winter")
 # Columns of the hub's data sets, by the beginning of a recipe's name.
-COLUMNS = {"sst2": ("sentence", "label"), "rte": ("sentence1", "sentence2", "label"), "wikitext2": ("text",),
+COLUMNS = {
+    "sst2": ("sentence", "label"),
+    "rte": ("sentence1", "sentence2", "label"),
+    "wikitext2": ("text",),
     "e2e": ("meaning_representation", "human_reference"),
 }
 

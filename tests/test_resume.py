@@ -12,16 +12,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file
 
 from compressft import cli
 from compressft.folder import RunFolder
+from compressft.methods import METHODS
+from compressft.model import load_model
 from compressft.recipe import load_recipe
-from compressft.trainer import computes_in_bf16
+from compressft.run import run
+from compressft.trainer import CompressionTrainer, computes_in_bf16
+from tests.methods.added import save_adapter
 from tests.tiny_folder import rows_of, save_tiny, write_jsonl
 
 EVERY, TEACHER, STUDENT = 3, 6, 14
@@ -304,3 +310,79 @@ def test_two_runs_into_one_directory_are_refused(interrupted, recipe, tmp_path, 
 def test_resume_wants_the_same_recipe(interrupted, recipe, command):
     code, stderr = command(*arguments(recipe, interrupted[0], "--set", "stages.student.train.seed=5", "--resume"))
     assert code == 2 and "recipe.yaml" in stderr
+
+
+# Methods.
+
+FIELDS = {
+    "layers": {"top": 1},
+    "adapter": {"size": 4},
+    "prefix": {"length": 3, "hidden": 8},
+    "diff": {"density": 0.1, "end": 0.5},
+    "task_vector": {"encoding": "int8"},
+    "head_gates": {"end": 0.6},
+    "lsh_attention": {"chunk": 4, "rounds": 2},
+}
+
+
+def fields_of(name: str, base: Path) -> dict[str, Any]:
+    """A method's settings here; the adapters and the side network that two of them read are saved first."""
+    if name == "side":
+        return {"network": str(base / "base")}
+    if name == "fusion":
+        folders = [base / "adapters" / str(i) for i in (0, 1)]
+        for i, folder in enumerate(folders):
+            if not folder.exists():
+                save_adapter(folder, lambda: load_classifier(base), seed=i)
+        return {"adapters": [str(folder) for folder in folders]}
+    return FIELDS.get(name, {})
+
+
+def load_classifier(base: Path) -> Any:
+    return load_model(str(base / "base"), "AutoModelForSequenceClassification", num_labels=2)
+
+
+def write_method(base: Path, name: str) -> Path:
+    """One stage of a method, a checkpoint at every step."""
+    train = {"batch_size": 4, "save": 1, "learning_rate": 1e-3, "precision": "fp32", "max_steps": 5}
+    document = {
+        "name": name,
+        "model": str(base / "base"),
+        "data": {"train": str(base / "train.jsonl"), "max_length": 16},
+        "stages": [{"name": "only", "method": {"type": name, **fields_of(name, base)}, "train": train}],
+        "export": {"enabled": False},
+    }
+    path = base / f"method-{name}.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+class Killed(BaseException):
+    """What no handler of a run catches."""
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_goes_on_where_it_was_killed(name, base, tmp_path, monkeypatch):
+    """Stopped behind a random step by what nobody handles, without a chance to save."""
+    recipe = load_recipe(write_method(base, name))
+    quiet = Console(quiet=True)
+    run(recipe, tmp_path / "whole", console=quiet)
+    stop = random.Random(name).randrange(2, 5)
+    trained = CompressionTrainer.training_step
+
+    def until(self, *arguments, **more):
+        if self.state.global_step == stop:
+            raise Killed
+        return trained(self, *arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CompressionTrainer, "training_step", until)
+        with pytest.raises(Killed):
+            run(recipe, tmp_path / "run", console=quiet)
+    assert newest(tmp_path / "run") == stop
+    run(recipe, tmp_path / "run", resume=True, console=quiet)
+    for whole in tmp_path.glob("whole/[md]*/*.safetensors"):
+        ours, theirs = load_file(tmp_path / "run" / whole.parent.name / whole.name), load_file(whole)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours), whole.name
+    assert evaluations(tmp_path / "run") == evaluations(tmp_path / "whole")

@@ -36,6 +36,7 @@ METHOD_FIELDS = {
     "head_gates": {"decide": "importance", "heads": 0.5, "start": 0.0, "end": 0.5},
     "fusion": lambda: {"adapters": joint_adapters()},
     "scalar_mix": {"normalise": "row"},
+    "lsh_attention": {"chunk": 4},
 }
 PASS_FIELDS = {
     "structured": {"heads": 0.5, "ffn": 0.5, "align": 8, "floor_ffn": 8, "start": 0.0, "end": 0.5},

@@ -6,6 +6,7 @@ from compressft.methods.full import Full
 from compressft.methods.fusion import Fusion
 from compressft.methods.head_gates import HeadGates
 from compressft.methods.layers import Layers
+from compressft.methods.lsh_attention import LshAttention
 from compressft.methods.mask import Mask
 from compressft.methods.peft import Peft
 from compressft.methods.prefix import PrefixTuning
@@ -29,4 +30,5 @@ METHODS: dict[str, type[Transform]] = {
     "diff": Diff,
     "task_vector": TaskVector,
     "head_gates": HeadGates,
+    "lsh_attention": LshAttention,
 }

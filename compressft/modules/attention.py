@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compressft.errors import UserError
+from compressft.modules.current import Current
 from compressft.modules.linear import is_bare
+from compressft.modules.lsh import Lsh
 from compressft.modules.prefix import Front, attention_with_prefix
 
 TRAINING = "compressft"
@@ -65,7 +67,7 @@ class Recorder:
         )
 
 
-_recorder: ContextVar[Recorder | None] = ContextVar("compressft_recorder", default=None)
+_recorder: Current[Recorder | None] = Current(None)
 
 
 @contextmanager
@@ -94,13 +96,16 @@ def attention(
 
     Grouped-query heads and causality are SDPA's. Returns (B, T, Hq, D) and no weights. What distillation wants of the
     scores it computes from what a `recording` kept; nothing leaves SDPA for it. A module's child `prefix` puts its keys
-    and values in front.
+    and values in front; a child `lsh` takes SDPA's place.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     recorder = _recorder.get()
     if recorder is not None:
         recorder.take(module, query, key, value, attention_mask, kwargs)
+    lsh = getattr(module, "lsh", None)
+    if isinstance(lsh, Lsh) and not is_bare():
+        return lsh(module, query, key, value, attention_mask, **kwargs)
     prefix = prefix_of(module)
     if prefix is not None and not is_bare():
         return attention_with_prefix(prefix, module, query, key, value, attention_mask, **kwargs)
@@ -121,7 +126,12 @@ def onnx_attention(
 
     `attention_mask` is the (B, S) int32 padding mask. K/V heads of grouped-query models are repeated. A prefix is
     joined to the keys and values before the node.
+
+    Raises:
+        UserError: the model hashes its queries, which no node of onnxruntime does.
     """
+    if isinstance(getattr(module, "lsh", None), Lsh):
+        raise UserError("export: attention over hashed buckets (method lsh_attention) has no ONNX form; ship model/")
     batch, heads, length, head_dim = query.shape
     causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
     bias, prefix = None, prefix_of(module)

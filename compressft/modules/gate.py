@@ -82,8 +82,6 @@ class ColumnGate(Gate):
         """Move `importance` towards the newest |gradient| and forget the gradient; nothing where there is none."""
         if self.mask.grad is not None:
             score = self.mask.grad.detach().abs()
-            if torch.distributed.is_available() and torch.distributed.is_initialized():
-                torch.distributed.all_reduce(score)
             # fp16 loss scaling skips steps whose gradients overflow; so does the average.
             if torch.isfinite(score).all():
                 self.importance.mul_(momentum).add_(score * (1.0 - momentum))
@@ -214,7 +212,8 @@ class ScoreGate(Gate):
         return _Thresholded.apply(weight, self.scores, self.threshold, self.tile)  # type: ignore[return-value]
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self.tile != (1, 1):
+        if self.tile != (1, 1) or torch.compiler.is_compiling():
+            # The kernel's threshold is a number, which a compiled graph would have to stop for.
             return F.linear(x, self(weight), bias)
         return masked_linear(x, weight, self.scores, threshold=float(self.threshold), bias=bias)
 

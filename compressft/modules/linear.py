@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any, ClassVar
 
 import torch
@@ -12,13 +11,14 @@ from compressft_kernels import packed_linear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compressft.modules.current import Current
 from compressft.modules.gate import Gates, MaskGate, ScoreGate
 from compressft.modules.kinds import known
 from compressft.modules.quantizer import Quantizer
 from compressft.modules.store import NF4Store
 
-_dense: ContextVar[bool] = ContextVar("compressft_dense", default=False)
-_bare: ContextVar[bool] = ContextVar("compressft_bare", default=False)
+_dense = Current(False)
+_bare = Current(False)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compressft import ranks
 from compressft.modules.int4 import (
     Grid,
     dequantise,
@@ -107,7 +108,7 @@ class Int8Quantizer(Quantizer):
                 return
         else:
             momentum = self.momentum if seen else 0.0
-        low, high = _range(x, columns)
+        low, high = ranks.widest(*_range(x, columns))
         self.low.mul_(momentum).add_(low * (1.0 - momentum))
         self.high.mul_(momentum).add_(high * (1.0 - momentum))
         self.batches += 1

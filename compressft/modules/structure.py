@@ -13,6 +13,7 @@ from compressft.modules import (  # noqa: F401
     fusion,
     head,
     invertible,
+    lsh,
     prefix,
     quantizer,
     scalar_mix,

@@ -9,6 +9,7 @@ from compressft.methods.diff import Diff
 from compressft.methods.full import Full
 from compressft.methods.head_gates import HeadGates
 from compressft.methods.layers import Layers
+from compressft.methods.lsh_attention import LshAttention
 from compressft.methods.mask import Mask
 from compressft.methods.peft import Peft
 from compressft.methods.prefix import PrefixTuning
@@ -42,6 +43,7 @@ CASES = {
     "diff": Diff(density=0.05),
     "task vector": TaskVector(encoding="int8"),
     "head gates": HeadGates(),
+    "lsh attention": LshAttention(chunk=4, rounds=2),
     "head importance, frozen": HeadGates(decide="importance", heads=0.5, weights="frozen"),
 }
 # What needs saved adapters of the very model has all of this in its own tests.

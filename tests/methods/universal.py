@@ -7,8 +7,9 @@ import torch
 from compressft.checkpoint import base_tensors, load_compressed, load_delta, save_compressed, save_delta
 from compressft.model import checkpoint_activations, load_model
 from compressft.transform import Context, trainable
+from tests.methods.added import headed, rows_for
 from tests.passes.sparse import Run, classifier
-from tests.tiny import labelled, logits, tiny
+from tests.tiny import fit, labelled, logits, tiny
 
 
 def gradients(method, family: str = "bert", checkpointing: bool = False) -> dict[str, torch.Tensor]:
@@ -47,6 +48,24 @@ def check_autocast(method, family: str = "bert") -> None:
             assert parameter.grad is None or parameter.grad.dtype == torch.float32, name
             assert parameter.grad is None or torch.isfinite(parameter.grad).all(), name
     torch.testing.assert_close(losses[1], losses[0], atol=0.1, rtol=0.05)
+
+
+def check_learns(method, head: str, steps: int = 60, learning_rate: float = 1e-2) -> None:
+    """On token classification (paddings without a label) or regression the loss of a few rows falls."""
+    model, batch = headed("bert", head), rows_for("bert", head, 8)
+    assert head != "token" or bool(batch["labels"].eq(-100).any())
+    method.prepare(model, Context((method,)))
+    before = loss_of(model, batch)
+    fit(model, [method], [batch], steps, learning_rate)
+    method.finalize(model)
+    after = loss_of(model, batch)
+    assert after < 0.75 * before, (before, after)
+
+
+@torch.no_grad()
+def loss_of(model, batch) -> float:
+    """The loss in eval mode."""
+    return float(model.eval()(**batch).loss)
 
 
 def check_resume(method, steps: int = 8, others=(), stops=(3,)) -> None:

@@ -1,0 +1,168 @@
+"""The processes of one run (torchrun): which is the first, what all of them agree on, and the mean of their gradients.
+
+Every function does nothing, or answers for itself, where there is one process. All processes call the same ones in
+the same order. Waiting and agreeing go through gloo, which sleeps: the first process may take minutes to measure.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+# Values of gradients that travel at once: 64 MiB of fp32.
+BUCKET = 2**24
+PATIENCE = timedelta(hours=24)
+_group: list[Any] = []
+
+
+def count() -> int:
+    """How many processes there are."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def number() -> int:
+    """This process's own, from 0."""
+    return distributed.get_rank() if count() > 1 else 0
+
+
+def first() -> bool:
+    """Whether this process writes and speaks for all."""
+    return number() == 0
+
+
+def start() -> None:
+    """Join the other processes where torchrun has started several; the first alone goes on to use standard output."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and count() == 1:
+        from accelerate import PartialState
+
+        PartialState(cpu=not torch.cuda.is_available())
+        if not first():
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
+
+
+def _waiting() -> Any:
+    """The gloo group that waits and agrees."""
+    if not _group:
+        _group.append(distributed.new_group(backend="gloo", timeout=PATIENCE))
+    return _group[0]
+
+
+def wait() -> None:
+    """Go on when all processes are here."""
+    if count() > 1:
+        distributed.barrier(_waiting())
+
+
+def shared(value: Any) -> Any:
+    """The first process's value, in all of them."""
+    if count() == 1:
+        return value
+    values = [value]
+    distributed.broadcast_object_list(values, src=0, group=_waiting())
+    return values[0]
+
+
+def total(*values: float) -> list[float]:
+    """Sums over the processes."""
+    if count() == 1:
+        return list(values)
+    sums = torch.tensor(values, dtype=torch.float64)
+    distributed.all_reduce(sums, group=_waiting())
+    return sums.tolist()
+
+
+def widest(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """The least `low` and the greatest `high` of all processes (scalars): the range of one batch over all of them."""
+    if count() == 1:
+        return low, high
+    ends = torch.stack([-low, high])
+    distributed.all_reduce(ends, distributed.ReduceOp.MAX)
+    return -ends[0], ends[1]
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+@torch.no_grad()
+def alike(model: nn.Module) -> None:
+    """Give all processes the first one's parameters and buffers."""
+    if count() > 1:
+        for tensor in _tensors(model):
+            value = tensor.detach().contiguous()
+            distributed.broadcast(value, src=0)
+            tensor.copy_(value)
+
+
+@torch.no_grad()
+def differing(model: nn.Module) -> list[str]:
+    """Names of parameters and buffers whose values are not the same in all processes."""
+    if count() == 1:
+        return []
+    named = [*model.named_parameters(), *model.named_buffers()]
+    sums = torch.stack([tensor.double().sum().cpu() for _, tensor in named])
+    ends = torch.cat([sums, -sums])
+    distributed.all_reduce(ends, distributed.ReduceOp.MAX, group=_waiting())
+    greatest, least = ends[: len(sums)], -ends[len(sums) :]
+    return [
+        name for (name, _), one, other in zip(named, greatest.tolist(), least.tolist(), strict=True) if one != other
+    ]
+
+
+@torch.no_grad()
+def average_gradients(model: nn.Module) -> None:
+    """Give every parameter, and every buffer that collects a gradient, the mean of the processes' gradients.
+
+    One that has a gradient in some processes counts as 0 in the others; one that has none anywhere keeps none.
+    DistributedDataParallel does this during the backward pass, for parameters that are fixed when it is made and used
+    in the model's own forward. Here gates rest and wake in the course of training, masks are buffers, and objectives
+    have parameters that only their loss terms read.
+    """
+    if count() == 1:
+        return
+    learning = [tensor for tensor in _tensors(model) if tensor.requires_grad]
+    if not learning:
+        return
+    present = torch.tensor([float(t.grad is not None) for t in learning], device=learning[0].device)
+    distributed.all_reduce(present)
+    used = [tensor for tensor, some in zip(learning, present.tolist(), strict=True) if some]
+    for tensor in used:
+        if tensor.grad is None:
+            tensor.grad = torch.zeros_like(tensor)
+    for bucket in _buckets([tensor.grad for tensor in used if tensor.grad is not None]):
+        flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+        distributed.all_reduce(flat)
+        flat /= count()
+        for gradient, mean in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
+
+
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Neighbours of one dtype, together at most `BUCKET` values unless a single one has more."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        if bucket and (tensor.dtype != bucket[0].dtype or sum(one.numel() for one in bucket) + tensor.numel() > BUCKET):
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket
+
+
+@contextmanager
+def same_draws(seed: int) -> Iterator[None]:
+    """Inside, all processes draw the same random numbers, which depend on `seed` alone; their own go on afterwards."""
+    if count() == 1:
+        yield
+        return
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
