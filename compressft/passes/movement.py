@@ -2,38 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from torch import nn
 
 from compressft.modules.gate import Gate, ScoreGate
 from compressft.modules.linear import CompressedLinear
 from compressft.passes.scored import Scored
 from compressft.passes.unstructured import present
+from compressft.transform import Context, Transform
 
 
 class Movement(Scored):
     """Train a score S per weight with dL/dS = dL/dW' * W, beside the weights (Sanh, Wolf & Rush 2020).
 
-    `hard`: the highest scores of each tensor stay, exactly round((1 - sparsity) * N) once the schedule is at its end.
+    `hard`: the highest scores stay, exactly round((1 - sparsity) * N) once the schedule is at its end: of each layer
+    (`scope` "layer", as in the paper) or of all layers together ("global").
     `soft`: weights stay while sigmoid(S) > tau, with tau on its way from 0 to `threshold`, under the penalty
     lambda * mean over tensors of mean(sigmoid(S)), lambda = `penalty` * tau / `threshold`; at least 0.5 % of a tensor
     stays. How sparse the soft variant becomes follows from `penalty` (and the number of steps times `learning_rate`),
     so it takes no `sparsity`: use hard for a target.
 
     Fields: `learning_rate` of the scores, which have no weight decay; it follows the stage's scheduler. Pruned weights
-    keep getting score gradients and may return until progress `freeze`; from there on the masks stay. `initial`: scores
-    start at 0, as in the paper, or at each |weight| of a tensor, shifted and scaled to mean 0 and standard deviation 1:
-    what training does not move is then ranked by its magnitude.
+    keep getting score gradients and may return until progress `freeze`; from there on masks stay. `initial`: scores
+    start at 0, as in the paper, or at |weight|, shifted and scaled to mean 0 and standard deviation 1 over what competes
+    (a layer or all): what training does not move is then ranked by its magnitude.
     """
 
     type: Literal["movement"] = "movement"
     initial: Literal["zero", "magnitude"] = "zero"
+    scope: Literal["global", "layer"] = "layer"
 
     def gate(self, path: str, linear: CompressedLinear) -> Gate:
-        gate = ScoreGate(linear.out_features, linear.in_features)
-        if self.initial == "magnitude":
-            size = present(linear).abs().float()
-            with torch.no_grad():
-                gate.scores.copy_((size - size.mean()) / size.std().clamp(min=torch.finfo(torch.float32).tiny))
-        return gate
+        return ScoreGate(linear.out_features, linear.in_features)
+
+    @torch.no_grad()
+    def prepare(self, model: nn.Module, context: Context) -> None:
+        super().prepare(model, context)
+        if self.initial == "zero":
+            return
+        sizes = {gate: present(linear).abs().float() for linear, gate in self.gated(model)}
+        for gates in self.pools(model):
+            together = torch.cat([sizes[gate].flatten() for gate in gates])
+            scale = together.std().clamp(min=torch.finfo(torch.float32).tiny)
+            for gate in gates:
+                gate.scores.copy_((sizes[gate] - together.mean()) / scale)
+
+    def pools(self, model: nn.Module) -> list[list[ScoreGate]]:
+        pools = super().pools(model)
+        return [[gate for gates in pools for gate in gates]] if self.scope == "global" else pools
+
+    def conflict(self, others: Sequence[Transform]) -> str | None:
+        if self.scope == "global" and self.variant == "soft":
+            return "pass movement.scope: variant soft has one threshold for all layers and none to share; remove it"
+        return super().conflict(others)

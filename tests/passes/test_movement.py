@@ -10,8 +10,10 @@ from compressft.modules.concrete import deterministic
 from compressft.modules.gate import ScoreGate
 from compressft.modules.l0 import L0Gate
 from compressft.passes.l0 import L0
+from compressft.passes.magnitude import Magnitude
 from compressft.passes.movement import Movement
 from compressft.passes.scored import keep_above
+from compressft.transform import Context
 from tests.passes.sparse import Run, sparsity
 from tests.tiny import labelled, tiny
 
@@ -45,6 +47,29 @@ def test_hard_keeps_the_exact_number_at_every_step(schedule):
     assert seen[0].all() and not torch.equal(seen[5], seen[6])
     # Progress .8 is step 8: its masks stay.
     assert all(torch.equal(mask, seen[7]) for mask in seen[7:])
+
+
+def test_global_keeps_the_exact_number_of_all_layers_together():
+    model = tiny()
+    one = Movement(sparsity=0.83, scope="global", **FAST)
+    Run(model, [one], 6).train()
+    masks = [gate.mask for _, gate in one.gated(model)]
+    assert sum(int(m.sum()) for m in masks) == round(0.17 * sum(m.numel() for m in masks))
+    assert len({round(float(m.float().mean()), 3) for m in masks}) > 1
+    refused = Movement(variant="soft", scope="global").conflict([])
+    assert refused is not None and "movement.scope" in refused
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_scores_that_do_not_learn_prune_by_magnitude(scope):
+    model, other = tiny(), tiny()
+    by_score = Movement(sparsity=0.7, initial="magnitude", scope=scope, learning_rate=1e-12, **FAST)
+    by_size = Magnitude(sparsity=0.7, scope=scope, **FAST)
+    for one, pruned in ((by_score, model), (by_size, other)):
+        one.prepare(pruned, Context((one,)))
+        one.after_step(pruned, 1.0 if one is by_size else 0.7)
+    for (_, a), (_, b) in zip(by_score.gated(model), by_size.gated(other), strict=True):
+        assert torch.equal(a.mask, b.mask)
 
 
 def test_pruned_weights_return():
