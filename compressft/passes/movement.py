@@ -27,8 +27,8 @@ class Movement(Scored):
 
     Fields: `learning_rate` of the scores, which have no weight decay; it follows the stage's scheduler. Pruned weights
     keep getting score gradients and may return until progress `freeze`; from there on masks stay. `initial`: scores
-    start at 0, as in the paper, or at |weight|, shifted and scaled to mean 0 and standard deviation 1 over what competes
-    (a layer or all): what training does not move is then ranked by its magnitude.
+    start at 0, as in the paper, or at |weight|, shifted and scaled to mean 0 and standard deviation 1 over what
+    competes (a layer or all): what training does not move is then ranked by its magnitude.
     """
 
     type: Literal["movement"] = "movement"
