@@ -88,6 +88,7 @@ PRUNING: dict[str, Any] = {
         "type": "movement",
         "sparsity": removed,
         "initial": "magnitude",
+        "scope": "global",
         **LAST,
     },
     "structured": lambda removed: {"type": "structured", "target": {"sparsity": removed}, **LAST},
