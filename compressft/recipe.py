@@ -12,7 +12,6 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from compressft.document import SOURCES, override_all, read_document
-from compressft.document import shipped_recipes as shipped_recipes
 from compressft.errors import UserError, nearest
 from compressft.methods import METHODS
 from compressft.methods.full import Full

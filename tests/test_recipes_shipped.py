@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from compressft.document import shipped_recipes
 from compressft.methods import METHODS
 from compressft.plan import plan
-from compressft.recipe import Recipe, load_recipe, shipped_recipes, smoke
+from compressft.recipe import Recipe, load_recipe, smoke
 from compressft.run import run
 from tests.tiny_folder import save_tiny, write_jsonl
 
