@@ -15,7 +15,7 @@ from compressft.formats.adapterhub import arrange, head
 from compressft.formats.adapterhub.names import FUSION_CONFIG
 from compressft.formats.adapterhub.write import write as write_adapterhub
 from compressft.formats.detect import Kind, detect
-from compressft.formats.files import CONFIG, TENSORS, new_folder, read_json, read_tensors
+from compressft.formats.files import CONFIG, TENSORS, new_folder, read_json, read_tensors, refuse_filled
 from compressft.formats.folders import READERS
 from compressft.formats.settled import Settled
 from compressft.model import load_model
@@ -77,8 +77,8 @@ def convert(source: Path, target: Path, to: str | None = None, base: str | None 
     if to is not None and to not in TARGETS:
         raise UserError(f"--to {to!r}: wants one of {', '.join(TARGETS)}{nearest(to, TARGETS)}")
     kind, folder = detect(source.expanduser())
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise UserError(f"DST {str(target)!r}: is not empty; give a folder that does not exist yet")
+    # Before the base is loaded.
+    refuse_filled(target, "DST")
     needs = _needs(kind, folder)
     name = base or needs.base
     if not name:
@@ -166,7 +166,7 @@ def _usage(chosen: Target, settled: Settled, target: Path) -> str:
     if chosen == "peft":
         return f"peft.PeftModel.from_pretrained(model, {str(target)!r})"
     if chosen == "compressft":
-        return f"compressft.adapted.Adapted.from_pretrained(model, {str(target)!r})"
+        return f"compressft.Adapted.from_pretrained(model, {str(target)!r})"
     model = "AutoAdapterModel" if head.fitting(settled.plain) else type(settled.plain).__name__
     if (target / FUSION_CONFIG).is_file():
         first = f"model.load_adapter of each folder in {target} and then "

@@ -25,6 +25,7 @@ __all__ = [
     "read_json",
     "read_metadata",
     "read_tensors",
+    "refuse_filled",
     "write_json",
     "write_tensors",
 ]
@@ -105,14 +106,19 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     staging.rename(path)
 
 
+def refuse_filled(path: Path, field: str) -> None:
+    """UserError where something is at this path already."""
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise UserError(f"{field} {str(path)!r}: is not empty; give a folder that does not exist yet")
+
+
 def new_folder(path: Path, field: str) -> Path:
-    """Make sure of a new or empty folder.
+    """Make a folder that is not there yet, or empty.
 
     Raises:
         UserError: something is there, or it cannot be made.
     """
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise UserError(f"{field} {str(path)!r}: is not empty; give a folder that does not exist yet")
+    refuse_filled(path, field)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

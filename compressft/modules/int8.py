@@ -13,10 +13,9 @@ import math
 import torch
 from torch import Tensor
 
-from compressft.modules.last_input import LastInput
+from compressft.modules.last_input import last_input
 
 QMAX = 255.0
-_last = LastInput()
 # Largest weight integer by `weight_bits`. Seven bits keep 255 * 63 * 2 below 2^15: x86 CPUs without VNNI add pairs of
 # u8 x s8 products in saturating 16 bits.
 WMAX = {8: 127.0, 7: 63.0}
@@ -60,7 +59,7 @@ class _QuantisedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, low, high, x_scale, zero_point, dtype, bits, rate):
         key = (float(x_scale), float(zero_point), dtype) if x.device.type == "cpu" else None
-        level, clipped, centred = _last.value(x, key, lambda: quantise_input(x, x_scale, zero_point, dtype))
+        level, clipped, centred = last_input.value(x, key, lambda: quantise_input(x, x_scale, zero_point, dtype))
         w_scale = weight_scale(weight, bits)
         q_weight = quantise_weight(weight, w_scale)
         if rate < 1.0:

@@ -33,3 +33,6 @@ class LastInput:
         if key not in self._values:
             self._values[key] = compute()
         return self._values[key]
+
+
+last_input = LastInput()

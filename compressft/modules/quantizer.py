@@ -20,13 +20,12 @@ from compressft.modules.int4 import (
 )
 from compressft.modules.int8 import activation_scale, quantised_linear
 from compressft.modules.kinds import Extra, known
-from compressft.modules.last_input import LastInput
+from compressft.modules.last_input import last_input
 
 Ranges = Literal["static", "dynamic", "learned"]
 Format = Literal["operators", "qdq"]
 # Batches whose minima and maxima a learned range starts from.
 FIRST_BATCHES = 16
-_last = LastInput()
 
 
 class Quantizer(Extra):
@@ -224,7 +223,7 @@ class Int4Quantizer(Quantizer):
 def _range(x: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
     """Least and greatest value, fp32; gated-off columns count as 0, which every range contains."""
     if columns is None:
-        low, high = _last.value(x, "range", lambda: torch.aminmax(x))
+        low, high = last_input.value(x, "range", lambda: torch.aminmax(x))
     else:
         # Per column and then over columns would be ten times as slow on CPU.
         low, high = torch.aminmax(x * columns)
