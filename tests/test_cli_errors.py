@@ -8,43 +8,18 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import yaml
 from onnx import TensorProto, helper, save
 
-from compressft import cli
 from compressft.document import shipped_recipes
 from compressft.families import FAMILIES
 from compressft.recipe import load_recipe, parse_recipe
+from tests.command_line import Done, call  # noqa: F401 - a fixture
 from tests.tiny_folder import document, rows_of, save_tiny, write_jsonl
 
 ROOT = Path(__file__).parents[1]
-
-
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def call(monkeypatch, capfd, tmp_path):
-    """Runs the command line in this process, in an empty working directory."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str | Path) -> Done:
-        monkeypatch.setattr(sys, "argv", ["compressft", *map(str, arguments)])
-        capfd.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        return Done(code, *capfd.readouterr())
-
-    return call
 
 
 @pytest.fixture(scope="module")

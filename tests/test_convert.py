@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import warnings
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 from peft import PeftModel
 
-from compressft import cli, get_model
+from compressft import get_model
 from compressft.adapted import Adapted
 from compressft.adapters import read_adapters
 from compressft.checkpoint import base_tensors, save_delta
 from compressft.methods.fusion import Fusion
 from compressft.recipe import parse_recipe
+from tests.command_line import call as command_line  # noqa: F401 - a fixture
 from tests.formats.saved import LORA, config_of, loaded, moved, rewrite, same
 from tests.methods.added import save_adapter
 from tests.tiny import tiny
@@ -29,28 +28,10 @@ PFEIFFER = {"type": "adapter", "placement": "pfeiffer", "size": 4}
 PREFIX = {"type": "prefix", "length": 3, "hidden": 8, "shift_positions": True}
 
 
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture
-def call(monkeypatch, capfd, tmp_path):
-    """Runs the command line in this process, in an empty working directory."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str | Path) -> Done:
-        monkeypatch.setattr(sys, "argv", ["compressft", "convert", *map(str, arguments)])
-        capfd.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        return Done(code, *capfd.readouterr())
-
-    return call
+def call(command_line):
+    """Runs `compressft convert`."""
+    return lambda *arguments: command_line("convert", *arguments)
 
 
 @pytest.fixture(scope="module")

@@ -194,7 +194,7 @@ def test_two_processes_train_what_one_does(name, folder, found, tmp_path):
     start = state(trained(cases(folder)[name], tmp_path, batch_size=8, steps=0))
     # One flipped rounding of int8 is a per cent of an activation.
     limit = 0.15 if any(isinstance(one, Int8) for one in cases(folder)[name]) else 1e-3
-    assert_close(torch.load(folder / f"process-0-{name}.pt"), state(alone), start, limit)
+    assert_close(torch.load(folder / f"process-0-{name}.pt", weights_only=True), state(alone), start, limit)
     assert found[0]["tokens"][name] == found[1]["tokens"][name] == alone.tokens
     assert found[0]["terms"][name] == found[1]["terms"][name]
     assert found[0]["terms"][name] == pytest.approx(alone.drain_terms(), rel=limit)
@@ -202,12 +202,12 @@ def test_two_processes_train_what_one_does(name, folder, found, tmp_path):
 
 def test_accumulated_batches_are_averaged_once(folder, tmp_path):
     alone, start = (trained(ACCUMULATED, tmp_path, 4, accumulation=2, steps=steps) for steps in (STEPS, 0))
-    assert_close(torch.load(folder / "process-0-accumulated.pt"), state(alone), state(start))
+    assert_close(torch.load(folder / "process-0-accumulated.pt", weights_only=True), state(alone), state(start))
 
 
 @pytest.mark.parametrize("name", [*NAMES, *NOISY])
 def test_all_processes_have_the_same_bits(name, folder, found):
-    both = [torch.load(folder / f"process-{i}-{name}.pt") for i in (0, 1)]
+    both = [torch.load(folder / f"process-{i}-{name}.pt", weights_only=True) for i in (0, 1)]
     assert all(torch.equal(both[0][key], both[1][key]) for key in both[0])
     assert found[0]["differing"][name] == []
 

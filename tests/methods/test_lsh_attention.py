@@ -170,26 +170,31 @@ def test_later_tokens_change_nothing_before_them(look_back):
     assert any(change > 1e-3 for across, change in changes if across)
 
 
+def reformer(heads: int, rounds: int, chunk: int, look_back: int, causal: bool):
+    """The transformers library's own attention, eight values a head, four buckets, rotations from seed 5."""
+    from transformers.models.reformer.modeling_reformer import LSHSelfAttention, ReformerConfig
+
+    config = ReformerConfig(
+        hidden_size=8 * heads,
+        attention_head_size=8,
+        num_attention_heads=heads,
+        num_hashes=rounds,
+        num_buckets=4,
+        lsh_attn_chunk_length=chunk,
+        lsh_num_chunks_before=look_back,
+        lsh_attention_probs_dropout_prob=0.0,
+        is_decoder=causal,
+        hash_seed=5,
+    )
+    return LSHSelfAttention(config, layer_idx=0).eval()
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("padding", [False, True])
 @pytest.mark.parametrize("chunk", [4, 32])
 def test_agrees_with_transformers(padding, causal, chunk):
     """(f): LSHSelfAttention with the same rotations; it does not correct duplicates."""
-    from transformers.models.reformer.modeling_reformer import LSHSelfAttention, ReformerConfig
-
-    config = ReformerConfig(
-        hidden_size=24,
-        attention_head_size=8,
-        num_attention_heads=3,
-        num_hashes=2,
-        num_buckets=4,
-        lsh_attn_chunk_length=chunk,
-        lsh_num_chunks_before=0,
-        lsh_attention_probs_dropout_prob=0.0,
-        is_decoder=causal,
-        hash_seed=5,
-    )
-    theirs = LSHSelfAttention(config, layer_idx=0).eval()
+    theirs = reformer(heads=3, rounds=2, chunk=chunk, look_back=0, causal=causal)
     x = torch.randn(2, 16, 24, generator=torch.Generator().manual_seed(1))
     mask = torch.ones(2, 16, dtype=torch.bool)
     if padding:
@@ -212,21 +217,7 @@ def test_agrees_with_transformers(padding, causal, chunk):
 
 def test_agrees_with_transformers_on_earlier_chunks():
     """Its first chunk looks at the last one, the others as here."""
-    from transformers.models.reformer.modeling_reformer import LSHSelfAttention, ReformerConfig
-
-    config = ReformerConfig(
-        hidden_size=8,
-        attention_head_size=8,
-        num_attention_heads=1,
-        num_hashes=1,
-        num_buckets=4,
-        lsh_attn_chunk_length=4,
-        lsh_num_chunks_before=1,
-        lsh_attention_probs_dropout_prob=0.0,
-        is_decoder=False,
-        hash_seed=5,
-    )
-    theirs = LSHSelfAttention(config, layer_idx=0).eval()
+    theirs = reformer(heads=1, rounds=1, chunk=4, look_back=1, causal=False)
     x = torch.randn(1, 24, 8, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         want = theirs(x).hidden_states[0]
