@@ -69,8 +69,8 @@ def _edge(edge: dict[str, Any], found: dict[str, Any]) -> str:
     header += ["1x32", "1x128", "8x128"]
     return _table(header, rows) + (
         "\n\nLatency: p50 in onnxruntime and how many times faster than the fp32 ONNX of the dense model, "
-        "measured in the same minutes. The sst2 files' dense model is sst2-all's, and its answers to rewritten rows and "
-        "to sentences of film reviews without labels are most of what they learn from."
+        "measured in the same minutes. The sst2 files' dense model is sst2-all's, and its answers to rewritten rows "
+        "and to sentences of film reviews without labels are most of what they learn from."
     )
 
 

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, save
 from compressft.document import shipped_recipes
 from compressft.families import FAMILIES
 from compressft.recipe import load_recipe, parse_recipe
-from tests.command_line import Done, call  # noqa: F401 - a fixture
+from tests.command_line import Done
 from tests.tiny_folder import document, rows_of, save_tiny, write_jsonl
 
 ROOT = Path(__file__).parents[1]

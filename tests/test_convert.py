@@ -17,7 +17,6 @@ from compressft.adapters import read_adapters
 from compressft.checkpoint import base_tensors, save_delta
 from compressft.methods.fusion import Fusion
 from compressft.recipe import parse_recipe
-from tests.command_line import call as command_line  # noqa: F401 - a fixture
 from tests.formats.saved import LORA, config_of, loaded, moved, rewrite, same
 from tests.methods.added import save_adapter
 from tests.tiny import tiny
@@ -29,9 +28,9 @@ PREFIX = {"type": "prefix", "length": 3, "hidden": 8, "shift_positions": True}
 
 
 @pytest.fixture
-def call(command_line):
+def call(call):
     """Runs `compressft convert`."""
-    return lambda *arguments: command_line("convert", *arguments)
+    return lambda *arguments: call("convert", *arguments)
 
 
 @pytest.fixture(scope="module")
