@@ -79,14 +79,12 @@ class Target(BaseModel):
         return value
 
 
-class CostTable(BaseModel):
-    """Costs of a layer's parts by size; costs of different layers add up.
+class LayerCosts(BaseModel):
+    """Costs of a layer's parts by size.
 
     `groups`, `neurons`: ascending sizes, at least 1; `attention`, `ffn`: their costs (milliseconds, parameters or
     bytes), linear in between; a part of size 0 is gone and costs nothing. `layer`: what a layer costs besides, as
-    long as either part is there. `rest`: embeddings, pooler and head. `reference`: cost of the uncompressed fp32
-    model, which speedups count from (None: that of the base's shapes in this table). `about`: where the numbers
-    come from.
+    long as either part is there.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -96,12 +94,9 @@ class CostTable(BaseModel):
     neurons: tuple[int, ...] = Field(min_length=1)
     ffn: tuple[float, ...]
     layer: float = 0.0
-    rest: float = 0.0
-    reference: float | None = None
-    about: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
-    def _grids(self) -> CostTable:
+    def _grids(self) -> LayerCosts:
         for sizes, costs in ((self.groups, self.attention), (self.neurons, self.ffn)):
             if len(sizes) != len(costs):
                 raise ValueError(f"{len(sizes)} sizes with {len(costs)} costs")
@@ -119,17 +114,37 @@ class CostTable(BaseModel):
         """Cost of an FFN with this many neurons."""
         return _between(self.neurons, self.ffn, neurons)
 
+    def layer_cost(self, shape: Shape) -> float:
+        """Cost of a layer {"kv_heads", "ffn"}; nothing where both are 0."""
+        present = bool(shape["kv_heads"] or shape["ffn"])
+        return self.attention_cost(shape["kv_heads"]) + self.ffn_cost(shape["ffn"]) + self.layer * present
+
+
+class CostTable(LayerCosts):
+    """Costs of a model: those of its layers add up.
+
+    `last`: the last layer's costs where they differ (an exported classifier computes it for one token); None: as all.
+    `rest`: embeddings, pooler and head. `reference`: cost of the uncompressed fp32 model, which speedups count from
+    (None: that of the base's shapes in this table). `about`: where the numbers come from.
+    """
+
+    last: LayerCosts | None = None
+    rest: float = 0.0
+    reference: float | None = None
+    about: dict[str, Any] = Field(default_factory=dict)
+
+    def costs(self, depth: int) -> list[LayerCosts]:
+        """What each of so many layers is counted in."""
+        return [self] * depth if self.last is None else [*[self] * (depth - 1), self.last]
+
     def cost(self, shapes: Sequence[Shape]) -> float:
         """Cost of a model.
 
         Args:
-            shapes: per layer {"kv_heads", "ffn"}, as `shrink.shapes` gives them.
+            shapes: per layer {"kv_heads", "ffn"}, as `shrink.shapes` gives them; one whose sizes are 0 is gone.
         """
-        layers = [
-            self.attention_cost(s["kv_heads"]) + self.ffn_cost(s["ffn"]) + self.layer * bool(s["kv_heads"] or s["ffn"])
-            for s in shapes
-        ]
-        return self.rest + sum(layers)
+        there = [shape for shape in shapes if shape["kv_heads"] or shape["ffn"]]
+        return self.rest + sum(one.layer_cost(s) for one, s in zip(self.costs(len(there)), there, strict=True))
 
 
 def _between(sizes: Sequence[int], costs: Sequence[float], size: int) -> float:
@@ -236,7 +251,8 @@ def choose(
 
     Dynamic programming over the layers on a cost axis of `CELLS` cells (Frantar & Alistarh, "SPDY", 2022, algorithm 1),
     exact but for that rounding: the budget always holds, and nothing that is cheaper by a cell per part loses less.
-    Cells do not depend on the budget: with more of it the loss never grows.
+    Cells do not depend on the budget: with more of it the loss never grows. Where the last layer has costs of its own,
+    every layer that may end up as the last one is tried as such.
 
     Args:
         attention_loss, ffn_loss: per layer {KV groups or neurons: loss}; the keys are the sizes that may be chosen.
@@ -249,41 +265,71 @@ def choose(
     Raises:
         UserError: even the cheapest choice costs more.
     """
+    depth = len(ffn_loss)
     step = _most(table, attention_loss, ffn_loss) / CELLS
+    found: list[tuple[float, list[dict[str, int]]]] = []
+    cheapest: list[float] = []
+    for end in range(depth, 0, -1):
+        cut = attention_loss[:end], ffn_loss[:end]
+        chosen, least = _choose(table, budget, *cut, modules, step)
+        gone = [{"kv_heads": 0, "ffn": 0}] * (depth - end)
+        cheapest.append(least)
+        if chosen is not None:
+            shapes = [*chosen, *gone]
+            found.append((_loss(shapes, attention_loss, ffn_loss), shapes))
+        if table.last is None or 0 not in attention_loss[end - 1] or 0 not in ffn_loss[end - 1]:
+            break
+    if not found:
+        raise UserError(
+            f"target: {_amount(table, budget)} cannot be reached: the smallest model that may be chosen takes "
+            f"{_amount(table, min(cheapest))}; ask for no less, lower the floors or let whole layers go"
+        )
+    return min(found, key=lambda one: one[0])[1]
+
+
+def _loss(
+    shapes: Sequence[Shape], attention: Sequence[Mapping[int, float]], ffn: Sequence[Mapping[int, float]]
+) -> float:
+    return sum(a[s["kv_heads"]] + f[s["ffn"]] for s, a, f in zip(shapes, attention, ffn, strict=True))
+
+
+def _choose(
+    table: CostTable,
+    budget: float,
+    attention_loss: Sequence[Mapping[int, float]],
+    ffn_loss: Sequence[Mapping[int, float]],
+    modules: bool,
+    step: float,
+) -> tuple[list[dict[str, int]] | None, float]:
+    """The best affordable shapes, if any, with the last of these layers as the last; and the least possible cost."""
     # Parts round up to whole cells: what the budget allows may end that many cells above it.
     above = 2 * len(ffn_loss)
     best = np.zeros(CELLS + above + 1)
     trail: list[Steps] = []
-    for attention, ffn in zip(attention_loss, ffn_loss, strict=True):
+    counted_in = table.costs(len(ffn_loss))
+    for own, attention, ffn in zip(counted_in, attention_loss, ffn_loss, strict=True):
         heads, neurons = _sizes(attention, modules), _sizes(ffn, modules)
-        costs = [_cells(table.attention_cost(n) + table.layer, step) for n in heads]
+        costs = [_cells(own.attention_cost(n) + own.layer, step) for n in heads]
         middle, from_heads = _add(best, costs, [attention[n] for n in heads])
-        after, from_neurons = _add(
-            middle, [_cells(table.ffn_cost(n), step) for n in neurons], [ffn[n] for n in neurons]
-        )
+        after, from_neurons = _add(middle, [_cells(own.ffn_cost(n), step) for n in neurons], [ffn[n] for n in neurons])
         gone = np.zeros(len(best), dtype=bool)
         if 0 in attention and 0 in ffn:
             without = best + (attention[0] + ffn[0])
             gone = without <= after
             after = np.where(gone, without, after)
-        trail.append((heads, from_heads, neurons, from_neurons, gone))
+        trail.append((own, heads, from_heads, neurons, from_neurons, gone))
         best = after
     top = min(math.floor((budget - table.rest) / step) + above, len(best) - 1)
-    candidates = [_follow(table, step, trail, c) for c in range(max(top - above, 0), top + 1) if np.isfinite(best[c])]
+    candidates = [_follow(step, trail, c) for c in range(max(top - above, 0), top + 1) if np.isfinite(best[c])]
     affordable = [c for c in candidates if table.cost(c) <= budget * (1 + 1e-9)]
-    if not affordable:
-        first = int(np.isfinite(best).argmax())
-        raise UserError(
-            f"target: {_amount(table, budget)} cannot be reached: the smallest model that may be chosen takes "
-            f"{_amount(table, table.cost(_follow(table, step, trail, first)))}; ask for no less, lower the floors or "
-            "let whole layers go"
-        )
+    least = table.cost(_follow(step, trail, int(np.isfinite(best).argmax())))
     # Losses fall with the cells.
-    return affordable[-1]
+    return (affordable[-1] if affordable else None), least
 
 
-# Of one layer, in the order of the dynamic programme: sizes and chosen index per cell of its parts; whether it goes.
-Steps = tuple[list[int], np.ndarray, list[int], np.ndarray, np.ndarray]
+# Of one layer, in the order of the dynamic programme: its costs, sizes and chosen index per cell of its parts; whether
+# it goes.
+Steps = tuple[LayerCosts, list[int], np.ndarray, list[int], np.ndarray, np.ndarray]
 
 
 def _cells(cost: float, step: float) -> int:
@@ -315,16 +361,16 @@ def _add(best: np.ndarray, costs: Sequence[int], losses: Sequence[float]) -> tup
     return after, which
 
 
-def _follow(table: CostTable, step: float, trail: Sequence[Steps], cell: int) -> list[dict[str, int]]:
+def _follow(step: float, trail: Sequence[Steps], cell: int) -> list[dict[str, int]]:
     chosen: list[dict[str, int]] = []
-    for heads, from_heads, neurons, from_neurons, gone in reversed(trail):
+    for own, heads, from_heads, neurons, from_neurons, gone in reversed(trail):
         if gone[cell]:
             chosen.append({"kv_heads": 0, "ffn": 0})
             continue
         f = neurons[from_neurons[cell]]
-        cell -= _cells(table.ffn_cost(f), step)
+        cell -= _cells(own.ffn_cost(f), step)
         a = heads[from_heads[cell]]
-        cell -= _cells(table.attention_cost(a) + table.layer, step)
+        cell -= _cells(own.attention_cost(a) + own.layer, step)
         chosen.append({"kv_heads": a, "ffn": f})
     return chosen[::-1]
 

@@ -176,10 +176,11 @@ def test_report_values_are_sane(report):
 def test_onnx_operators(finished):
     """One QAttention per layer, one QuantizeLinear per distinct input, no float product but the head's."""
     found = operators(finished / "onnx" / "model.onnx")
-    assert found["QAttention"] == LAYERS
-    assert found["MultiHeadAttention"] == found["SkipLayerNormalization"] == 0
-    # Output projection, FFN up and down of every layer, and the pooler; q, k and v are inside QAttention.
-    assert found["MatMulIntegerToFloat"] == 3 * LAYERS + 1
+    # The last layer's one query attends by itself.
+    assert found["QAttention"] == LAYERS - 1 and found["MultiHeadAttention"] == 1
+    assert found["SkipLayerNormalization"] == 0
+    # Output projection, FFN up and down of every layer, and the pooler; q, k and v are inside QAttention but there.
+    assert found["MatMulIntegerToFloat"] == 3 * LAYERS + 3 + 1
     assert found["QuantizeLinear"] == 4 * LAYERS + 1
     assert found["MatMul"] + found["Gemm"] == 1
 
@@ -203,8 +204,8 @@ def test_onnxruntime_keeps_the_operators(finished, tmp_path):
     found = operators(tmp_path / "optimised.onnx")
     assert found["SkipLayerNormalization"] == 0
     assert found["LayerNormalization"] == 2 * LAYERS + 1
-    assert found["QAttention"] == LAYERS
-    assert found["MatMulIntegerToFloat"] == 3 * LAYERS + 1
+    assert found["QAttention"] == LAYERS - 1
+    assert found["MatMulIntegerToFloat"] == 3 * LAYERS + 3 + 1
     assert found["QuantizeLinear"] == 4 * LAYERS + 1
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from compressft.errors import UserError
+from compressft.export.pooled import compute_first_token
 
 
 def to_graph(model: nn.Module, inputs: dict[str, Tensor], tidy: bool = True) -> Any:
@@ -54,6 +55,7 @@ def to_graph(model: nn.Module, inputs: dict[str, Tensor], tidy: bool = True) -> 
     # q, k and v quantise the same input with the same range: after this they share one node.
     CommonSubexpressionEliminationPass()(graph)
     RemoveUnusedNodesPass()(graph)
+    compute_first_token(graph)
     return graph
 
 

@@ -22,13 +22,14 @@ from compressft.export.fold import fold
 from compressft.export.fuse import fuse_qattention
 from compressft.export.locate import SCOPES
 from compressft.export.onnx import save, to_graph
+from compressft.export.pooled import computes_first_token
 from compressft.measure import hardware, usable_cores
 from compressft.modules.attention import TRAINING, register
 from compressft.modules.quantizer import Int8Quantizer
 from compressft.passes.int8 import Int8
 from compressft.passes.quantised import PARTS
 from compressft.shrink import keep_vocabulary, resize
-from compressft.target import CostTable, monotone
+from compressft.target import CostTable, LayerCosts, monotone
 from compressft.trace import REST, Timing, trace
 from compressft.transform import Context
 
@@ -74,7 +75,8 @@ def measure_table(deployment: Deployment, batch: int, length: int, timer: Timer 
     parts are timed within the same runs, node by node, so that what else the machine does hits them alike. Of several
     processes the quietest counts. What tracing adds to every node, and what passes between nodes, is taken from a
     second, short model run with and without tracing: short runs find a quiet moment on a busy machine too. Costs are
-    smoothed not to fall with size.
+    smoothed not to fall with size. A last layer that is computed for the first token alone is counted by itself: the
+    first model ends in one of full size, the short one in the smallest.
 
     Args:
         timer: (file, batch, length, threads) -> Timing; None: onnxruntime in a process of its own.
@@ -85,7 +87,7 @@ def measure_table(deployment: Deployment, batch: int, length: int, timer: Timer 
     check_length(deployment, length)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        return time_samples(folder, write_samples(deployment, folder), deployment, batch, length, timer or trace)
+        return time_samples(write_samples(deployment, folder), deployment, batch, length, timer or trace)
 
 
 def check_length(deployment: Deployment, length: int) -> None:
@@ -108,30 +110,44 @@ def measure_reference(deployment: Deployment, batch: int, length: int) -> float:
         return min(trace(file, batch, length, threads).whole for _ in range(deployment.rounds))
 
 
-def write_samples(deployment: Deployment, folder: Path) -> list[dict[str, int]]:
-    """Export `sample.onnx` and the short `short.onnx`, nodes labelled; returns the first one's shapes."""
+@dataclass(frozen=True)
+class Samples:
+    """Exported models to time: `sample.onnx` and the short `short.onnx` in `folder`, their layers' shapes.
+
+    `first_token`: whether their last layers are computed for the first token alone.
+    """
+
+    folder: Path
+    sample: Sequence[Mapping[str, int]]
+    short: Sequence[Mapping[str, int]]
+    first_token: bool
+
+
+def write_samples(deployment: Deployment, folder: Path) -> Samples:
+    """Export both, nodes labelled by the part that they belong to."""
     # A resumed run does not measure again: its random numbers must not depend on it.
     with torch.random.fork_rng(devices=[]):
-        shapes = sample_shapes(deployment)
-        for name, layers in (("sample", shapes), ("short", [smallest(shapes)] * SHORT)):
+        grids = sample_shapes(deployment)
+        largest = {name: max(shape[name] for shape in grids) for name in grids[0]}
+        smallest = {name: min(shape[name] for shape in grids) for name in grids[0]}
+        sample, short = [*grids, largest], [smallest] * SHORT
+        for name, layers in (("sample", sample), ("short", short)):
             model = sample_model(deployment, layers)
             graph = to_graph(fold(model), dict(deployment.inputs))
             if deployment.attention == "qattention":
                 fuse_qattention(graph)
             label_nodes(graph, anatomy(model))
             save(graph, folder / f"{name}.onnx")
-    return shapes
+    return Samples(folder, sample, short, computes_first_token(graph))
 
 
-def time_samples(
-    folder: Path, shapes: Sequence[Mapping[str, int]], deployment: Deployment, batch: int, length: int, timer: Timer
-) -> CostTable:
+def time_samples(samples: Samples, deployment: Deployment, batch: int, length: int, timer: Timer) -> CostTable:
     """The table of exported sample models."""
     threads = deployment.threads or usable_cores()
     short, rounds = [], []
     for _ in range(deployment.rounds):
-        short.append(timer(folder / "short.onnx", batch, length, threads))
-        rounds.append(timer(folder / "sample.onnx", batch, length, threads))
+        short.append(timer(samples.folder / "short.onnx", batch, length, threads))
+        rounds.append(timer(samples.folder / "sample.onnx", batch, length, threads))
     between = min(one.whole for one in short) - min(sum(one.parts.values()) for one in short)
     between /= sum(short[0].nodes.values())
     about = {
@@ -145,7 +161,8 @@ def time_samples(
         "cpu": hardware()["cpu"],
         "onnxruntime": version("onnxruntime"),
     }
-    return build_table(shapes, min(rounds, key=lambda one: sum(one.parts.values())), between, about)
+    sample, small = (min(timings, key=lambda one: sum(one.parts.values())) for timings in (rounds, short))
+    return build_table(samples, sample, small, between, about)
 
 
 def grid(size: int, points: int, align: int = 1) -> list[int]:
@@ -158,7 +175,7 @@ def grid(size: int, points: int, align: int = 1) -> list[int]:
 
 
 def sample_shapes(deployment: Deployment) -> list[dict[str, int]]:
-    """Shapes of the sample model's layers: every size of both grids."""
+    """Shapes of layers that have every size of both grids."""
     register()
     config = deployment.config
     probe = anatomy(_random(deployment.architecture, with_depth(config, 1))).layers[0]
@@ -166,11 +183,6 @@ def sample_shapes(deployment: Deployment) -> list[dict[str, int]]:
     neurons = grid(probe.ffn, POINTS, ALIGN if probe.ffn >= ALIGN * POINTS else 1)
     depth = max(len(groups), len(neurons))
     return [{"kv_heads": groups[i % len(groups)], "ffn": neurons[-1 - i % len(neurons)]} for i in range(depth)]
-
-
-def smallest(shapes: Sequence[Mapping[str, int]]) -> dict[str, int]:
-    """The least of each size."""
-    return {name: min(shape[name] for shape in shapes) for name in shapes[0]}
 
 
 def sample_model(deployment: Deployment, shapes: Sequence[Mapping[str, int]]) -> nn.Module:
@@ -228,24 +240,32 @@ def label_nodes(graph: Any, parts: Anatomy) -> None:
         node.name = f"{label}|{number}"
 
 
-def build_table(
-    shapes: Sequence[Mapping[str, int]], timing: Timing, between: float, about: dict[str, Any]
-) -> CostTable:
-    """The table of a timed model whose layers have these shapes; `between` milliseconds (or less than 0) per node."""
+def build_table(samples: Samples, sample: Timing, short: Timing, between: float, about: dict[str, Any]) -> CostTable:
+    """The table of the timed models; `between` milliseconds (or less than 0) per node."""
     between = min(max(between, -LONGEST_GAP), LONGEST_GAP)
+    costs = [_without_tracing(timing, between) for timing in (sample, short)]
+    layers = list(enumerate(samples.sample))
+    if not samples.first_token:
+        return CostTable(**_costs([(costs[0], layers)]), rest=costs[0].get(REST, 0.0), about=about)
+    ends = [(costs[0], layers[-1:]), (costs[1], list(enumerate(samples.short))[-1:])]
+    last = LayerCosts(**_costs(ends))
+    return CostTable(**_costs([(costs[0], layers[:-1])]), last=last, rest=costs[0].get(REST, 0.0), about=about)
+
+
+def _without_tracing(timing: Timing, between: float) -> dict[str, float]:
     # What tracing adds differs a little between nodes: no part is taken for free.
-    cost = {label: max(ms + between * timing.nodes[label], 0.1 * ms) for label, ms in timing.parts.items()}
+    return {label: max(ms + between * timing.nodes[label], 0.1 * ms) for label, ms in timing.parts.items()}
 
-    def curve(kind: str, name: str) -> tuple[tuple[int, ...], tuple[float, ...]]:
-        samples: dict[int, list[float]] = defaultdict(list)
-        for index, shape in enumerate(shapes):
-            samples[shape[name]].append(cost[f"{index}.{kind}"])
-        sizes = tuple(sorted(samples))
-        return sizes, tuple(monotone([float(np.mean(samples[size])) for size in sizes]))
 
-    groups, attention = curve("attention", "kv_heads")
-    neurons, ffn = curve("ffn", "ffn")
-    layer = sum(cost.get(f"{index}.layer", 0.0) for index in range(len(shapes))) / len(shapes)
-    return CostTable(
-        groups=groups, attention=attention, neurons=neurons, ffn=ffn, layer=layer, rest=cost.get(REST, 0.0), about=about
-    )
+def _costs(timed: Sequence[tuple[Mapping[str, float], Sequence[tuple[int, Mapping[str, int]]]]]) -> dict[str, Any]:
+    """The fields of `LayerCosts`, from the costs by label of some layers (index, shape) of each timed model."""
+    found: dict[str, Any] = {}
+    for kind, name, sizes in (("attention", "kv_heads", "groups"), ("ffn", "ffn", "neurons")):
+        seen: dict[int, list[float]] = defaultdict(list)
+        for costs, layers in timed:
+            for index, shape in layers:
+                seen[shape[name]].append(costs[f"{index}.{kind}"])
+        found[sizes] = tuple(sorted(seen))
+        found[kind] = tuple(monotone([float(np.mean(seen[size])) for size in found[sizes]]))
+    besides = [costs.get(f"{index}.layer", 0.0) for costs, layers in timed for index, _ in layers]
+    return {**found, "layer": float(np.mean(besides))}

@@ -14,9 +14,11 @@ def graph_of(path):
     return onnx_ir.load(str(path))
 
 
-def test_every_layer_is_fused_once(exported):
-    model = graph_of(exported("int8").path)
-    assert fuse_qattention(model) == 2
+@pytest.mark.parametrize(("kind", "layers"), [("tokens", 2), ("int8", 1)])
+def test_every_layer_is_fused_once(exported, kind, layers):
+    """But the last one of a classifier, whose queries are the first token's."""
+    model = graph_of(exported(kind).path)
+    assert fuse_qattention(model) == layers
     assert fuse_qattention(model) == 0
 
 
@@ -31,8 +33,8 @@ def test_what_does_not_fit_is_left_alone(exported, kind):
 
 def test_weight_is_q_k_v_side_by_side(exported):
     """(in, 3 * out) with the scales and biases in the same order; each of the three really there."""
-    plain = {t.name: numpy_helper.to_array(t) for t in onnx.load(str(exported("int8").path)).graph.initializer}
-    fused = onnx.load(str(exported("int8").fused)).graph
+    plain = {t.name: numpy_helper.to_array(t) for t in onnx.load(str(exported("tokens").path)).graph.initializer}
+    fused = onnx.load(str(exported("tokens").fused)).graph
     values = {t.name: numpy_helper.to_array(t) for t in fused.initializer}
     nodes = [node for node in fused.node if node.op_type == "QAttention"]
     for layer, node in enumerate(nodes):
@@ -48,7 +50,7 @@ def test_weight_is_q_k_v_side_by_side(exported):
 
 def test_projections_with_other_ranges_are_left_alone(exported):
     """One input scale serves all three; where k has its own, the general node stays."""
-    model = copy.deepcopy(onnx.load(str(exported("int8").path)))
+    model = copy.deepcopy(onnx.load(str(exported("tokens").path)))
     keys = [n for n in model.graph.node if n.op_type == "MatMulIntegerToFloat" and "self.key" in n.input[1]]
     assert len(keys) == 2
     scale = next(t for t in model.graph.initializer if t.name == keys[0].input[2])
@@ -60,7 +62,7 @@ def test_projections_with_other_ranges_are_left_alone(exported):
 
 def test_attention_with_a_scale_of_its_own_is_left_alone(exported):
     """QAttention divides by the square root of the head's width and cannot be told otherwise."""
-    model = copy.deepcopy(onnx.load(str(exported("int8").path)))
+    model = copy.deepcopy(onnx.load(str(exported("tokens").path)))
     node = next(n for n in model.graph.node if n.op_type == "MultiHeadAttention")
     next(a for a in node.attribute if a.name == "scale").f = 1.0
     assert fuse_qattention(onnx_ir.from_proto(model)) == 1

@@ -2,6 +2,7 @@
 
 import json
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -12,6 +13,7 @@ from compressft.errors import UserError
 from compressft.export.table import (
     LONGEST_GAP,
     Deployment,
+    Samples,
     build_table,
     grid,
     measure_table,
@@ -38,9 +40,8 @@ def few_layers():
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory, few_layers):
-    """int8 sample models: their folder and the layers' shapes."""
-    folder = tmp_path_factory.mktemp("table")
-    return folder, write_samples(deployment(), folder)
+    """int8 sample models."""
+    return write_samples(deployment(), tmp_path_factory.mktemp("table"))
 
 
 def deployment(family="bert", int8=True, **fields):
@@ -107,11 +108,12 @@ class Timer:
 @pytest.mark.parametrize("int8", [True, False])
 def test_the_table_has_what_the_timer_takes(int8, sample):
     timer, one = Timer(), deployment(int8=int8)
-    table = time_samples(*sample, one, 1, 16, timer) if int8 else measure_table(one, 1, 16, timer)
+    table = time_samples(sample, one, 1, 16, timer) if int8 else measure_table(one, 1, 16, timer)
     assert table.groups == (1, 2, 3, 4) and table.neurons == (1, 12, 34, 64)
     operators = [node.op_type for node in timer.graphs[1].graph.node]
     assert operators.count("QAttention") == (POINTS if int8 else 0), "what is timed is what ships"
-    assert operators.count("MatMulIntegerToFloat") == (3 * POINTS + 1 if int8 else 0)
+    assert operators.count("MultiHeadAttention") == (1 if int8 else POINTS + 1), "the last layer, or all"
+    assert operators.count("MatMulIntegerToFloat") == (3 * POINTS + 6 + 1 if int8 else 0)
     steps = [b - a for a, b in pairwise(table.attention)]
     assert steps == pytest.approx([0.5] * 3, abs=1e-6)
     per_neuron = [
@@ -126,7 +128,7 @@ def test_the_table_has_what_the_timer_takes(int8, sample):
 
 
 def test_noise_never_makes_a_larger_part_cheaper(sample):
-    table = time_samples(*sample, deployment(), 1, 16, Timer(noise=0.3, head=0.05, neuron=0.001))
+    table = time_samples(sample, deployment(), 1, 16, Timer(noise=0.3, head=0.05, neuron=0.001))
     for costs in (table.attention, table.ffn):
         assert all(a <= b for a, b in pairwise(costs))
 
@@ -141,7 +143,7 @@ def test_the_quietest_round_counts(sample):
 
     one = deployment()
     one.rounds = 3
-    table = time_samples(*sample, one, 1, 16, timer)
+    table = time_samples(sample, one, 1, 16, timer)
     assert [b - a for a, b in pairwise(table.attention)] == pytest.approx([0.5] * 3, abs=1e-6)
     low, high = min(table.about["rounds"]), max(table.about["rounds"])
     assert high == pytest.approx(3 * low, rel=1e-3) and len(table.about["rounds"]) == 3
@@ -151,21 +153,50 @@ def test_what_tracing_adds_is_taken_off_but_another_process_is_not():
     nodes = {"0.attention": 2, "0.ffn": 3, "rest": 5}
     parts = {"0.attention": 1.0, "0.ffn": 2.0, "rest": 0.5}
     shape = [{"kv_heads": 2, "ffn": 8}]
+    samples, short = Samples(Path(), shape, [], first_token=False), Timing(0.0, {}, {})
     for between in (0.002, -0.004):
-        table = build_table(shape, Timing(9.0, parts, nodes), between, {})
+        table = build_table(samples, Timing(9.0, parts, nodes), short, between, {})
         want = (1.0 + 2 * between, 2.0 + 3 * between, 0.5 + 5 * between)
         assert (table.attention[0], table.ffn[0], table.rest) == pytest.approx(want)
         assert table.cost(shape) == pytest.approx(3.5 + 10 * between)
-    busy = build_table(shape, Timing(9.0, parts, nodes), 1.0, {})
+    busy = build_table(samples, Timing(9.0, parts, nodes), short, 1.0, {})
     assert busy.cost(shape) == pytest.approx(3.5 + 10 * LONGEST_GAP)
-    free = build_table(shape, Timing(9.0, dict.fromkeys(parts, 0.001), nodes), -0.004, {})
+    free = build_table(samples, Timing(9.0, dict.fromkeys(parts, 0.001), nodes), short, -0.004, {})
     assert free.attention[0] > 0 and free.ffn[0] > 0
+
+
+def test_a_last_layer_for_one_token_has_costs_of_its_own():
+    small, large = {"kv_heads": 1, "ffn": 8}, {"kv_heads": 4, "ffn": 64}
+    samples = Samples(Path(), [small, large, large], [small, small], first_token=True)
+
+    def timing(*layers):
+        parts = {f"{i}.{kind}": ms for i, one in enumerate(layers) for kind, ms in one.items()} | {"rest": 0.25}
+        return Timing(sum(parts.values()), parts, dict.fromkeys(parts, 1))
+
+    def times(attention, ffn, layer):
+        return {"attention": attention, "ffn": ffn, "layer": layer}
+
+    sample = timing(times(1.0, 2.0, 0.5), times(4.0, 9.0, 0.5), times(0.8, 0.3, 0.1))
+    table = build_table(samples, sample, timing(times(1.1, 2.1, 0.5), times(0.2, 0.1, 0.1)), 0.0, {})
+    assert table.attention == (1.0, 4.0) and table.ffn == (2.0, 9.0) and table.layer == 0.5
+    assert table.last.attention == (0.2, 0.8) and table.last.ffn == (0.1, 0.3) and table.last.layer == 0.1
+    assert table.cost([small, large]) == pytest.approx(0.25 + 3.5 + 0.8 + 0.3 + 0.1)
+    assert table.cost([large]) == pytest.approx(0.25 + 1.2)
+
+
+def test_the_measured_last_layer_costs_less(tmp_path):
+    """Really timed: at 64 tokens one token's FFN takes a fraction of all tokens'."""
+    model = tiny("bert", hidden_size=128, intermediate_size=1024, max_position_embeddings=128, vocab_size=600)
+    one = Deployment(type(model), model.config, padded(), Int8(), threads=1, rounds=2)
+    table = measure_table(one, 4, 64)
+    assert table.last is not None and table.last.ffn[-1] < 0.3 * table.ffn[-1]
+    assert table.last.attention_cost(4) < table.attention_cost(4)
 
 
 @pytest.mark.parametrize("gap", [0.002, -0.003])
 def test_the_short_model_tells_what_tracing_adds(sample, gap):
     timer = Timer(gap=gap, head=1.0)
-    table = time_samples(*sample, deployment(), 1, 16, timer)
+    table = time_samples(sample, deployment(), 1, 16, timer)
     assert table.about["between_nodes"] == pytest.approx(gap, abs=1e-6)
     attention = sum(node.name.startswith("0.attention|") for node in timer.graphs[1].graph.node)
     assert table.attention[0] == pytest.approx(0.1 + 1.0 + attention * gap, abs=1e-6)
@@ -208,15 +239,16 @@ def test_measuring_leaves_the_runs_random_numbers_alone(tmp_path):
     torch.manual_seed(3)
     want = torch.rand(3)
     torch.manual_seed(3)
-    shapes = write_samples(one, tmp_path)
+    samples = write_samples(one, tmp_path)
     assert torch.equal(torch.rand(3), want)
-    onnxruntime_times_it(tmp_path, shapes, one)
+    onnxruntime_times_it(samples, one)
 
 
-def onnxruntime_times_it(folder, shapes, one):
+def onnxruntime_times_it(samples, one):
     """The real thing once: grouped-query attention in fp32, its parts named by another family."""
     one.threads = 1
-    table = time_samples(folder, shapes, one, 2, 8, trace)
+    table = time_samples(samples, one, 2, 8, trace)
+    assert table.last is None, "it reads the last token"
     assert table.groups == (1, 2) and table.neurons[-1] == 64
     assert 0 < table.attention[0] <= table.attention[-1] < 100 and table.ffn[0] > 0 and min(table.layer, table.rest) > 0
     assert table.about["threads"] == 1 and table.about["batch"] == 2
