@@ -168,8 +168,7 @@ def edge() -> list[Case]:
     def one(
         name: str,
         task: str,
-        keep: list[int] | None,
-        shapes: dict[str, float],
+        shrinking: list[dict[str, Any]],
         train: dict[str, Any],
         vocabulary: dict[str, Any] | None = None,
         block: int | None = None,
@@ -177,28 +176,28 @@ def edge() -> list[Case]:
     ) -> Case:
         passes = [
             {"type": "vocabulary", **(vocabulary or {})},
-            {"type": "depth", "keep": keep},
-            {"type": "structured", **shapes, "start": 0.0, "end": 0.4},
+            *shrinking,
             {"type": "int8", "embeddings": "int4", **({"embedding_block": block} if block else {})},
         ]
         distill: dict[str, Any] = {"temperature": 2.0, "task": 0.3, "logits": 0.7, "hidden": 1.0}
-        if keep is None:
-            del passes[1]
-        else:
-            distill["layer_map"] = [[0, 0], *([i + 1, k + 1] for i, k in enumerate(keep))]
+        if any("layers" in one or one["type"] == "depth" for one in shrinking):
+            distill["layer_map"] = "origin"
         return student(name, "edge", task, passes, train, distill, data, export={"label_agreement": 0.99})
 
     # Sentiment has few rows: most of what the student sees is the teacher's answers to texts without labels.
     texts = ["{data}/sst2/train.jsonl", "{dvd_sentences}"]
     more = {"train": "{data}/sst2/train_sentences.jsonl", "unlabelled": texts, "augment": {"copies": 4.3}}
-    mixed = {"unlabelled": "{dvd_sentences}", "augment": {"copies": 1.6}}
-    small, tiny = {"heads": 0.72, "ffn": 0.92}, {"heads": 0.66, "ffn": 0.84}
+    half = {"type": "depth", "keep": [1, 3, 5]}
+    tiny = {"type": "structured", "heads": 0.66, "ffn": 0.84, "start": 0.0, "end": 0.4}
+    pieces = {"limit": 12000}
+
+    def times(speedup: float) -> dict[str, Any]:
+        return {"type": "ziplm", "target": {"speedup": speedup}, "layers": True}
+
     return [
-        one("banking77-15x", "banking77", [1, 3, 5], tiny, {"epochs": 14, "learning_rate": 3e-4}),
-        one("sst2-10x", "sst2-all", None, small, {"epochs": 3, "learning_rate": 2e-4}, {"limit": 14000}, 128, more),
-        one(
-            "sst2-15x", "sst2-all", [1, 3, 5], tiny, {"epochs": 4, "learning_rate": 3e-4}, {"limit": 11000}, None, mixed
-        ),
+        one("banking77-15x", "banking77", [half, tiny], {"epochs": 14, "learning_rate": 3e-4}),
+        one("sst2-10x", "sst2-all", [times(10.5)], {"epochs": 3, "learning_rate": 2e-4}, pieces, 128, more),
+        one("sst2-15x", "sst2-all", [times(15.5)], {"epochs": 3, "learning_rate": 2e-4}, pieces, 128, more),
     ]
 
 

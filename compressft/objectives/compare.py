@@ -71,7 +71,9 @@ def _pairs(config: Distill, depths: tuple[int, int], context: Context) -> layer_
     if rule == "last":
         return (depths,)
     if rule == "origin":
-        (kept,) = (t.kept(depths[1]) for t in context.transforms if t.type == "depth")  # type: ignore[attr-defined]
+        kept = list(range(depths[1]))
+        for leaving in sorted((t for t in context.transforms if t.type in layer_map.LEAVING), key=lambda t: t.order):
+            kept = [kept[i] for i in leaving.kept(len(kept), context)]  # type: ignore[attr-defined]
         return layer_map.origin(kept, *depths)
     if rule is None or rule == "uniform":
         return layer_map.uniform(*depths)

@@ -37,8 +37,8 @@ class Distill(Transform):
         teacher: an earlier stage's name, a folder or hub id; "self": the same weights with gates and quantizers off;
             "base": the frozen base with deltas and adapters off too. The last two are no second model.
         layer_map: pairs of student and teacher layers ([[1, 1], [2, 4]], 0 = embeddings), or a rule: "uniform" (layer
-            i of L follows round(i * L_t / L)), "last", "origin" (after pass `depth`: the layer it was copied from),
-            "learned" (the nearest in order, chosen anew each step; `layer_map.learned`).
+            i of L follows round(i * L_t / L)), "last", "origin" (after passes `depth` and `ziplm`: the layer that it
+            was), "learned" (the nearest in order, chosen anew each step; `layer_map.learned`).
         projection: W_h where the widths differ: "shared" by all layers or one per "pair"; "none" where they are equal.
             The default is "shared" exactly where the widths differ.
         attention_kind: "scores" before softmax, or "probabilities" (their KL instead of the MSE).

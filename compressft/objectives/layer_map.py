@@ -12,6 +12,8 @@ from compressft.errors import UserError
 
 Rule = Literal["uniform", "last", "origin", "learned"]
 Pairs = tuple[tuple[int, int], ...]
+# Passes after which layers are missing from the first step on; each says which ones with `kept(depth, context)`.
+LEAVING = ("depth", "ziplm")
 
 
 def uniform(depth: int, teacher_depth: int) -> Pairs:
@@ -20,14 +22,14 @@ def uniform(depth: int, teacher_depth: int) -> Pairs:
 
 
 def origin(kept: Sequence[int], depth: int, teacher_depth: int) -> Pairs:
-    """Every layer follows the teacher's layer of its own origin; `kept` are the indices that pass `depth` kept.
+    """Every layer follows the teacher's layer of its own origin; `kept` are the indices that passes kept.
 
     Raises:
         UserError: the teacher is not as deep as the model that the layers were kept of.
     """
     if len(kept) != depth or kept[-1] >= teacher_depth:
         raise UserError(
-            f"objective distill.layer_map: 'origin' wants a teacher as deep as the model was before pass 'depth'; this "
+            f"objective distill.layer_map: 'origin' wants a teacher as deep as the model was before layers went; this "
             f"one has {teacher_depth} layers; use uniform or pairs"
         )
     return ((0, 0), *((i + 1, layer + 1) for i, layer in enumerate(kept)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from compressft.objectives.layer_map import LEAVING
 from compressft.transform import Transform
 
 if TYPE_CHECKING:
@@ -41,8 +42,8 @@ def _beside(config: Distill, types: set[str], used: list[str]) -> str | None:
 def _layers(config: Distill, types: set[str]) -> str | None:
     if config.layer_map == "learned" and config.hidden == 0:
         return "layer_map: 'learned' goes by the distances of hidden states; set hidden above 0"
-    if config.layer_map == "origin" and "depth" not in types:
-        return "layer_map: 'origin' wants pass 'depth' in the same stage; use uniform or pairs"
+    if config.layer_map == "origin" and not types & set(LEAVING):
+        return "layer_map: 'origin' wants pass 'depth' or 'ziplm' in the same stage; use uniform or pairs"
     if config.layer_map == ():
         return "layer_map: has no pairs; give some, or leave it out"
     if isinstance(config.layer_map, tuple) and config.attention > 0 and not any(min(p) > 0 for p in config.layer_map):

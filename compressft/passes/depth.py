@@ -29,7 +29,7 @@ class Depth(Transform):
     order: ClassVar[int] = REMOVES
     keep: int | tuple[NonNegativeInt, ...] = Field()
 
-    def kept(self, depth: int) -> list[int]:
+    def kept(self, depth: int, context: Context | None = None) -> list[int]:
         """Indices of the layers that stay, of `depth`.
 
         Raises:

@@ -69,10 +69,23 @@ class ZipLM(Transform):
         for pair, kept in zip(parts, keep, strict=True):
             for part, groups in zip(pair, (kept["heads"], kept["ffn"]), strict=True):
                 part.keep(groups)
-        staying = [i for i, kept in enumerate(keep) if kept["heads"] and kept["ffn"]]
+        staying = [i for i, kept in enumerate(keep) if _stays(kept)]
         if len(staying) < len(layers):
             drop_layers(model, staying)
         shrink(model, [{name: torch.tensor(kept) for name, kept in keep[i].items()} for i in staying])
+
+    def kept(self, depth: int, context: Context) -> list[int]:
+        """Indices of the layers that stay, of `depth`.
+
+        Raises:
+            UserError: `prepare` has not chosen, or nothing remembers what.
+        """
+
+        def unknown() -> Any:
+            raise UserError("pass ziplm: which layers stay is not known here; run it in a recipe's stage")
+
+        keep = context.memo(self.type, unknown)["keep"]
+        return [i for i in range(depth) if _stays(keep[i])]
 
     def _parts(
         self, model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any]
@@ -145,3 +158,7 @@ class ZipLM(Transform):
         if any(other.type == "distill" and getattr(other, "teacher", None) == "self" for other in others):
             return "pass ziplm: objective distill.teacher 'self' would be the pruned model; name an earlier stage"
         return None
+
+
+def _stays(kept: dict[str, list[int]]) -> bool:
+    return bool(kept["heads"] and kept["ffn"])

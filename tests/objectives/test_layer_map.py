@@ -24,7 +24,7 @@ def test_uniform_covers_both_ends():
 
 def test_origin_follows_what_was_copied():
     assert origin([0, 2, 4, 7, 9, 11], 6, 12) == ((0, 0), (1, 1), (2, 3), (3, 5), (4, 8), (5, 10), (6, 12))
-    with pytest.raises(UserError, match=r"as deep as the model was before pass 'depth'; this one has 6 layers"):
+    with pytest.raises(UserError, match=r"as deep as the model was before layers went; this one has 6 layers"):
         origin([0, 11], 2, 6)
 
 

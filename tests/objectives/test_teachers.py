@@ -194,7 +194,7 @@ def test_other_numbers_of_classes_are_refused():
         ({"teacher": "base"}, [Full()], "distill.teacher: method 'full' trains the base"),
         ({"teacher": "base"}, [Depth(keep=1)], "distill.teacher: pass 'depth' takes layers of the base away"),
         ({"layer_map": "learned"}, [], "distill.layer_map: 'learned' goes by the distances of hidden states"),
-        ({"layer_map": "origin"}, [], "distill.layer_map: 'origin' wants pass 'depth'"),
+        ({"layer_map": "origin"}, [], "distill.layer_map: 'origin' wants pass 'depth' or 'ziplm'"),
         ({"layer_map": []}, [], "distill.layer_map: has no pairs"),
         ({"layer_map": [[0, 0]], "attention": 1.0}, [], "distill.layer_map: pairs no layers"),
         ({"relation_heads": 4}, [], "distill.relation_heads: relations is 0"),

@@ -12,6 +12,8 @@ from compressft.errors import UserError
 from compressft.methods.adapter import Adapter
 from compressft.model import count
 from compressft.objectives.distill import Distill
+from compressft.objectives.state import Distillation
+from compressft.passes.depth import Depth
 from compressft.passes.int8 import Int8
 from compressft.passes.prunable import Shift
 from compressft.passes.structured import Structured
@@ -141,6 +143,32 @@ def test_a_timed_target_spends_where_time_is_cheap():
         one({"latency_ms": dense / 2}).prepare(model, timed(costs))
         assert [s[name] for s in shapes(model)] == [full, full]
         assert dense / 4 <= costs.cost(shapes(model)) <= dense / 2
+
+
+def test_layers_that_stay_follow_their_own_origin():
+    """Two of four layers do nothing and go; distillation counts what is left as it was, after pass `depth` too."""
+    model, teacher = tiny(num_hidden_layers=5), tiny(num_hidden_layers=5)
+    with torch.no_grad():
+        for index in (1, 3):
+            layer = model.bert.encoder.layer[index]
+            layer.attention.output.dense.weight.zero_()
+            layer.output.dense.weight.zero_()
+    memory = {}
+    depth, pruning = Depth(keep=(0, 1, 3, 4)), one({"latency_ms": 2.9}, layers=True)
+    objective = Distill(teacher="t", hidden=1.0, layer_map="origin")
+    context = Context(
+        transforms=(depth, pruning, objective),
+        data=data_for(),
+        memo=lambda key, compute: memory.setdefault(key, memory.get(key) or compute()),
+        load_teacher=lambda name: teacher,
+        latency=lambda target, precision: table(0.1, 0.001, layer=1.0),
+    )
+    for part in context.transforms:
+        part.prepare(model, context)
+    assert pruning.kept(4, context) == [0, 3] and len(model.bert.encoder.layer) == 2
+    assert Distillation.of(model).pairs == ((0, 0), (1, 1), (2, 5))
+    with pytest.raises(UserError, match="which layers stay is not known here"):
+        pruning.kept(4, Context())
 
 
 def test_speedups_add_up_over_stages():
