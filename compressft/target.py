@@ -135,7 +135,7 @@ class CostTable(LayerCosts):
 
     def costs(self, depth: int) -> list[LayerCosts]:
         """What each of so many layers is counted in."""
-        return [self] * depth if self.last is None else [*[self] * (depth - 1), self.last]
+        return [self] * depth if self.last is None or depth == 0 else [*[self] * (depth - 1), self.last]
 
     def cost(self, shapes: Sequence[Shape]) -> float:
         """Cost of a model.

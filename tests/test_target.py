@@ -15,6 +15,7 @@ from compressft.shrink import drop_layers, resize, shapes
 from compressft.target import (
     CELLS,
     CostTable,
+    LayerCosts,
     Target,
     choose,
     choose_by_importance,
@@ -28,6 +29,10 @@ from tests.tiny import TINY, tiny
 
 TABLE = CostTable(
     groups=(1, 2, 4), attention=(3.0, 4.0, 7.0), neurons=(8, 24, 64), ffn=(1.0, 2.0, 6.0), layer=0.5, rest=10.0
+)
+# The last layer costs a fraction.
+ENDING = TABLE.model_copy(
+    update={"last": LayerCosts(groups=(1, 4), attention=(0.75, 1.5), neurons=(8, 64), ffn=(0.25, 0.5), layer=0.25)}
 )
 
 
@@ -171,7 +176,7 @@ def random_losses(seed, depth=2, zero=False):
     ]
 
 
-def brute(budget, attention, ffn, modules=False):
+def brute(table, budget, attention, ffn, modules=False):
     """Least loss over all combinations."""
     options = []
     for a, f in zip(attention, ffn, strict=True):
@@ -179,7 +184,7 @@ def brute(budget, attention, ffn, modules=False):
         options.append([(h, n) for h, n in both if modules or bool(h) == bool(n)])
     best = float("inf")
     for combination in product(*options):
-        if TABLE.cost(layers(*combination)) <= budget + 1e-9:
+        if table.cost(layers(*combination)) <= budget + 1e-9:
             best = min(best, sum(a[h] + f[n] for a, f, (h, n) in zip(attention, ffn, combination, strict=True)))
     return best
 
@@ -190,17 +195,34 @@ def lost(chosen, attention, ffn):
 
 @pytest.mark.parametrize("mode", ["parts stay", "layers may go", "modules may go"])
 @pytest.mark.parametrize("seed", range(4))
-def test_no_affordable_choice_loses_less(seed, mode):
+@pytest.mark.parametrize("table", [TABLE, ENDING], ids=["all alike", "another last one"])
+def test_no_affordable_choice_loses_less(table, seed, mode):
     attention, ffn = random_losses(seed, zero=mode != "parts stay")
     modules = mode == "modules may go"
-    dense = TABLE.cost(layers((4, 64), (4, 64)))
-    for budget in np.linspace(10.0 + 2 * 4.5, dense, 23):
-        chosen = choose(TABLE, budget, attention, ffn, modules)
-        assert TABLE.cost(chosen) <= budget + 1e-9
+    dense, least = table.cost(layers((4, 64), (4, 64))), table.cost(layers((1, 8), (1, 8)))
+    for budget in np.linspace(least, dense, 23):
+        chosen = choose(table, budget, attention, ffn, modules)
+        assert table.cost(chosen) <= budget + 1e-9
         loss = lost(chosen, attention, ffn)
-        assert loss >= brute(budget, attention, ffn, modules) - 1e-9
+        assert loss >= brute(table, budget, attention, ffn, modules) - 1e-9
         # Each of the four parts rounds up by less than a cell.
-        assert loss <= brute(budget - 4 * dense / CELLS, attention, ffn, modules) + 1e-9
+        assert loss <= brute(table, budget - 4 * 37.0 / CELLS, attention, ffn, modules) + 1e-9
+
+
+def test_the_last_layer_that_stays_has_its_own_costs():
+    assert ENDING.cost(layers((4, 64), (2, 24))) == pytest.approx(10.0 + 13.5 + 0.75 + 0.25 + 0.25 + 0.25 + 0.5 / 7)
+    assert ENDING.cost(layers((4, 64), (0, 0))) == ENDING.cost(layers((4, 64))) == 10.0 + 1.5 + 0.5 + 0.25
+    assert ENDING.cost(layers((0, 0))) == 10.0
+
+
+def test_any_layer_may_become_the_last():
+    """The second layer is worth less, but the first one alone fits only as the last one."""
+    attention, ffn = [{0: 1.0, 4: 0.0}, {0: 0.5, 4: 0.0}], [{0: 1.0, 64: 0.0}, {0: 0.5, 64: 0.0}]
+    alone = ENDING.cost(layers((4, 64)))
+    assert choose(ENDING, alone, attention, ffn) == layers((4, 64), (0, 0))
+    assert choose(ENDING, ENDING.cost(layers((4, 64), (4, 64))), attention, ffn) == layers((4, 64), (4, 64))
+    with pytest.raises(UserError, match=r"the smallest model that may be chosen takes 10;"):
+        choose(ENDING, 9.0, attention, ffn)
 
 
 def test_layers_go_whole_unless_modules_may():
