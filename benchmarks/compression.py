@@ -101,13 +101,14 @@ def pruning() -> list[Case]:
     found = []
     for kind, one in PRUNING.items():
         for kept in KEPT:
-            for seed in range(3) if kept == 10 else (0,):
+            # Movement's paper form lost to magnitude by four points with the first seed: no noise.
+            for seed in range(3) if kept == 10 and kind != "movement" else (0,):
                 train = {"epochs": 5, "learning_rate": 2e-4, "seed": seed}
                 passes = [one(round(1 - kept / 100, 2))]
                 facts = {"pass": kind, "kept": kept, "seed": seed}
                 name = f"sst2-{kind}-{kept}-{seed}"
                 found.append(student(name, "pruning", "sst2", passes, train, TAUGHT, **facts, distilled=True))
-                if kept == 10:
+                if kept == 10 and seed == 0:
                     found.append(student(f"{name}-alone", "pruning", "sst2", passes, train, **facts, distilled=False))
     return found
 
