@@ -42,7 +42,8 @@ class Int8(Transform):
     weights' integers: x86 CPUs without VNNI (AVX2 alone) add u8 x s8 products in saturating 16 bits, so that an 8-bit
     model may give other results there; verification sees this only on such a machine.
 
-    `embeddings`: "int8" per row, "int4" in blocks of `embedding_block` (32: 0.63 bytes a value, 128: 0.53), or "none".
+    `embeddings`: "int8" per row, "int4" in blocks of `embedding_block` (32: 0.63 bytes a value, 128: 0.53) for the
+    tokens and int8 for positions and types, or "none".
     `exclude` lists parts that stay fp32: "q", "k", "v", "o", "up", "down", "pooler", "embeddings", or a module's full
     path; a fused qkv projection stays fp32 where any of its three does.
     """

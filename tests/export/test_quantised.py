@@ -249,4 +249,4 @@ def test_int4_models(family, adapter, tmp_path):
     graph = check(model, tmp_path / "m.onnx", family, limit=1e-4)
     found = [node.op_type for node in graph.graph.node]
     assert found.count("MatMulNBits") == sum(isinstance(m, CompressedLinear) for m in model.modules())
-    assert found.count("GatherBlockQuantized") == sum(isinstance(m, CompressedEmbedding) for m in model.modules())
+    assert found.count("GatherBlockQuantized") == 1, "the tokens' table"

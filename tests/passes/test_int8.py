@@ -71,7 +71,9 @@ def test_a_fused_projection_is_excluded_with_any_of_its_parts(part):
 
 def test_tables_in_four_bits_or_not_at_all():
     model = prepared(Int8(embeddings="int4", embedding_block=64))
-    assert {(m.bits, m.block) for m in model.modules() if isinstance(m, CompressedEmbedding)} == {(4, 64)}
+    tables = {n.rpartition(".")[2]: m for n, m in model.named_modules() if isinstance(m, CompressedEmbedding)}
+    assert (tables["word_embeddings"].bits, tables["word_embeddings"].block) == (4, 64)
+    assert tables["position_embeddings"].bits == tables["token_type_embeddings"].bits == 8
     assert embedded(model) == TABLES and embedded(prepared(Int8(embeddings="none"))) == set()
     assert Int8(embeddings=True) == Int8(embeddings="int8") and Int8(embeddings=False) == Int8(embeddings="none")
 
