@@ -14,8 +14,8 @@ class Family:
     hidden neurons (two for gated FFNs). `attention_out` and `ffn_out` are the modules whose output is added to the
     residual stream (after dropout, where the family has one). `ffn_norm` is the LayerNorm after the FFN's residual add
     in post-norm families, None in pre-norm ones; these have a `final_norm` above the top layer instead.
-    `embedding_tables` are tables looked up by one index per token, the tokens' own first; `positions` is the one whose index is the token's
-    place, None where places act otherwise (rotary, relative, with an offset of the table's own).
+    `embedding_tables` are tables looked up by one index per token, the tokens' own first; `positions` is the one whose
+    index is the token's place, None where places act otherwise (rotary, relative, with an offset of the table's own).
 
     Who else touches the residual stream: `norms` are a layer's norms over it, `embedding_norm` is the one above the
     tables. `embedding_projection` maps narrower embeddings to it, in models that have it. `readers` are the linear
