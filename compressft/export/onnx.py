@@ -64,7 +64,7 @@ def merge_scalars(model: Any) -> None:
     first: dict[tuple[Any, ...], Any] = {}
     for value in list(model.graph.initializers.values()):
         tensor = value.const_value
-        if tensor is None or tensor.size > 1:
+        if tensor is None or tensor.size > 1 or value.is_graph_output():
             continue
         key = (tensor.dtype, tuple(tensor.shape), tensor.tobytes())
         if key in first:

@@ -146,6 +146,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "regression": {"task": "regression", "num_labels": 1},
     # Grouped-query heads and rotary positions; Conv1D and one projection for q, k and v.
     "llama": {"family": "llama", "task": "causal-lm", "prune": False},
+    # A sliding window, whose length is an output of the exported graph.
+    "mistral": {"family": "mistral", "task": "causal-lm", "prune": False},
     "gpt2": {"family": "gpt2", "task": "causal-lm", "prune": False, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
 }
 

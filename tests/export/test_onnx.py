@@ -8,7 +8,7 @@ import pytest
 from compressft.export.verify import model_logits
 
 LAYERS = 2
-KINDS = ("int8", "dense", "pruned", "houlsby", "pfeiffer", "tokens", "regression", "llama", "gpt2")
+KINDS = ("int8", "dense", "pruned", "houlsby", "pfeiffer", "tokens", "regression", "llama", "mistral", "gpt2")
 INT8 = ("int8", "houlsby", "pfeiffer", "tokens", "regression")
 
 
