@@ -81,6 +81,11 @@ def test_parameters_are_those_of_the_built_model(recipe, method):
     assert stage["bytes"]["optimiser"] == 8 * stage["trainable"]
 
 
+def test_what_wants_to_see_rows_is_planned_without(recipe):
+    plain, standardised = (recipe(method={"type": "probe", "standardise": on}) for on in (False, True))
+    assert plan(standardised).stages[0]["trainable"] == plan(plain).stages[0]["trainable"]
+
+
 @pytest.mark.parametrize("family", ["distilbert", "gpt2", "qwen3"])
 def test_other_families_are_planned_too(recipe, tmp_path, family):
     chosen = recipe(family_folder=save_tiny(tmp_path, family, pad_token_id=0))

@@ -94,7 +94,8 @@ class Probe(Transform):
         size = self.size or (max(parts.width // 2, 1) if self.head == "bilstm" else parts.width)
         head = ProbeHead(parts.width, self.head, size, self.standardise, generator)
         head.to(next(model.parameters()).device)
-        if self.standardise:
+        # A plan's tensors have no values.
+        if self.standardise and head.mean.device.type != "meta":
             mean, deviation = self._statistics(model, frozen, context)
             head.mean.copy_(mean)
             head.deviation.copy_(deviation)
