@@ -49,9 +49,14 @@ def compute_first_token(model: Any) -> int:
     for node in narrow:
         for value in node.outputs:
             value.shape = _one_token(value.shape)
-    for value in {node.inputs[position] for node, position in uses}:
-        if value.producer() not in narrow:
-            _slice(model, value, uses)
+    read = [value for node in model.graph for place, value in enumerate(node.inputs) if (node, place) in uses]
+    for value in dict.fromkeys(read):
+        # Gather reads the first of one as well as of many.
+        readers = [use for use in value.uses() if (use.node, use.idx) in uses and use.node in narrow]
+        if readers and value.producer() not in narrow:
+            first = _first_of(model, value)
+            for use in readers:
+                use.node.replace_input_with(use.idx, first)
     return len(narrow)
 
 
@@ -115,30 +120,28 @@ def _one_token(shape: Any) -> Any:
     return onnx_ir.Shape([1 if axis == TOKENS else size for axis, size in enumerate(shape)])
 
 
-def _slice(model: Any, value: Any, uses: set[tuple[Any, int]]) -> None:
-    """Let what reads only its first token read a slice of it. Gather reads the first of one as well as of many."""
+def _first_of(model: Any, value: Any) -> Any:
+    """A slice of it, (B, 1, H)."""
+    import onnx_ir
+
+    bounds = [_constant(model, f"{CONSTANT}.{name}", at) for name, at in (("start", 0), ("end", 1), ("axis", TOKENS))]
+    node = onnx_ir.Node("", "Slice", [value, *bounds], num_outputs=1)
+    out, producer = node.outputs[0], value.producer()
+    out.name, out.type, out.shape = f"{value.name}.{CONSTANT}", value.type, _one_token(value.shape)
+    if producer is None:
+        model.graph.insert_before(model.graph[0], node)
+    else:
+        model.graph.insert_after(producer, node)
+    return out
+
+
+def _constant(model: Any, name: str, number: int) -> Any:
     import numpy as np
     import onnx_ir
 
-    bounds = []
-    for name, number in (("start", 0), ("end", 1), ("axis", TOKENS)):
-        name = f"{CONSTANT}.{name}"
-        if name not in model.graph.initializers:
-            tensor = onnx_ir.tensor(np.array([number], np.int64), name=name)
-            constant = onnx_ir.Value(
-                name=name, const_value=tensor, shape=onnx_ir.Shape([1]), type=onnx_ir.TensorType(tensor.dtype)
-            )
-            model.graph.initializers[name] = constant
-        bounds.append(model.graph.initializers[name])
-    node = onnx_ir.Node("", "Slice", [value, *bounds], num_outputs=1)
-    out = node.outputs[0]
-    out.name, out.type, out.shape = f"{value.name}.first_token", value.type, _one_token(value.shape)
-    readers = [use for use in value.uses() if (use.node, use.idx) in uses and use.node.op_type != "Gather"]
-    if not readers:
-        return
-    producer = value.producer()
-    model.graph.insert_after(producer, node) if producer is not None else model.graph.insert_before(
-        model.graph[0], node
-    )
-    for use in readers:
-        use.node.replace_input_with(use.idx, out)
+    if name not in model.graph.initializers:
+        tensor = onnx_ir.tensor(np.array([number], np.int64), name=name)
+        kind = onnx_ir.TensorType(tensor.dtype)
+        value = onnx_ir.Value(name=name, const_value=tensor, shape=onnx_ir.Shape([1]), type=kind)
+        model.graph.initializers[name] = value
+    return model.graph.initializers[name]
