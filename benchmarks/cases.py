@@ -122,6 +122,8 @@ def _run(suite: str, case: Case, cases: Sequence[Case], console: Console) -> dic
     keys = ("quality", "parity", "size_bytes", "parameters", "latency_ms", "shapes", "training", "flops")
     record = {key: report[key] for key in keys if key in report}
     record["validation"] = [stage["validation"] for stage in report["stages"]]
+    for measured in sorted(folder.glob("memo/latency-*.json")):
+        record["costs"] = json.loads(measured.read_text(encoding="utf-8"))
     return {"date": date.today().isoformat(), **record}
 
 

@@ -175,6 +175,7 @@ def edge() -> list[Case]:
         block: int | None = None,
         data: dict[str, Any] | None = None,
     ) -> Case:
+        asked = next((one["target"]["speedup"] for one in shrinking if "target" in one), None)
         passes = [
             {"type": "vocabulary", **(vocabulary or {})},
             *shrinking,
@@ -183,7 +184,8 @@ def edge() -> list[Case]:
         distill: dict[str, Any] = {"temperature": 2.0, "task": 0.3, "logits": 0.7, "hidden": 1.0}
         if any("layers" in one or one["type"] == "depth" for one in shrinking):
             distill["layer_map"] = "origin"
-        return student(name, "edge", task, passes, train, distill, data, export={"label_agreement": 0.99})
+        export = {"label_agreement": 0.99}
+        return student(name, "edge", task, passes, train, distill, data, export, asked=asked)
 
     # Sentiment has few rows: most of what the student sees is the teacher's answers to texts without labels.
     texts = ["{data}/sst2/train.jsonl", "{dvd_sentences}"]

@@ -17,6 +17,7 @@ def render(document: dict[str, Any]) -> str:
         _table(["task", "test", "validation"], [_dense(n, c) for n, c in found.items() if c["group"] == "teacher"]),
         "## Files for the edge",
         _edge({n: c for n, c in found.items() if c["group"] == "edge"}, found),
+        *_limits([case["costs"] for case in found.values() if "costs" in case]),
         "## Accuracy against remaining weights of the layers (sst2)",
         _pruning(found),
         "## Quantisation-aware training against rounding afterwards",
@@ -64,14 +65,38 @@ def _edge(edge: dict[str, Any], found: dict[str, Any]) -> str:
         loss = "-" if base is None or score is None else f"{100 * (score - base):+.2f}"
         share = f"{size['onnx'] / 1e6:.2f} MB, {100 * size['onnx'] / size['base_onnx']:.1f} %"
         agreement = _percent(case["parity"]["label_agreement"])
-        rows.append([name, _percent(score), loss, agreement, share, *(speed + ["-"] * (3 - len(speed)))])
+        asked = f"{case['asked']:g}x" if case.get("asked") else "-"
+        rows.append([name, _percent(score), loss, agreement, share, asked, *(speed + ["-"] * (3 - len(speed)))])
     header = ["file", "ONNX accuracy", "against dense, points", "same label as torch", "bytes, share of fp32"]
-    header += ["1x32", "1x128", "8x128"]
+    header += ["asked for", "1x32", "1x128", "8x128"]
     return _table(header, rows) + (
         "\n\nLatency: p50 in onnxruntime and how many times faster than the fp32 ONNX of the dense model, "
         "measured in the same minutes. The sst2 files' dense model is sst2-all's, and its answers to rewritten rows "
         "and to sentences of film reviews without labels are most of what they learn from."
     )
+
+
+def _limits(tables: list[dict[str, Any]]) -> list[str]:
+    """What parts of the exported model cost, by the table that a target was met with."""
+    if not tables:
+        return []
+    costs = tables[-1]
+    about, last = costs["about"], costs["last"]
+    rows = []
+    for name, sizes, kind in (("heads", "groups", "attention"), ("neurons", "neurons", "ffn")):
+        for part, place in ((costs, "a layer"), (last, "the last layer")):
+            if part is not None:
+                ends = (part[sizes][0], part[kind][0]), (part[sizes][-1], part[kind][-1])
+                rows.append([place, name, *(f"{size}: {1e3 * ms:.0f} us" for size, ms in ends)])
+    least = costs["attention"][0] + costs["ffn"][0] + costs["layer"]
+    return [
+        f"### What limits them: the int8 model's parts at {about['batch']}x{about['length']}",
+        _table(["where", "part", "smallest", "whole"], rows),
+        f"Embeddings, pooler and head: {1e3 * costs['rest']:.0f} us. The fp32 model: {costs['reference']:.2f} ms, so 20 "
+        f"times as fast is {50 * costs['reference']:.0f} us: what is left after embeddings and head pays for "
+        f"{(costs['reference'] / 20 - costs['rest']) / least:.1f} layers of the smallest shape "
+        "(a layer's norms, roundings and softmax stay, however narrow it is).",
+    ]
 
 
 def _pruning(found: dict[str, Any]) -> str:
