@@ -92,8 +92,8 @@ def _limits(tables: list[dict[str, Any]]) -> list[str]:
     return [
         f"### What limits them: the int8 model's parts at {about['batch']}x{about['length']}",
         _table(["where", "part", "smallest", "whole"], rows),
-        f"Embeddings, pooler and head: {1e3 * costs['rest']:.0f} us. The fp32 model: {costs['reference']:.2f} ms, so 20 "
-        f"times as fast is {50 * costs['reference']:.0f} us: what is left after embeddings and head pays for "
+        f"Embeddings, pooler and head: {1e3 * costs['rest']:.0f} us. The fp32 model: {costs['reference']:.2f} ms, so "
+        f"20 times as fast is {50 * costs['reference']:.0f} us: what is left after embeddings and head pays for "
         f"{(costs['reference'] / 20 - costs['rest']) / least:.1f} layers of the smallest shape "
         "(a layer's norms, roundings and softmax stay, however narrow it is).",
     ]
