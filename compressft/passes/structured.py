@@ -202,13 +202,17 @@ class Structured(Transform):
             ffn.keep(top(ffn.importance, shape["ffn"]))
 
     def _shapes(self, parts: Parts, progress: float) -> list[dict[str, int]]:
-        """What the live layers may keep: the most importance that fits between the full cost and the target."""
+        """What the live layers may keep: the most importance that fits between the full cost and the target.
+
+        Squares compete: the gradient of a head's mask is a sum over its dimensions with signs at random, so that its
+        square, and not its size, is to a neuron's what one loss is to the other (Molchanov et al. 2019, equation 8).
+        """
         budget, full = parts.budget, parts.full_cost()
         return choose_by_importance(
             budget.table,
             full - self.planned(max(full - budget.limit, 0.0), progress),
-            [parts.heads[i].importance for i in parts.live_layers],
-            [parts.ffn[i].importance for i in parts.live_layers],
+            [parts.heads[i].importance.square() for i in parts.live_layers],
+            [parts.ffn[i].importance.square() for i in parts.live_layers],
             self.align,
             self.floor_heads,
             self.floor_ffn,

@@ -95,6 +95,20 @@ def test_the_most_important_stay_across_layers():
     assert first["heads"] > second["heads"] and first["ffn"] > second["ffn"]
 
 
+@pytest.mark.parametrize(("head", "heads", "ffn"), [(5.0, 8, 64), (3.0, 4, 128)])
+def test_heads_and_neurons_are_weighed_in_one_unit(head, heads, ffn):
+    """A head costs what 16 neurons cost. Their gradients add up at random signs: it is worth them from 4 = sqrt(16)."""
+    model = tiny()
+    one = Structured(target={"sparsity": 0.25}, **FIELDS)
+    one.prepare(model, Context())
+    for layer in model.bert.encoder.layer:
+        layer.attention.output.dense.gates["structured"].importance.fill_(head)
+        layer.output.dense.gates["structured"].importance.fill_(1.0)
+    one.after_step(model, 1.0)
+    one.finalize(model)
+    assert [sum(s[kind] for s in shapes(model)) for kind in ("heads", "ffn")] == [heads, ffn]
+
+
 def test_a_target_beyond_the_floors_is_refused_before_training():
     with pytest.raises(UserError, match="cannot be reached: the smallest model"):
         Structured(target={"sparsity": 0.99}, **FIELDS).prepare(tiny(), Context())
