@@ -38,7 +38,9 @@ def diverging_layer(path: Path, model: nn.Module, batch: Mapping[str, Tensor], l
     for layer in layers:
         if layer.name not in actual:
             return f"layer {layer.name} has no node of its own in the graph"
-        want, got = expected[layer.name], actual[layer.name]
+        got = actual[layer.name]
+        # A file may compute its last layer for the first token alone.
+        want = expected[layer.name][:, : got.shape[1]]
         error = float(np.abs(want - got).max() / max(float(want.std()), 1e-12))
         if not error <= limit:
             return (

@@ -14,7 +14,7 @@ from tests.tiny import fit, tiny
 
 QUIET = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 CASES = {
-    "electra, int8": ("electra", "sequence-classification", "static", QUIET),
+    "electra, int8": ("electra", "sequence-classification", "static", {**QUIET, "num_hidden_layers": 4}),
     "gpt2": ("gpt2", "causal-lm", None, {"resid_pdrop": 0.0, "embd_pdrop": 0.0}),
 }
 
