@@ -182,7 +182,10 @@ def edge() -> list[Case]:
             {"type": "int8", "embeddings": "int4", **({"embedding_block": block} if block else {})},
         ]
         distill: dict[str, Any] = {"temperature": 2.0, "task": 0.3, "logits": 0.7, "hidden": 1.0}
-        if any("layers" in one or one["type"] == "depth" for one in shrinking):
+        keep = next((one["keep"] for one in shrinking if one["type"] == "depth"), None)
+        if keep is not None:
+            distill["layer_map"] = [[0, 0], *([i + 1, k + 1] for i, k in enumerate(keep))]
+        elif any("layers" in one for one in shrinking):
             distill["layer_map"] = "origin"
         export = {"label_agreement": 0.99}
         return student(name, "edge", task, passes, train, distill, data, export, asked=asked)
