@@ -34,8 +34,7 @@ def quantised_linears(model: nn.Module, exclude: Sequence[str]) -> list[str]:
 def compress_tables(model: nn.Module, tables: Tables, block: int, exclude: Sequence[str]) -> None:
     """Make the embedding tables `CompressedEmbedding`s of these bits, less what `exclude` names.
 
-    Four bits are for the tokens' table: looking up 128 rows of positions took onnxruntime 47 us in int4 and a fraction
-    of that in int8, for bytes that hardly count.
+    Four bits are for the tokens' table: onnxruntime unpacks int4 row by row, which the small tables' bytes do not pay.
 
     Args:
         block: values of a row that share a scale in int4.
