@@ -14,6 +14,7 @@ from torch import nn
 
 from compressft import ranks
 from compressft.checkpoint import load_compressed, save_compressed
+from compressft.costs import CostTable
 from compressft.data import Splits, Task, make_task
 from compressft.errors import UserError, VerificationError
 from compressft.export.flow import sample_batch
@@ -26,7 +27,7 @@ from compressft.model import checkpoint_activations, count, live_weights, load_m
 from compressft.passes.int8 import Int8
 from compressft.recipe import Recipe, Stage
 from compressft.shrink import shapes
-from compressft.target import CostTable, Target
+from compressft.target import Target
 from compressft.transform import QUANTISES, Context, TrainingData
 
 # Rows, and share of the logits' standard deviation, for the checks around finalize and save. One flipped int8 rounding

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from compressft.target import CostTable, Target
+    from compressft.costs import CostTable
+    from compressft.target import Target
 
 TASK_LOSS = "task"
 

@@ -9,21 +9,12 @@ from pydantic import ValidationError
 from torch import nn
 
 from compressft.anatomy import anatomy
+from compressft.choice import CELLS, choose, choose_by_importance, sizes_allowed
+from compressft.costs import CostTable, LayerCosts, counted, monotone
 from compressft.errors import UserError
 from compressft.model import count
 from compressft.shrink import drop_layers, resize, shapes
-from compressft.target import (
-    CELLS,
-    CostTable,
-    LayerCosts,
-    Target,
-    choose,
-    choose_by_importance,
-    cost_table,
-    counted,
-    monotone,
-    sizes_allowed,
-)
+from compressft.target import Target, cost_table
 from compressft.transform import Context
 from tests.tiny import TINY, tiny
 

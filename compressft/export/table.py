@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from compressft.anatomy import Anatomy, anatomy
+from compressft.costs import CostTable, LayerCosts, monotone
 from compressft.errors import UserError
 from compressft.export.fold import fold
 from compressft.export.fuse import fuse_qattention
@@ -29,7 +30,6 @@ from compressft.modules.quantizer import Int8Quantizer
 from compressft.passes.int8 import Int8
 from compressft.passes.quantised import PARTS
 from compressft.shrink import keep_vocabulary, resize
-from compressft.target import CostTable, LayerCosts, monotone
 from compressft.trace import REST, Timing, trace
 from compressft.transform import Context
 

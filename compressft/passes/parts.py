@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from compressft.anatomy import Layer, anatomy
+from compressft.costs import CostTable
 from compressft.modules.concrete_gate import ConcreteGate
 from compressft.modules.gate import ColumnGate
 from compressft.modules.lagrange import Lagrange
 from compressft.modules.linear import CompressedLinear
 from compressft.modules.part_gate import LayerGate
 from compressft.passes.select_parts import encoder_sparsity
-from compressft.target import CostTable
 
 # Submodule of the backbone that holds what belongs to no layer.
 STATE = "structured_state"

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from compressft.costs import monotone
 from compressft.passes.obs import refit, removal
-from compressft.target import monotone
 
 # Sizes per part at which the whole model is run.
 POINTS = 5

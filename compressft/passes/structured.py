@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from compressft.anatomy import anatomy
+from compressft.choice import choose_by_importance
 from compressft.errors import UserError
 from compressft.model import compress_linear
 from compressft.modules.concrete_gate import ConcreteGate
@@ -22,7 +23,7 @@ from compressft.passes.select_parts import aligned, keep_equally, keep_globally,
 from compressft.passes.sparsity import expected_sparsity, settle
 from compressft.schedule import SHAPES, ramp
 from compressft.shrink import drop_layers, narrow, shrink
-from compressft.target import Target, choose_by_importance, cost_table
+from compressft.target import Target, cost_table
 from compressft.transform import PARTS, Context, Transform
 
 Kind = Literal["heads", "ffn", "layers", "hidden"]

@@ -10,11 +10,12 @@ from pydantic import Field
 from torch import nn
 
 from compressft.anatomy import Layer, anatomy
+from compressft.choice import choose, sizes_allowed
 from compressft.errors import UserError
 from compressft.passes.calibrate import means, second_moments
 from compressft.passes.prunable import Prunable, Shift, model_losses, skipped
 from compressft.shrink import drop_layers, shrink
-from compressft.target import Target, choose, cost_table, sizes_allowed
+from compressft.target import Target, cost_table
 from compressft.transform import REMOVES, Context, Transform
 
 # Of the calibration set, for `measure` "model".

@@ -8,6 +8,7 @@ import yaml
 
 from compressft.anatomy import anatomy
 from compressft.checkpoint import load_compressed
+from compressft.costs import CostTable, counted
 from compressft.errors import UserError
 from compressft.methods.adapter import Adapter
 from compressft.model import count
@@ -21,7 +22,6 @@ from compressft.passes.ziplm import ZipLM
 from compressft.recipe import load_recipe, parse_recipe
 from compressft.run import run
 from compressft.shrink import shapes, shrink
-from compressft.target import CostTable, counted
 from compressft.transform import Context, TrainingData
 from tests.tiny import SHAPE, TINY, batch_for, fit, labelled, logits, tiny
 from tests.tiny_folder import document, rows_of, save_tiny, write_jsonl
