@@ -258,7 +258,3 @@ def main() -> None:
             raise
         err.print("error: no space left on the disk; free some and try again", soft_wrap=True)
         sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

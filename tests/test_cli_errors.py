@@ -66,7 +66,7 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 
 def process(*arguments: str | Path, cwd: Path) -> Done:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-    command = [sys.executable, "-m", "compressft.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "compressft", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd)
     return Done(done.returncode, done.stdout, done.stderr)
 

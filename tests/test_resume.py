@@ -239,7 +239,7 @@ def interrupted(recipe, tmp_path_factory) -> tuple[Path, str, int]:
     """(directory, standard error, exit code) of a run that got SIGINT in its second stage."""
     folder = tmp_path_factory.mktemp("interrupted") / "run"
     process = subprocess.Popen(
-        [sys.executable, "-m", "compressft.cli", *arguments(recipe, folder)],
+        [sys.executable, "-m", "compressft", *arguments(recipe, folder)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -40,7 +40,7 @@ def finished(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("smoke") / "run"
     paths = os.pathsep.join(p for p in sys.path if p)
     done = subprocess.run(
-        [sys.executable, "-m", "compressft.cli", *COMMAND, "--output", str(folder)],
+        [sys.executable, "-m", "compressft", *COMMAND, "--output", str(folder)],
         env={**os.environ, "PYTHONPATH": paths},
         capture_output=True,
         text=True,
