@@ -11,6 +11,7 @@ from compressft_kernels import pack_mask, unpack_mask
 from torch import Tensor
 
 from compressft.errors import UserError
+from compressft.factors import multiply, nearest
 from compressft.modules.rank import keep_largest
 from compressft.sparse import pack_places, unpack_places
 
@@ -23,7 +24,7 @@ class Code:
 
     - exact: as it is.
     - magnitude: the round(density * N) largest entries of each matrix, to the bit, and where they are.
-    - low_rank: the nearest matrix of this rank (Eckart & Young 1936), two factors of (out + in) * rank values.
+    - low_rank: the nearest matrix of this rank (`compressft.factors`), two factors of (out + in) * rank values.
     - sign: +s or -s by the entry's sign, s the mean |entry| of its row: one bit an entry and a value a row.
     - int8: integers times a row's max |entry| / 127: one byte an entry and a value a row.
 
@@ -63,9 +64,9 @@ def encode(difference: Tensor, code: Code) -> dict[str, Tensor]:
         shape = torch.tensor(difference.shape)
         return {"places": pack_places(mask), "values": difference[mask], "shape": shape}
     if code.kind == "low_rank":
-        left, sizes, right = torch.linalg.svd(difference, full_matrices=False)
-        root = sizes[: code.rank].sqrt()
-        return {"left": left[:, : code.rank] * root, "right": root[:, None] * right[: code.rank]}
+        assert code.rank is not None
+        left, right = nearest(difference, code.rank)
+        return {"left": left, "right": right}
     if code.kind == "sign":
         scale = difference.abs().mean(1)
         return {"sign": pack_mask(difference > 0), "scale": scale, "shape": torch.tensor(difference.shape)}
@@ -85,12 +86,7 @@ def decode(parts: Mapping[str, Tensor]) -> Tensor:
         out[mask] = parts["values"]
         return out
     if "left" in parts:
-        # A matrix product would add up in an order that depends on the library.
-        left, right = parts["left"], parts["right"]
-        out = torch.zeros(left.shape[0], right.shape[1], device=left.device)
-        for k in range(left.shape[1]):
-            out += left[:, k : k + 1] * right[k]
-        return out
+        return multiply(parts["left"], parts["right"])
     scale = parts["scale"][:, None]
     if "sign" in parts:
         return torch.where(unpack_mask(parts["sign"], int(parts["shape"][1])), scale, -scale)

@@ -8,6 +8,8 @@ the tensor itself; the others are told by the suffixes behind its name:
 - `#changed_bits` or `#changed_gaps`, `#changed`: the base's values (zero where dropped), but `changed` at these places;
 - `#signs` or `#steps`, `#scale`: the base and one bit (+1 or -1) or integer an entry times a scale a row or column,
   `changed` where that is not it to the bit;
+- `#left`, `#right`: the base and the product of two factors, `changed` likewise;
+- `#nudged_bits` or `#nudged_gaps`, `#nudged`: as `changed`, where fp32 values lie close: how many floats further;
 - `#rows` or `#columns`: these rows or columns of the base.
 """
 
@@ -19,8 +21,11 @@ import torch
 from compressft_kernels import pack_mask, unpack_mask
 from torch import Tensor
 
+from compressft.factors import find, multiply
+
 VALUES, SHAPE, DROPPED, CHANGED, ROWS, COLUMNS = "#values", "#shape", "#dropped", "#changed", "#rows", "#columns"
 SIGNS, STEPS, SCALE = "#signs", "#steps", "#scale"
+LEFT, RIGHT, NUDGED = "#left", "#right", "#nudged"
 PROBED = 8
 # The highest code says: this many places on, and nothing is here.
 ESCAPES = {torch.uint8: 255, torch.uint16: 65535}
@@ -62,10 +67,15 @@ def unpack(tensors: Mapping[str, Tensor], base: Mapping[str, Tensor] | None = No
             old = base[name]
             if name + SCALE in tensors:
                 new = old + _integers(tensors, name, old) * tensors[name + SCALE]
+            elif name + LEFT in tensors:
+                new = old + multiply(tensors[name + LEFT], tensors[name + RIGHT])
             else:
                 new = old.masked_fill(_load(tensors, f"{name}{DROPPED}_", old.shape), 0.0)
             if name + CHANGED in tensors:
                 new[_load(tensors, f"{name}{CHANGED}_", new.shape)] = tensors[name + CHANGED]
+            if name + NUDGED in tensors:
+                places = _load(tensors, f"{name}{NUDGED}_", new.shape)
+                new[places] = (new[places].view(torch.int32) + tensors[name + NUDGED]).view(torch.float32)
         found[name] = new.contiguous()
     return found
 
@@ -145,6 +155,11 @@ def _against(name: str, tensor: Tensor, old: Tensor) -> list[dict[str, Tensor]]:
             for most in (1, 127):
                 if stored_bytes(_stepped(name, some, before, most, dim)) < some.nbytes / 2:
                     forms.append(_stepped(name, tensor, old, most, dim))
+        factors = find(tensor, old)
+        if factors is not None:
+            left, right = factors
+            corrected = _corrected(name, tensor, old + multiply(left, right))
+            forms.append({name + LEFT: left, name + RIGHT: right, **corrected})
     return forms
 
 
@@ -153,7 +168,17 @@ def _corrected(name: str, tensor: Tensor, close: Tensor, always: bool = False) -
     wrong = tensor != close
     if not (always or wrong.any()):
         return {}
-    return {**_store(f"{name}{CHANGED}_", wrong), name + CHANGED: tensor[wrong]}
+    parts: dict[str, Tensor] = {}
+    if tensor.dtype == torch.float32:
+        # The bits of floats of one sign count them.
+        further = tensor.view(torch.int32).long() - close.view(torch.int32)
+        near = wrong & (further.abs() <= 127)
+        if near.any():
+            parts = {**_store(f"{name}{NUDGED}_", near), name + NUDGED: further[near].to(torch.int8)}
+            wrong = wrong & ~near
+            if not wrong.any():
+                return parts
+    return {**parts, **_store(f"{name}{CHANGED}_", wrong), name + CHANGED: tensor[wrong]}
 
 
 def _stepped(name: str, tensor: Tensor, old: Tensor, most: int, dim: int) -> dict[str, Tensor]:

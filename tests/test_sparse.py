@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from compressft.codes import Code, decode, encode
 from compressft.sparse import pack, pack_places, stored_bytes, unpack, unpack_places
 
 SHAPES = [(1, 1), (5, 13), (16, 64), (40, 100)]
@@ -187,6 +188,35 @@ def test_signs_and_steps_are_found_to_the_bit(size, turned):
         assert {kind, "w#scale"} <= set(packed) and packed["w#scale"].numel() == 40
         assert stored_bytes(packed) == cost + 160
     assert set(round_trip(base + change, base)) == {"w"} or size < 1e-4
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_difference_of_low_rank_is_two_factors(turned):
+    """What rounding took from the sum is put back as single floats up or down."""
+    base, change = (full(160, 104) - 9.0) * 0.05, (full(160, 104, seed=1) - 9.0) * 0.002
+    for rank, share in ((1, 0.08), (4, 0.2)):
+        moved = decode(encode(change, Code("low_rank", rank=rank))) * 0.7
+        weight, old = (base + moved, base) if not turned else ((base + moved).t().contiguous(), base.t().contiguous())
+        packed = round_trip(weight, old)
+        assert {"w#left", "w#right"} <= set(packed) and packed["w#left"].shape[1] == rank
+        assert stored_bytes(packed) < share * weight.nbytes
+    assert set(round_trip(base + change, base)) == {"w"}
+    # Nothing but a few rows, and trained freely: no sum of outer products.
+    rows = base.clone()
+    rows[::10] += change[::10]
+    assert "w#left" not in round_trip(rows, base)
+
+
+def test_neighbouring_floats_are_a_byte():
+    base = full(40, 104) - 9.0
+    up, far = drawn(40, 104, 0.01, seed=1), drawn(40, 104, 0.002, seed=2)
+    weight = torch.where(up, torch.nextafter(base, torch.tensor(torch.inf)), base)
+    packed = round_trip(weight, base)
+    assert set(packed) == {"w#nudged_gaps", "w#nudged"} and packed["w#nudged"].dtype == torch.int8
+    assert set(packed["w#nudged"].tolist()) == {1, -1}
+    packed = round_trip(torch.where(far, -weight, weight), base)
+    assert set(packed) == {"w#nudged_gaps", "w#nudged", "w#changed_gaps", "w#changed"}
+    assert packed["w#changed"].numel() == int(far.sum())
 
 
 def test_rows_and_columns_of_the_base_are_their_numbers():
