@@ -15,10 +15,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from compressft import __version__
 from compressft.errors import UserError, VerificationError
 
 app = typer.Typer(
-    help="Fine-tune a transformer while it is compressed, and ship a verified ONNX file.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -31,6 +31,21 @@ Set = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="O
 Output = Annotated[Path | None, typer.Option(help="Run directory (default: runs/RECIPE).")]
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name or a YAML file.")]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run directory.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        out.print(f"compressft {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Fine-tune a transformer while it is compressed, and ship a verified ONNX file."""
 
 
 @app.command()

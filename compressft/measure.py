@@ -14,6 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from compressft import __version__
+
 Shape = tuple[int, int]
 
 
@@ -181,8 +183,8 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that matter; those not installed are left out."""
-    found = {"python": platform.python_version()}
+    """Versions of this package, Python and the packages that matter; those not installed are left out."""
+    found = {"compressft": __version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = version(package)

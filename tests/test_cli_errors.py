@@ -13,6 +13,7 @@ import pytest
 import yaml
 from onnx import TensorProto, helper, save
 
+import compressft
 from compressft.document import shipped_recipes
 from compressft.families import FAMILIES
 from compressft.recipe import load_recipe, parse_recipe
@@ -91,6 +92,11 @@ def test_process_refuses_a_directory_below_a_file(tmp_path, recipe):
     message = said(process("run", path, "--output", tmp_path / "rows.jsonl" / "out", cwd=tmp_path))
     assert message.startswith(f"--output '{tmp_path / 'rows.jsonl' / 'out'}': cannot be written to: ")
     assert contents(tmp_path) == before
+
+
+def test_process_says_its_version(tmp_path):
+    done = process("--version", cwd=tmp_path)
+    assert (done.code, done.out, done.err) == (0, f"compressft {compressft.__version__}\n", "")
 
 
 # Recipes.

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import compressft
 from compressft.measure import hardware, latencies, quantiles, timed, usable_cores, versions
 
 
@@ -45,3 +46,4 @@ def test_versions_are_those_installed():
     found = versions()
     assert found["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert {"python", "transformers", "onnxruntime"} <= set(found)
+    assert found["compressft"] == compressft.__version__
