@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from compressft.anatomy import anatomy
 from compressft.errors import UserError
 from compressft.modules.attention import TRAINING, register
+from compressft.modules.dropout import quicken
 from compressft.modules.linear import CompressedLinear
 
 # Models carried by an installable wheel: recipe value -> (module, folder inside it, pip requirement).
@@ -62,7 +63,7 @@ def load_model(name: str, auto_class: str = "AutoModel", **kwargs: Any) -> nn.Mo
         kwargs: passed to `from_pretrained` (`num_labels`, ...).
 
     Returns:
-        the model in fp32, its attention routed through compressft.
+        the model in fp32, its attention and dropout routed through compressft.
 
     Raises:
         UserError: nothing can be loaded from `name`.
@@ -78,13 +79,15 @@ def load_model(name: str, auto_class: str = "AutoModel", **kwargs: Any) -> nn.Mo
         wanted, has = kwargs.get("num_labels"), getattr(model.config, "num_labels", None)
         if wanted is not None and wanted != has:
             raise UserError(f"model: {name!r} was compressed for {has} labels, the data has {wanted}")
-        return model
-    try:
-        return getattr(transformers, auto_class).from_pretrained(
-            source, attn_implementation=TRAINING, dtype=torch.float32, **kwargs
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"model: {name!r} could not be loaded: {_first_line(error)}") from error
+    else:
+        try:
+            model = getattr(transformers, auto_class).from_pretrained(
+                source, attn_implementation=TRAINING, dtype=torch.float32, **kwargs
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(f"model: {name!r} could not be loaded: {_first_line(error)}") from error
+    quicken(model)
+    return model
 
 
 def load_empty(name: str, auto_class: str, **kwargs: Any) -> nn.Module:

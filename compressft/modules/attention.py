@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from compressft.errors import UserError
 from compressft.modules.current import Current
+from compressft.modules.dense_attention import attend
 from compressft.modules.linear import is_bare
 from compressft.modules.lsh import Lsh
 from compressft.modules.prefix import Front, attention_with_prefix
@@ -94,12 +95,10 @@ def attention(
 ) -> tuple[Tensor, None]:
     """Scaled dot-product attention; query (B, Hq, T, D), key and value (B, Hkv, S, D), boolean mask (B, 1, T, S).
 
-    Grouped-query heads and causality are SDPA's. Returns (B, T, Hq, D) and no weights. What distillation wants of the
-    scores it computes from what a `recording` kept; nothing leaves SDPA for it. A module's child `prefix` puts its keys
-    and values in front; a child `lsh` takes SDPA's place.
+    Grouped-query heads and causality are SDPA's, whose place `attend` takes where that is slow. Returns (B, T, Hq, D)
+    and no weights. What distillation wants of the scores it computes from what a `recording` kept. A module's child
+    `prefix` puts its keys and values in front; a child `lsh` takes SDPA's place.
     """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     recorder = _recorder.get()
     if recorder is not None:
         recorder.take(module, query, key, value, attention_mask, kwargs)
@@ -109,7 +108,7 @@ def attention(
     prefix = prefix_of(module)
     if prefix is not None and not is_bare():
         return attention_with_prefix(prefix, module, query, key, value, attention_mask, **kwargs)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return attend(module, query, key, value, attention_mask, **kwargs)
 
 
 def onnx_attention(

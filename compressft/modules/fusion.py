@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressft.modules.bottleneck import Bottleneck
+from compressft.modules.dropout import drop
 from compressft.modules.kinds import Extra, known
 
 
@@ -106,7 +107,7 @@ class Fusion(Extra):
         scores = torch.stack([part.sum(-1) for part in products.split(self.sizes, -1)], -1)
         # The bias b_k adds the same to every score; behind dropout that is no longer nothing.
         scores = scores + F.linear(key, self.up_bias) + (query * self.key_bias).sum(-1, keepdim=True)
-        scores = F.dropout(scores, self.dropout, self.training)
+        scores = drop(scores, self.dropout, self.training)
         if self.annealed:
             scores = scores / self.temperature
         return torch.softmax(scores, -1)

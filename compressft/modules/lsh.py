@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compressft.modules.dropout import drop
 from compressft.modules.kinds import Extra, known
 
 # Added to nothing: these stand in place of a product. A query sees itself only where it sees nobody else.
@@ -164,7 +165,7 @@ def lsh_attention(
         times = sum(near(number).to(products.dtype) for number in range(rounds))
         products = products - torch.as_tensor(times).clamp(min=1.0).log()
     total = products.logsumexp(-1, keepdim=True)
-    shares = F.dropout((products - total).exp(), dropout, training=dropout > 0.0)
+    shares = drop((products - total).exp(), dropout)
     out = shares.to(value.dtype) @ _with_earlier(in_chunks(value), look_back)
     out, total = (x.flatten(3, 4).gather(3, rank[..., None].expand(-1, -1, -1, -1, x.shape[-1])) for x in (out, total))
     weights = total.softmax(2).to(out.dtype)

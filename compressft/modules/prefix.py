@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from compressft.modules.dense_attention import attend
+from compressft.modules.dropout import drop
 from compressft.modules.kinds import Extra, known
 
 
@@ -31,7 +33,7 @@ class Front(Extra):
         return key, value
 
     def _dropped(self, front: Tensor) -> Tensor:
-        return F.dropout(front, self.dropout) if self.drops else front
+        return drop(front, self.dropout) if self.drops else front
 
     @property
     def drops(self) -> bool:
@@ -152,8 +154,6 @@ def attention_with_prefix(
     Raises:
         ValueError: a paged cache, whose keys are not here.
     """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     if kwargs.get("cache") is not None:
         raise ValueError("prefix: attention over a paged cache does not know it; generate without continuous batching")
     queries = query.shape[2]
@@ -176,7 +176,7 @@ def attention_with_prefix(
         attention_mask = _in_front(attention_mask, length, float(attention_mask.dtype == torch.bool))
     if position_bias is not None:
         position_bias = _in_front(position_bias, length, 0.0)
-    return sdpa_attention_forward(
+    return attend(
         module,
         query,
         key,
