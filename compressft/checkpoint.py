@@ -17,6 +17,7 @@ from compressft.anatomy import anatomy
 from compressft.errors import UserError
 from compressft.model import content_hash, resolve
 from compressft.modules.attention import TRAINING, register
+from compressft.modules.dropout import quicken
 from compressft.modules.kinds import additions
 from compressft.modules.linear import CompressedLinear
 from compressft.modules.structure import describe, rebuild
@@ -238,6 +239,8 @@ def _empty(config: Any, architecture: str, target: list[dict[str, int]], width: 
 
 def _fill(model: nn.Module, modules: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
     rebuild(model, modules)
+    # As `load_model` does: a resumed run draws what the uninterrupted one draws.
+    quicken(model)
     own = model.state_dict(keep_vars=True)
     transposed = {f"{p}.weight" for p, m in model.named_modules() if isinstance(m, CompressedLinear) and m.transposed}
     with torch.no_grad():

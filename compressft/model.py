@@ -79,13 +79,13 @@ def load_model(name: str, auto_class: str = "AutoModel", **kwargs: Any) -> nn.Mo
         wanted, has = kwargs.get("num_labels"), getattr(model.config, "num_labels", None)
         if wanted is not None and wanted != has:
             raise UserError(f"model: {name!r} was compressed for {has} labels, the data has {wanted}")
-    else:
-        try:
-            model = getattr(transformers, auto_class).from_pretrained(
-                source, attn_implementation=TRAINING, dtype=torch.float32, **kwargs
-            )
-        except (OSError, ValueError) as error:
-            raise UserError(f"model: {name!r} could not be loaded: {_first_line(error)}") from error
+        return model
+    try:
+        model = getattr(transformers, auto_class).from_pretrained(
+            source, attn_implementation=TRAINING, dtype=torch.float32, **kwargs
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"model: {name!r} could not be loaded: {_first_line(error)}") from error
     quicken(model)
     return model
 

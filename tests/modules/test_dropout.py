@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from compressft.checkpoint import load_compressed, save_compressed
 from compressft.model import load_model
 from compressft.modules.dropout import Dropout, drop, quicken
 from tests.tiny import tiny
@@ -114,5 +115,7 @@ def test_models_keep_their_names_and_lose_their_slow_dropout(tmp_path):
     saved = tiny("bert")
     saved.save_pretrained(tmp_path)
     loaded = load_model(str(tmp_path), "AutoModelForSequenceClassification")
-    kinds = {type(m) for m in loaded.modules() if isinstance(m, nn.Dropout)}
-    assert kinds == {Dropout} and loaded.state_dict().keys() == saved.state_dict().keys()
+    save_compressed(loaded, None, tmp_path / "model", {})
+    for one in (loaded, load_compressed(tmp_path / "model")):
+        assert {type(m) for m in one.modules() if isinstance(m, nn.Dropout)} == {Dropout}
+    assert loaded.state_dict().keys() == saved.state_dict().keys()
