@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from compressft.anatomy import anatomy
 from compressft.model import compress_linear
 from compressft.modules.attention import TRAINING, register
+from compressft.modules.dropout import quicken
 from compressft.modules.gate import ColumnGate
 from compressft.transform import Context, Transform
 
@@ -97,6 +98,9 @@ def tiny(family: str = "bert", *, architecture: str | None = None, seed: int = 0
                 parameter.copy_(noise * 0.2)
             else:
                 parameter.copy_(noise * 0.1 + (1.0 if key.endswith("weight") else 0.0))
+    if attention == TRAINING:
+        # As our loaders give it.
+        quicken(model)
     return model.eval()
 
 
