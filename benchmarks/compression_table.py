@@ -113,7 +113,11 @@ def _pruning(found: dict[str, Any]) -> str:
                 ]
                 row.append(_several(scores))
             rows.append(row)
-    return _table(["pass", "distillation", "50 %", "25 %", "10 %", "5 %"], rows)
+    return _table(["pass", "distillation", "50 %", "25 %", "10 %", "5 %"], rows) + (
+        "\n\nFive epochs. movement is the paper's form, scores from 0 and each layer by itself: the first weights to "
+        "go are no small ones, and most runs do not recover from it. movement-from-magnitude starts its scores at "
+        "|weight|, all layers together."
+    )
 
 
 def _several(scores: list[float]) -> str:

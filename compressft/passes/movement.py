@@ -28,7 +28,8 @@ class Movement(Scored):
     Fields: `learning_rate` of the scores, which have no weight decay; it follows the stage's scheduler. Pruned weights
     keep getting score gradients and may return until progress `freeze`; from there on masks stay. `initial`: scores
     start at 0, as in the paper, or at |weight|, shifted and scaled to mean 0 and standard deviation 1 over what
-    competes (a layer or all): what training does not move is then ranked by its magnitude.
+    competes (a layer or all): what training does not move is then ranked by its magnitude. From 0, the first weights to
+    go are no small ones, and runs of a few epochs may not recover from that (`benchmarks/results/compression.md`).
     """
 
     type: Literal["movement"] = "movement"
