@@ -1,4 +1,4 @@
-"""Attention that writes its scores down: for training on CPU, where torch's own takes two to ten times as long.
+"""Attention that writes its scores down: for training on CPU, where torch's own is slow.
 
 There its fused kernel knows no dropout, and its backward pass in bf16 is slow; what takes over draws a double for every
 score and multiplies in fp32. On GPUs and without gradients nothing beats the fused kernels.

@@ -1,4 +1,4 @@
-"""Dropout for CPU training: a random byte an element, where torch draws a double and takes six times as long."""
+"""Dropout for CPU training: a random byte an element, where torch draws a double."""
 
 from __future__ import annotations
 
