@@ -18,6 +18,7 @@ from rich.console import Console
 
 from benchmarks.sentences import cut
 from compressft.again import export_again
+from compressft.errors import UserError
 from compressft.measure import hardware, versions
 from compressft.recipe import parse_recipe
 from compressft.run import run
@@ -26,10 +27,14 @@ ROOT = Path("runs") / "benchmarks"
 
 
 def data_folder() -> Path:
-    """Where the task data is: COMPRESSFT_DATA, else shared/data beside the repository."""
+    """Where the task data is: COMPRESSFT_DATA, else shared/data beside the repository.
+
+    Raises:
+        UserError: there is no such folder.
+    """
     folder = Path(os.environ.get("COMPRESSFT_DATA", Path("..") / "shared" / "data"))
     if not folder.is_dir():
-        raise SystemExit(f"{folder}: no such folder; set COMPRESSFT_DATA to the folder with sst2/ and banking77/")
+        raise UserError(f"{folder}: no such folder; set COMPRESSFT_DATA to the folder with sst2/ and banking77/")
     return folder
 
 

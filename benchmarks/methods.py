@@ -20,6 +20,7 @@ from rich.console import Console
 
 from benchmarks.cases import Case, data_folder, prepared, results, run_cases, update
 from benchmarks.methods_table import MASKS, render
+from benchmarks.options import positive
 from benchmarks.race import Conditions, Contestant, race
 from compressft.errors import UserError
 from compressft.measure import usable_cores
@@ -172,11 +173,11 @@ def first_case(document: Document, task: str, method: str) -> Case:
     """The run with seed 0 at the chosen rate.
 
     Raises:
-        SystemExit: nothing is chosen yet.
+        UserError: nothing is chosen yet.
     """
     rate = chosen(document, task, method)
     if rate is None:
-        raise SystemExit(f"{task}-{method}: its learning rate is not chosen yet; run {task}-{method} first")
+        raise UserError(f"{task}-{method}: its learning rate is not chosen yet; run {task}-{method} first")
     return case(document, task, method, rate, 0)
 
 
@@ -252,9 +253,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--choose", action="store_true", help="stop after the learning rates are chosen")
     parser.add_argument("--speed", action="store_true", help="measure the methods' step time and memory, nothing else")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where speed is measured")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of speed")
-    parser.add_argument("--steps", type=int, default=10, help="steps in each of them")
-    parser.add_argument("--threads", type=int, default=usable_cores(), help="of speed; runs take torch's own number")
+    parser.add_argument("--rounds", type=positive, default=5, help="rounds of speed")
+    parser.add_argument("--steps", type=positive, default=10, help="steps in each of them")
+    parser.add_argument(
+        "--threads", type=positive, default=usable_cores(), help="of speed; runs take torch's own number"
+    )
     parser.add_argument("--json", type=Path, default=RESULTS, help="where results are kept")
     options = parser.parse_args(arguments)
     console, asked = Console(stderr=True), set(options.names)

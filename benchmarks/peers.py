@@ -18,6 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
+from benchmarks.options import positive
 from benchmarks.race import Conditions, Contestant, race, ratio
 from compressft.measure import hardware, usable_cores, versions
 from compressft.model import resolve
@@ -153,9 +154,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("families", nargs="*", help="beginnings of families' names (default: all)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=10, help="steps in each round")
-    parser.add_argument("--threads", type=int, default=usable_cores())
+    parser.add_argument("--rounds", type=positive, default=7)
+    parser.add_argument("--steps", type=positive, default=10, help="steps in each round")
+    parser.add_argument("--threads", type=positive, default=usable_cores())
     parser.add_argument("--shipped", action="store_true", help="ours with the allocator settings of `compressft run`")
     parser.add_argument("--python", type=Path, help="python of an environment with the `adapters` package")
     parser.add_argument("--json", type=Path, help="where results go (default: benchmarks/results)")
@@ -177,6 +178,7 @@ def main(arguments: list[str]) -> int:
         parser.error(f"no family's name begins with {options.families}")
     command = ["python -m benchmarks peers", *options.families, f"--device {options.device}"]
     command += [f"--precision {options.precision}", *(["--shipped"] if options.shipped else [])]
+    command += [f"--rounds {options.rounds}", f"--steps {options.steps}"]
     document = {
         "date": date.today().isoformat(),
         "command": " ".join(command),

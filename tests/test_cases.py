@@ -2,15 +2,18 @@
 
 import io
 import json
+from argparse import ArgumentTypeError
 
 import pytest
 from rich.console import Console
 
 from benchmarks import cases as engine
 from benchmarks import methods
+from benchmarks.__main__ import main as benchmark
 from benchmarks.cases import Case, run_cases
 from benchmarks.compression import cases
 from benchmarks.methods_table import claims
+from benchmarks.options import positive
 from compressft.errors import UserError
 from compressft.recipe import parse_recipe
 from tests.tiny_folder import rows_of, save_tiny, write_jsonl
@@ -63,10 +66,20 @@ def test_runs_what_is_missing_and_keeps_what_is_there(suite, tmp_path):
     assert ran == ["pruned"]
 
 
-def test_missing_data_ends_with_one_line(suite, monkeypatch):
+def test_missing_data_ends_with_one_line(monkeypatch, capsys):
     monkeypatch.setenv("COMPRESSFT_DATA", "nowhere")
-    with pytest.raises(SystemExit, match="nowhere: no such folder; set COMPRESSFT_DATA"):
+    with pytest.raises(UserError, match="nowhere: no such folder; set COMPRESSFT_DATA"):
         engine.data_folder()
+    monkeypatch.setattr("sys.argv", ["benchmarks", "methods", "sst2-full"])
+    assert benchmark() == 2
+    assert capsys.readouterr().err.startswith("error: nowhere: no such folder")
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "two", ""])
+def test_counts_start_at_one(text):
+    with pytest.raises(ArgumentTypeError, match="no whole number from 1 on"):
+        positive(text)
+    assert positive("12") == 12
 
 
 def test_every_case_is_a_recipe_of_its_own():
@@ -154,7 +167,7 @@ def test_nothing_is_chosen_before_the_grid_has_run():
     last = methods.grid(document, "sst2", "lora")[-1]
     del document["cases"][last.name]
     assert methods.chosen(document, "sst2", "lora") is None
-    with pytest.raises(SystemExit, match="sst2-lora: its learning rate is not chosen yet"):
+    with pytest.raises(UserError, match="sst2-lora: its learning rate is not chosen yet"):
         methods.seeded(document, "sst2", "lora")
     for one in methods.grid(document, "rte", "adapter-pfeiffer"):
         del document["cases"][one.name]

@@ -18,8 +18,8 @@ from compressft.transform import Context, Transform
 class Movement(Scored):
     """Train a score S per weight with dL/dS = dL/dW' * W, beside the weights (Sanh, Wolf & Rush 2020).
 
-    `hard`: the highest scores stay, exactly round((1 - sparsity) * N) once the schedule is at its end: of each layer
-    (`scope` "layer", as in the paper) or of all layers together ("global").
+    `hard`: the highest scores stay, exactly round((1 - sparsity) * N) once the schedule is at its end: of all layers
+    together (`scope` "global", hard's default) or of each layer ("layer", as in the paper, and soft's only one).
     `soft`: weights stay while sigmoid(S) > tau, with tau on its way from 0 to `threshold`, under the penalty
     lambda * mean over tensors of mean(sigmoid(S)), lambda = `penalty` * tau / `threshold`; at least 0.5 % of a tensor
     stays. How sparse the soft variant becomes follows from `penalty` (and the number of steps times `learning_rate`),
@@ -27,14 +27,15 @@ class Movement(Scored):
 
     Fields: `learning_rate` of the scores, which have no weight decay; it follows the stage's scheduler. Pruned weights
     keep getting score gradients and may return until progress `freeze`; from there on masks stay. `initial`: scores
-    start at 0, as in the paper, or at |weight|, shifted and scaled to mean 0 and standard deviation 1 over what
-    competes (a layer or all): what training does not move is then ranked by its magnitude. From 0, the first weights to
-    go are no small ones, and runs of a few epochs may not recover from that (`benchmarks/results/compression.md`).
+    start at "zero" (soft's default, and the paper's) or at the "magnitude" |weight| (hard's default), shifted and
+    scaled to mean 0 and standard deviation 1 over what competes (a layer or all): what training does not move is then
+    ranked by its magnitude. From 0, the first weights to go are no small ones, and runs of a few epochs may not recover
+    from that (`benchmarks/results/compression.md`). The paper's hard form is `initial: zero, scope: layer`.
     """
 
     type: Literal["movement"] = "movement"
-    initial: Literal["zero", "magnitude"] = "zero"
-    scope: Literal["global", "layer"] = "layer"
+    initial: Literal["zero", "magnitude"] | None = None
+    scope: Literal["global", "layer"] | None = None
 
     def gate(self, path: str, linear: CompressedLinear) -> Gate:
         return ScoreGate(linear.out_features, linear.in_features)
@@ -42,7 +43,7 @@ class Movement(Scored):
     @torch.no_grad()
     def prepare(self, model: nn.Module, context: Context) -> None:
         super().prepare(model, context)
-        if self.initial == "zero":
+        if (self.initial or ("magnitude" if self.variant == "hard" else "zero")) == "zero":
             return
         sizes = {gate: present(linear).abs().float() for linear, gate in self.gated(model)}
         for gates in self.pools(model):
@@ -53,7 +54,8 @@ class Movement(Scored):
 
     def pools(self, model: nn.Module) -> list[list[ScoreGate]]:
         pools = super().pools(model)
-        return [[gate for gates in pools for gate in gates]] if self.scope == "global" else pools
+        scope = self.scope or ("global" if self.variant == "hard" else "layer")
+        return [[gate for gates in pools for gate in gates]] if scope == "global" else pools
 
     def conflict(self, others: Sequence[Transform]) -> str | None:
         if self.scope == "global" and self.variant == "soft":

@@ -34,7 +34,7 @@ def test_scores_have_their_own_rate_and_no_decay():
 @pytest.mark.parametrize("schedule", ["cubic", "linear", "constant"])
 def test_hard_keeps_the_exact_number_at_every_step(schedule):
     model = tiny()
-    one = Movement(sparsity=0.83, start=0.2, end=0.6, schedule=schedule)
+    one = Movement(sparsity=0.83, scope="layer", start=0.2, end=0.6, schedule=schedule)
     seen = []
 
     def look(progress):
@@ -51,7 +51,7 @@ def test_hard_keeps_the_exact_number_at_every_step(schedule):
 
 def test_global_keeps_the_exact_number_of_all_layers_together():
     model = tiny()
-    one = Movement(sparsity=0.83, scope="global", **FAST)
+    one = Movement(sparsity=0.83, **FAST)
     Run(model, [one], 6).train()
     masks = [gate.mask for _, gate in one.gated(model)]
     assert sum(int(m.sum()) for m in masks) == round(0.17 * sum(m.numel() for m in masks))
@@ -60,10 +60,22 @@ def test_global_keeps_the_exact_number_of_all_layers_together():
     assert refused is not None and "movement.scope" in refused
 
 
+def test_where_scores_start():
+    def scores(**fields):
+        model = tiny()
+        one = Movement(**fields, **FAST)
+        one.prepare(model, Context((one,)))
+        return [gate.scores.detach() for _, gate in one.gated(model)]
+
+    assert torch.cat([s.flatten() for s in scores(sparsity=0.5)]).std().item() == pytest.approx(1)
+    for fields in ({"sparsity": 0.5, "initial": "zero"}, {"variant": "soft"}):
+        assert not any(s.any() for s in scores(**fields))
+
+
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_scores_that_do_not_learn_prune_by_magnitude(scope):
     model, other = tiny(), tiny()
-    by_score = Movement(sparsity=0.7, initial="magnitude", scope=scope, learning_rate=1e-12, **FAST)
+    by_score = Movement(sparsity=0.7, scope=scope, learning_rate=1e-12, **FAST)
     by_size = Magnitude(sparsity=0.7, scope=scope, **FAST)
     for one, pruned in ((by_score, model), (by_size, other)):
         one.prepare(pruned, Context((one,)))
