@@ -105,13 +105,16 @@ def ran(score, validation, trained=1000, delta=1000):
 
 
 def graded(best, tasks=("sst2", "banking77")):
-    """A document in which the grid of every method has run and the rate at place `best` is the best one."""
+    """A document in which the grid of every method has run and the rate at place `best` of the first is the best."""
     document = {"cases": {}}
     # A fusion stands on adapters.
     for name in sorted(methods.SETTINGS, key=lambda name: name == "fusion"):
         for task in tasks:
-            for place, one in enumerate(methods.grid(document, task, name)):
-                document["cases"][one.name] = {"key": one.key, **ran(0.5, 0.9 if place == best else 0.8)}
+            good = methods.SETTINGS[name].rates[best] if best is not None else None
+            while missing := [one for one in methods.grid(document, task, name) if not methods.record(document, one)]:
+                for one in missing:
+                    score = 0.9 if one.facts["rate"] == good else 0.8
+                    document["cases"][one.name] = {"key": one.key, **ran(0.5, score)}
     return document
 
 
@@ -159,7 +162,33 @@ def test_test_scores_choose_nothing():
 
 def test_of_equal_rates_the_lowest_is_chosen():
     document = graded(None)
-    assert methods.chosen(document, "sst2", "lora") == min(methods.SETTINGS["lora"].rates)
+    assert methods.SETTINGS["lora"].rates == (3e-4, 1e-3, 3e-3)
+    assert methods.chosen(document, "sst2", "lora") == 3e-5
+
+
+@pytest.mark.parametrize("best, tried", [(0, (1e-4, 3e-4, 1e-3, 3e-3)), (2, (3e-4, 1e-3, 3e-3, 1e-2))])
+def test_a_grid_grows_beyond_an_end_that_is_best(best, tried):
+    document = graded(best)
+    assert tuple(one.facts["rate"] for one in methods.grid(document, "sst2", "lora")) == tried
+
+
+def test_a_grid_grows_by_two_rates_at_most():
+    document = {"cases": {}}
+    for number in range(5):
+        assert methods.chosen(document, "sst2", "lora") is None
+        one = methods.grid(document, "sst2", "lora")[number]
+        document["cases"][one.name] = {"key": one.key, **ran(0.5, one.facts["rate"])}
+    assert methods.chosen(document, "sst2", "lora") == 3e-2
+
+
+def test_every_grid_stands_on_a_ladder():
+    for setting in methods.SETTINGS.values():
+        below, above = methods.neighbours(setting.rates)
+        assert below < min(setting.rates) and max(setting.rates) < above
+    assert methods.neighbours((1e-3, 3e-3)) == (3e-4, 1e-2)
+    assert methods.neighbours((5e-5, 1e-4, 2e-4)) == (2e-5, 5e-4)
+    with pytest.raises(ValueError, match="on no ladder"):
+        methods.neighbours((4e-4,))
 
 
 def test_nothing_is_chosen_before_the_grid_has_run():
@@ -179,7 +208,7 @@ def test_small_tasks_take_the_choice_of_another_and_run_once():
     (one,) = methods.seeded(document, "wnut17", "lora")
     assert one.facts["rate"] == methods.SETTINGS["lora"].rates[2]
     assert parse_recipe(dict(one.recipe)).task == "token-classification"
-    assert [run.facts["task"] for run in methods.grid(document, "wnut17", "lora")] == ["banking77"] * 3
+    assert [run.facts["task"] for run in methods.grid(document, "wnut17", "lora")] == ["banking77"] * 4
 
 
 def test_fusion_reads_the_adapters_at_their_chosen_rates():
@@ -233,8 +262,9 @@ def test_a_rate_that_diverges_is_not_chosen(pretended):
     path, order, diverging = pretended
     diverging |= {"sst2-lora-0.001", "sst2-lora-0.003"}
     found, table = study("sst2", "lora", path)
-    assert found["learning_rate"] == 3e-4 and order[3:] == ["sst2-lora-0.0003-seed1", "sst2-lora-0.0003-seed2"]
-    assert "0.0003 (0.0003: 0.0, 0.001: diverged, 0.003: diverged)" in table
+    assert found["learning_rate"] == 3e-5
+    assert order[3:] == [f"sst2-lora-{run}" for run in ("0.0001", "3e-05", "3e-05-seed1", "3e-05-seed2")]
+    assert "3e-05 (3e-05: 0.0, 0.0001: 0.0, 0.0003: 0.0, 0.001: diverged, 0.003: diverged)" in table
     diverging.add("banking77-lora-0.001-seed1")
     _, table = study("banking77", "lora", path)
     # A mean over the other seeds would flatter it.
