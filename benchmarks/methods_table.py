@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import mean, stdev
+from math import sqrt
+from statistics import mean, stdev, variance
 from typing import Any
 
 from benchmarks.race import ratio
@@ -42,6 +43,7 @@ def render(
         "## Test score",
         _table(["method", *tasks], [[m, *(_several(finished.get((t, m))) for t in tasks)] for m in methods]),
         "## What papers claim",
+        "Points are differences from full fine-tuning, ± their standard error over the seeds.",
         "\n".join(f"- {line}" for line in claims(finished, tasks, masked)),
         "## What it costs",
         _costs(document, finished, tasks[0], methods),
@@ -60,7 +62,7 @@ def scores(runs: Sequence[Mapping[str, Any]] | None) -> list[float]:
 
 
 def claims(finished: Runs, tasks: Sequence[str], masked: Mapping[str, int]) -> list[str]:
-    """A line for each claim: met, not met or not measured, and the figures that say so.
+    """A line for each claim: met, not met or not measured, and the figures (with standard errors) that say so.
 
     Tasks with several seeds decide; a single run says too little.
     """
@@ -75,10 +77,13 @@ def _verdict(claim: str, holds: Sequence[tuple[bool, str]], every: bool = True) 
     return f"{claim}: **{'met' if met else 'not met'}**: " + "; ".join(figure for _, figure in holds) + "."
 
 
-def _points(finished: Runs, task: str, method: str) -> float | None:
-    """Points of the score above full fine-tuning's."""
+def _points(finished: Runs, task: str, method: str) -> tuple[float, float] | None:
+    """Points of the score above full fine-tuning's, and the standard error of that over the seeds."""
     own, full = scores(finished.get((task, method))), scores(finished.get((task, "full")))
-    return 100 * (mean(own) - mean(full)) if own and full else None
+    if not own or not full:
+        return None
+    error = sqrt(sum(variance(found) / len(found) for found in (own, full)))
+    return 100 * (mean(own) - mean(full)), 100 * error
 
 
 def _below(finished: Runs, tasks: Sequence[str], method: str, limit: float) -> tuple[bool, list[str]] | None:
@@ -87,7 +92,8 @@ def _below(finished: Runs, tasks: Sequence[str], method: str, limit: float) -> t
     measured = {task: points for task, points in found.items() if points is not None}
     if not measured:
         return None
-    return min(measured.values()) >= -limit, [f"{task} {points:+.1f}" for task, points in measured.items()]
+    told = [f"{task} {points:+.1f} ± {error:.1f}" for task, (points, error) in measured.items()]
+    return min(points for points, _ in measured.values()) >= -limit, told
 
 
 def _adapters(finished: Runs, tasks: Sequence[str]) -> str:

@@ -304,7 +304,7 @@ def said(**changes):
 def test_claims_that_hold_are_met():
     lines = said()
     assert len(lines) == 3 and all("**met**" in line for line in lines)
-    assert "sst2 +0.0, banking77 +0.0 points with 4.5 %" in lines[0]
+    assert "sst2 +0.0 ± 0.8, banking77 +0.0 ± 0.8 points with 4.5 %" in lines[0]
     assert lines[1].count("1.00 bits") == 2
     assert "100.0 %" in lines[2]
 
