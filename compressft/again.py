@@ -13,7 +13,7 @@ from compressft.checkpoint import MANIFEST, read_manifest
 from compressft.errors import UserError
 from compressft.export import export
 from compressft.model import load_tokenizer
-from compressft.progress import quiet_libraries
+from compressft.quiet import quiet_libraries
 from compressft.recipe import load_recipe
 from compressft.report import load_metrics, write_report
 from compressft.run import complete, load_task, refuse_export

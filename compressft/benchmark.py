@@ -46,10 +46,11 @@ def training(recipe: Recipe, steps: int) -> list[dict[str, Any]]:
 
     from compressft.memory import keep_freed_memory
     from compressft.model import count, load_model, load_tokenizer
-    from compressft.progress import quiet_libraries
+    from compressft.precision import autocast_dtype
+    from compressft.quiet import quiet_libraries
     from compressft.run import load_task
     from compressft.stages import StageRows
-    from compressft.trainer import LengthGroupedSampler, autocast_dtype
+    from compressft.trainer import LengthGroupedSampler
     from compressft.transform import Context, trainable
 
     quiet_libraries()

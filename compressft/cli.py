@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from compressft import __version__
-from compressft.errors import UserError, VerificationError
+from compressft.errors import Interrupted, UserError, VerificationError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -57,15 +57,16 @@ def run(
     smoke: Annotated[bool, typer.Option("--smoke", help="Everything on a few rows, in under a minute.")] = False,
 ) -> None:
     """Train, compress, export, verify, measure and report."""
-    from compressft.progress import Interrupted
     from compressft.recipe import load_recipe
     from compressft.recipe import smoke as few_rows
-    from compressft.report import terminal_table
-    from compressft.run import run as run_recipe
 
     loaded = load_recipe(recipe, set or ())
     if smoke:
         loaded = few_rows(loaded)
+    # After the recipe, which is refused before seconds of imports.
+    from compressft.report import terminal_table
+    from compressft.run import run as run_recipe
+
     folder = output or Path("runs") / loaded.name
     try:
         report = run_recipe(loaded, folder, resume, err)
@@ -82,13 +83,12 @@ def run(
 @app.command()
 def recipes() -> None:
     """List the shipped recipes."""
-    from compressft.document import shipped_recipes
-    from compressft.recipe import load_recipe
+    from compressft.document import read_document, shipped_recipes
 
     names = shipped_recipes()
     width = max(map(len, names))
     for name in names:
-        out.print(f"{name:{width}}  {load_recipe(name).description}", soft_wrap=True)
+        out.print(f"{name:{width}}  {read_document(name)['description']}", soft_wrap=True)
 
 
 @app.command()
@@ -101,7 +101,7 @@ def evaluate(
 ) -> None:
     """Score a torch checkpoint or an ONNX file with the same metrics."""
     from compressft.evaluate import evaluate as score
-    from compressft.progress import quiet_libraries
+    from compressft.quiet import quiet_libraries
 
     quiet_libraries()
     result = score(source, data)
@@ -238,7 +238,7 @@ def convert(
 ) -> None:
     """Turn an adapter of PEFT's or AdapterHub's into ours, or ours into theirs."""
     from compressft.formats.convert import convert as convert_folder
-    from compressft.progress import quiet_libraries
+    from compressft.quiet import quiet_libraries
 
     quiet_libraries()
     done = convert_folder(source, target, to, base)

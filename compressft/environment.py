@@ -12,7 +12,7 @@ def lines() -> list[str]:
     from compressft_kernels import explain
     from compressft_kernels.dispatch import OPERATIONS
 
-    from compressft.trainer import autocast_dtype
+    from compressft.precision import autocast_dtype
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = autocast_dtype("auto", device)

@@ -1,4 +1,4 @@
-"""The one exception that stands for a user's mistake, and the nearest-match helper its messages use."""
+"""The exceptions that the command line turns into exit codes, and the nearest-match helper their messages use."""
 
 import difflib
 from collections.abc import Iterable
@@ -10,6 +10,10 @@ class UserError(ValueError):
 
 class VerificationError(RuntimeError):
     """The exported file does not do what the trained model does. Exit code 1."""
+
+
+class Interrupted(Exception):
+    """Training stopped by SIGINT after a checkpoint was published. Exit code 130."""
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

@@ -74,7 +74,7 @@ class Prediction:
 @cache
 def matmul_rate(precision: str) -> float:
     """FLOP/s of a matrix product of a small encoder's shape in the training precision, on this machine, now."""
-    from compressft.trainer import autocast_dtype
+    from compressft.precision import autocast_dtype
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = autocast_dtype(precision, device) or torch.float32

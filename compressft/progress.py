@@ -18,10 +18,6 @@ from compressft.data.tasks import Task
 from compressft.folder import RunFolder
 
 
-class Interrupted(Exception):
-    """Training stopped by SIGINT after a checkpoint was published."""
-
-
 class Reporter(TrainerCallback):
     """Shows and records loss, metric, sparsity and bit width (now and target); publishes checkpoints; heeds SIGINT.
 
@@ -192,11 +188,3 @@ def _on_sigint(handler: Callable[[int, FrameType | None], None]) -> Any:
         return signal.signal(signal.SIGINT, handler)
     except ValueError:
         return None
-
-
-def quiet_libraries() -> None:
-    """transformers' own bars and loading tables would hide ours."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()

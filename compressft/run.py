@@ -16,7 +16,7 @@ from compressft.export.verify import model_logits
 from compressft.folder import RunFolder, open_folder
 from compressft.memory import keep_freed_memory
 from compressft.model import load_tokenizer
-from compressft.progress import quiet_libraries
+from compressft.quiet import quiet_libraries
 from compressft.recipe import Recipe
 from compressft.report import load_metrics, write_report
 from compressft.stages import SETTLE_ROWS, train_stages, unchanged

@@ -16,7 +16,7 @@ from compressft import ranks
 from compressft.checkpoint import load_compressed, save_compressed
 from compressft.costs import CostTable
 from compressft.data import Splits, Task, make_task
-from compressft.errors import UserError, VerificationError
+from compressft.errors import Interrupted, UserError, VerificationError
 from compressft.export.flow import sample_batch
 from compressft.export.table import Deployment, measure_reference, measure_table
 from compressft.export.verify import model_logits
@@ -126,7 +126,7 @@ def train_stage(
     """Train one stage in place, from its newest checkpoint where there is one; returns its record."""
     from transformers import set_seed
 
-    from compressft.progress import Interrupted, Reporter
+    from compressft.progress import Reporter
     from compressft.trainer import CompressionTrainer
 
     set_seed(stage.train.seed)

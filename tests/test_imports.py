@@ -50,6 +50,12 @@ def test_command_line_starts_without_the_heavy_ones():
     assert done.stdout.strip() == "[]", done.stderr
 
 
+def test_mistakes_in_recipes_and_data_are_found_before_seconds_of_imports():
+    slow = ("peft", "torch._dynamo", *HEAVY)
+    done = python("-c", f"import sys, compressft.run; print([n for n in {slow!r} if n in sys.modules])")
+    assert done.stdout.strip() == "[]", done.stderr
+
+
 def test_public_names_are_few_and_resolve():
     assert len(compressft.__all__) <= 10
     assert sorted(set(compressft.__all__)) == sorted(compressft.__all__)

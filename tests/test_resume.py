@@ -24,9 +24,10 @@ from compressft import cli
 from compressft.folder import RunFolder
 from compressft.methods import METHODS
 from compressft.model import load_model
+from compressft.precision import computes_in_bf16
 from compressft.recipe import load_recipe
 from compressft.run import run
-from compressft.trainer import CompressionTrainer, computes_in_bf16
+from compressft.trainer import CompressionTrainer
 from tests.methods.added import save_adapter
 from tests.tiny_folder import rows_of, save_tiny, write_jsonl
 

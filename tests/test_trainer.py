@@ -13,8 +13,9 @@ from transformers import TrainerCallback
 from compressft.data import make_task
 from compressft.errors import UserError
 from compressft.objectives.distill import Distill
+from compressft.precision import autocast_dtype
 from compressft.recipe import TrainConfig
-from compressft.trainer import CompressionTrainer, LengthGroupedSampler, autocast_dtype
+from compressft.trainer import CompressionTrainer, LengthGroupedSampler
 from compressft.transform import Context, Transform
 from tests.tiny import LABELS, VOCABULARY, tiny
 

@@ -26,7 +26,7 @@ from compressft.adapted import Adapted, get_model
 from compressft.formats.convert import convert
 from compressft.measure import hardware, versions
 from compressft.model import load_model
-from compressft.progress import quiet_libraries
+from compressft.quiet import quiet_libraries
 
 RESULTS = Path(__file__).parents[1] / "results"
 LIMIT = 1e-5

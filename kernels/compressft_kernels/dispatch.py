@@ -118,7 +118,6 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@torch.compiler.assume_constant_result
 def obstacle(device_type: str, index: int | None, dtype: torch.dtype) -> str | None:
     """Why no Triton kernel runs on this device in this dtype; None if they do."""
     if _pretended.get() is not None:
@@ -135,6 +134,10 @@ def obstacle(device_type: str, index: int | None, dtype: torch.dtype) -> str | N
         return "float64 has no kernel" if dtype == torch.float64 else None
     capability = _capability(torch.cuda.current_device() if index is None else index)
     return unsupported(capability, dtype)
+
+
+# What `torch.compiler.assume_constant_result` does after it has imported torch._dynamo, which takes seconds.
+obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def unsupported(capability: tuple[int, int], dtype: torch.dtype) -> str | None:
