@@ -209,7 +209,7 @@ def edge() -> list[Case]:
 
     return [
         one("banking77-15x", "banking77", [half, tiny], {"epochs": 14, "learning_rate": 3e-4}),
-        one("sst2-10x", "sst2-all", [times(9.3)], {"epochs": 4, "learning_rate": 2e-4}, pieces, 128, more),
+        one("sst2-10x", "sst2-all", [times(10.5)], {"epochs": 3, "learning_rate": 2e-4}, pieces, 128, more),
         one("sst2-15x", "sst2-all", [times(15.5)], {"epochs": 3, "learning_rate": 2e-4}, pieces, 128, more),
     ]
 

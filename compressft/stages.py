@@ -220,7 +220,7 @@ def known_costs(
                 options.latency_rounds,
             )
             table = measure_table(deployment, target.batch, target.length)
-            reference = measure_reference(deployment, target.batch, target.length)
+            reference = measure_reference(deployment, target.batch, target.length, table.about["between_nodes"])
             rounds = table.about.get("rounds") or [1.0]
             if max(rounds) > BUSY * min(rounds):
                 times = ", ".join(f"{ms:.2f}" for ms in rounds)

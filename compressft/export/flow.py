@@ -27,6 +27,7 @@ from compressft.export.fold import fold
 from compressft.export.fuse import fuse_qattention
 from compressft.export.locate import diverging_layer
 from compressft.export.onnx import save, to_graph
+from compressft.export.reached import missed, shapes_to_time
 from compressft.export.session import open_session
 from compressft.export.verify import Check, metric, model_logits, verify
 from compressft.flops import FLOPS_LENGTH, flops
@@ -229,9 +230,10 @@ def measure(
             ("torch", "base_fp32"): dense_folder,
         }
         options = recipe.export
-        report["latency_ms"] = latencies(models, options.latency_shapes, options.threads, options.latency_rounds)
+        report["latency_ms"] = latencies(models, shapes_to_time(recipe), options.threads, options.latency_rounds)
         report["size_bytes"]["base_onnx"] = onnx_bytes(base_file)
     report["size_bytes"]["onnx"] = onnx_bytes(root / "onnx" / "model.onnx")
+    report["notes"] += missed(recipe, report["latency_ms"])
 
 
 def onnx_bytes(path: Path) -> int:

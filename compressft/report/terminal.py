@@ -64,6 +64,7 @@ def _lines(report: dict) -> list[Text]:
     ):
         if training.get(key) is not None:
             lines[-1] += ", " + write(training[key])
+    lines += [f"note: {note}" for note in report.get("notes") or ()]
     return [Text(" " + line) for line in lines]
 
 

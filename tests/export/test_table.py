@@ -16,6 +16,7 @@ from compressft.export.table import (
     Samples,
     build_table,
     grid,
+    measure_reference,
     measure_table,
     sample_model,
     sample_shapes,
@@ -252,6 +253,29 @@ def onnxruntime_times_it(samples, one):
     assert table.groups == (1, 2) and table.neurons[-1] == 64
     assert 0 < table.attention[0] <= table.attention[-1] < 100 and table.ffn[0] > 0 and min(table.layer, table.rest) > 0
     assert table.about["threads"] == 1 and table.about["batch"] == 2
+
+
+@pytest.mark.parametrize(
+    ("whole", "parts", "want"),
+    [
+        pytest.param((10.6, 10.7), (11.2, 11.3), 10.2, id="quiet: less what tracing adds"),
+        pytest.param((60.5, 44.0), (13.0, 12.0), 11.0, id="busy: no whole run was quiet"),
+        pytest.param((9.0, 44.0), (14.0, 13.0), 9.0, id="a quiet run"),
+    ],
+)
+def test_the_uncompressed_model_is_timed_as_the_table_is(whole, parts, want):
+    seen = []
+
+    def timer(path, batch, length, threads):
+        assert path.is_file() and (batch, length) == (1, 16)
+        seen.append(path)
+        place = len(seen) - 1
+        return Timing(whole[place], {"rest": parts[place]}, {"rest": 250})
+
+    one = deployment()
+    one.rounds = 2
+    assert measure_reference(one, 1, 16, -0.004, timer) == pytest.approx(want)
+    assert len(seen) == 2
 
 
 def test_too_long_inputs_are_refused():

@@ -285,12 +285,12 @@ def test_a_gradual_run_measures_once_for_what_it_ships(tmp_path, monkeypatch):
 
     def fake(deployment, batch, length):
         asked.append((deployment.int8 is not None, batch, length, deployment.architecture.__name__))
-        return table(rest=0.2, about={"unit": "milliseconds"})
+        return table(rest=0.2, about={"unit": "milliseconds", "between_nodes": -0.003})
 
     # The fp32 file of the dense model is slower than the int8 arithmetic of the table; speedups count from it.
     reference = 1.25 * table(rest=0.2).cost([{"kv_heads": 4, "ffn": 64}] * 2)
     monkeypatch.setattr("compressft.stages.measure_table", fake)
-    monkeypatch.setattr("compressft.stages.measure_reference", lambda deployment, batch, length: reference)
+    monkeypatch.setattr("compressft.stages.measure_reference", lambda deployment, batch, length, between: reference)
     run(parse_recipe(write_recipe(tmp_path)), tmp_path / "run")
     # The first pruned stage already counts in the arithmetic that the recipe ends with, and the table serves both.
     assert asked == [(True, 1, 128, "BertForSequenceClassification")]

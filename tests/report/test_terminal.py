@@ -35,6 +35,11 @@ def test_large_figures_still_fit_on_one_line(report):
     assert any(line.count(" ms") == 3 and line.count("×") == 3 for line in text.splitlines())
 
 
+def test_notes_are_shown(report):
+    report["notes"] = ["target.speedup: 9.3 was asked for at 1x128, 2.5 was measured."]
+    assert " note: target.speedup: 9.3 was asked for at 1x128, 2.5 was measured." in _text(report)
+
+
 @pytest.mark.parametrize("report", [{}, {"latency_ms": None, "quality": None}])
 def test_nothing_measured(report):
     text = _text(report)
