@@ -97,11 +97,8 @@ def check_length(deployment: Deployment, length: int) -> None:
         raise UserError(f"target.length: {length} is more than the model's {limit} positions; lower it")
 
 
-def measure_reference(deployment: Deployment, batch: int, length: int, between: float, timer: Timer = trace) -> float:
+def measure_reference(deployment: Deployment, batch: int, length: int, between: float) -> float:
     """Milliseconds of the uncompressed fp32 model as transformers exports it, measured as the table is.
-
-    A busy machine leaves no run of it alone, but some runs of each node: the sum over those counts where it is less
-    than the quietest whole run.
 
     Args:
         between: what the table adds per node (its `about`).
@@ -114,7 +111,14 @@ def measure_reference(deployment: Deployment, batch: int, length: int, between: 
         file = Path(scratch) / "base.onnx"
         save(to_graph(model.eval(), dict(deployment.inputs), tidy=False), file)
         threads = deployment.threads or usable_cores()
-        rounds = [timer(file, batch, length, threads) for _ in range(deployment.rounds)]
+        return quietest([trace(file, batch, length, threads) for _ in range(deployment.rounds)], between)
+
+
+def quietest(rounds: Sequence[Timing], between: float) -> float:
+    """Milliseconds of one run of a model that was timed several times, `between` of them per node.
+
+    A busy machine leaves no whole run alone, but some runs of each node: their sum counts where it is less.
+    """
     return min(min(one.whole, sum(_without_tracing(one, between).values())) for one in rounds)
 
 
