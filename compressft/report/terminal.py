@@ -2,6 +2,7 @@
 
 from rich import box
 from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -51,7 +52,7 @@ def _latency(summary: Summary) -> RenderableType:
     return table
 
 
-def _lines(report: dict) -> list[Text]:
+def _lines(report: dict) -> list[Padding]:
     parity, training = part(report, "parity"), part(report, "training")
     agreement = parity.get("label_agreement")
     lines = [f"parity: largest output difference torch to ONNX {numbers.error(parity.get('max_abs_error'))}"]
@@ -65,7 +66,7 @@ def _lines(report: dict) -> list[Text]:
         if training.get(key) is not None:
             lines[-1] += ", " + write(training[key])
     lines += [f"note: {note}" for note in report.get("notes") or ()]
-    return [Text(" " + line) for line in lines]
+    return [Padding(Text(line), (0, 0, 0, 1), expand=False) for line in lines]
 
 
 def _table(first: str, *others: str) -> Table:
