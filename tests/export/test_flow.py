@@ -9,6 +9,7 @@ from pathlib import Path
 
 import onnx
 import pytest
+import yaml
 
 from compressft import cli
 from compressft.recipe import parse_recipe
@@ -65,6 +66,14 @@ def test_run_without_export(trained):
 
 
 def test_export_of_a_trained_run(copy, trained, export):
+    # As if it had been asked for more speed than there is.
+    recipe = yaml.safe_load((copy / "recipe.yaml").read_text())
+    target = {"latency_ms": 1.0e-6, "batch": 2, "length": 16}
+    recipe["stages"][0]["passes"][0] = {"type": "ziplm", "target": target}
+    (copy / "recipe.yaml").unlink()
+    (copy / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    asked = (copy / "recipe.yaml").read_bytes()
+
     code, stderr = export(copy, "enabled=true", "attention=fused")
     assert code == 0, stderr
     found = Counter(node.op_type for node in onnx.load(str(copy / "onnx" / "model.onnx")).graph.node)
@@ -73,10 +82,14 @@ def test_export_of_a_trained_run(copy, trained, export):
     for key in ("parameters", "training", "stages", "shapes"):
         assert after[key] == before[key], key
     assert after["quality"]["torch"] == before["quality"]["torch"] == after["quality"]["onnx"]
-    assert {(row["batch"], row["length"]) for row in after["latency_ms"]} == {(2, 8)} and len(after["latency_ms"]) == 3
+    assert {(row["batch"], row["length"]) for row in after["latency_ms"]} == {(2, 8), (2, 16)}
+    assert len(after["latency_ms"]) == 6
+    (note,) = after["notes"]
+    assert note.startswith("target.latency_ms: 1e-06 was asked for at 2x16, ")
     # The uncompressed model is measured although the run has none.
     assert after["size_bytes"]["base_onnx"] > after["size_bytes"]["onnx"] > 0
-    for name in ("recipe.yaml", "metrics.jsonl", "model/model.safetensors"):
+    assert (copy / "recipe.yaml").read_bytes() == asked
+    for name in ("metrics.jsonl", "model/model.safetensors"):
         assert (copy / name).read_bytes() == (trained / name).read_bytes()
     assert not list(copy.glob("tmp*"))
 
