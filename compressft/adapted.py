@@ -61,8 +61,12 @@ class Adapted(nn.Module):
         self._check_free(name)
         method = as_method(method)
         tree = shared_copy(self.base_model)
-        method.prepare(tree, Context((method,), seed=seed))
-        own_what_is_trained(tree, self.base_model)
+        try:
+            method.prepare(tree, Context((method,), seed=seed))
+            own_what_is_trained(tree, self.base_model)
+        finally:
+            # A method that is refused halfway has unfrozen tensors which all trees share.
+            self.base_model.requires_grad_(False)
         self.trees[name], self.methods[name] = tree.train(self.training), method
         self.set_adapter(name)
 

@@ -225,6 +225,9 @@ def load_compressed(folder: str | Path, verify: bool = True) -> Any:
     if (folder / EXTRA).is_file():
         tensors |= load_file(folder / EXTRA)
     _fill(model, manifest["modules"], tensors)
+    unused = sorted(set(tensors) - {name.replace(".inner.", ".") for name in model.state_dict()})
+    if unused:
+        raise UserError(f"{folder}: tensor {unused[0]!r} has no place in a {manifest['architecture']}; train it again")
     return model.eval()
 
 
@@ -321,7 +324,7 @@ def load_delta(folder: str | Path, base: str | None = None) -> Any:
     manifest = read_manifest(folder)
     verify_files(folder, manifest["files"])
     name = base or manifest["model"]
-    tensors = base_tensors(name)
+    tensors = base_tensors(name, manifest["architecture"])
     if content_hash(tensors) != manifest["base_hash"]:
         raise UserError(
             f"{folder}: was made on another base than {name!r} (content hashes differ); give the right base"
@@ -333,19 +336,23 @@ def load_delta(folder: str | Path, base: str | None = None) -> Any:
     return model.eval()
 
 
-def base_tensors(name: str) -> dict[str, Tensor]:
-    """The pretrained tensors of a base model under the names they have inside a model with a head.
+def base_tensors(name: str, architecture: str = "AutoModel") -> dict[str, Tensor]:
+    """The pretrained tensors of a base model under the names they have inside a model of this architecture.
 
-    Tensors that the checkpoint lacks (and transformers would draw at random) are left out.
+    A causal language model's output layer is among them, a classifier's head is not: nor is any tensor that the
+    checkpoint lacks (and transformers would draw at random).
     """
     source = resolve(name)
     if (Path(source) / MANIFEST).is_file():
         plain, extra = plain_state(load_compressed(source))
         return plain | extra
     register()
-    from transformers import AutoModel
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    model, loading = AutoModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+    whole = architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    kind = getattr(transformers, architecture) if whole else transformers.AutoModel
+    model, loading = kind.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
     missing = set(loading["missing_keys"])
-    prefix = model.base_model_prefix
-    return {f"{prefix}.{key}": value for key, value in plain_state(model)[0].items() if key not in missing}
+    prefix = "" if whole else f"{model.base_model_prefix}."
+    return {f"{prefix}{key}": value for key, value in plain_state(model)[0].items() if key not in missing}

@@ -143,9 +143,12 @@ def checkpoint_activations(model: nn.Module) -> None:
 
 
 def head_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Parameters outside the backbone, plus its pooler: what a new task always trains. Tied weights are not head."""
+    """Parameters outside the backbone, plus its pooler: what a new task always trains.
+
+    A language model has none: its output layer is pretrained, tied to the embeddings or not.
+    """
     parts = anatomy(model)
-    if not parts.prefix:
+    if not parts.prefix or model.get_output_embeddings() is not None:  # type: ignore[operator]
         return []
     pooler = parts.path(parts.family.pooler) + "." if parts.family.pooler else None
     return [

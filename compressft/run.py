@@ -92,7 +92,7 @@ def ship(
     sample = task.encode(splits.validation[:SETTLE_ROWS])
     loaded = load_compressed(folder.root / "model")
     unchanged("saving and loading model/", model_logits(model, task, sample), model_logits(loaded, task, sample))
-    save_delta(model, task.tokenizer, base_tensors(recipe.model), folder.root / "delta", info)
+    save_delta(model, task.tokenizer, base_tensors(recipe.model, type(model).__name__), folder.root / "delta", info)
     report = complete(export(recipe, folder.root, splits, console), recipe, stages)
     write_report(report, load_metrics(folder.metrics), folder.root / "report")
     return report

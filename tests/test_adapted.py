@@ -173,3 +173,12 @@ def test_every_method_by_name():
         assert name in METHODS
         adapted = get_model(tiny(), {"type": name, **fields.get(name, {})})
         assert adapted.get_nb_trainable_parameters()[0] > 0
+
+
+def test_a_refused_method_leaves_the_base_frozen():
+    adapted = get_model(tiny(), {"type": "mask", "head": "masked"}, "mask")
+    before = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    with pytest.raises(UserError, match="nothing"):
+        adapted.add_adapter("b", {"type": "peft", "config": {"peft_type": "LORA", "target_modules": ["nothing"]}})
+    assert {name for name, parameter in adapted.named_parameters() if parameter.requires_grad} == before
+    assert not any(parameter.requires_grad for parameter in adapted.base_model.parameters())

@@ -15,6 +15,7 @@ from compressft.formats.files import CONFIG, KEY, TENSORS, read_json, read_tenso
 from compressft.formats.settled import Settled, of_backbone, origin, own_head, put, shared_copy
 from compressft.methods import METHODS
 from compressft.model import content_hash
+from compressft.modules.lsh import Lsh, without_cache
 from compressft.modules.structure import describe
 from compressft.recipe import parse_recipe, parse_transform
 from compressft.shrink import resize, shapes
@@ -159,6 +160,9 @@ def read_delta(base: nn.Module, folder: Path) -> Settled:
 
 def _pretrained_hashes(base: nn.Module, tensors: Mapping[str, Tensor]) -> set[str]:
     """Hashes that `base_tensors` may have given for this model, whose pooler may be pretrained or not."""
+    if base.get_output_embeddings() is not None:  # type: ignore[operator]
+        # A language model's output layer is pretrained too.
+        return {content_hash(tensors)}
     parts = anatomy(base)
     backbone = {name: tensor for name, tensor in tensors.items() if of_backbone(base, name)}
     pooler = parts.path(parts.family.pooler) + "." if parts.family.pooler else None
@@ -187,6 +191,8 @@ def _settle(
     if entry["shapes"] != shapes(tree):
         resize(tree, entry["shapes"])
     put(tree, entry["modules"], tensors, str(folder))
+    if any(isinstance(module, Lsh) for module in tree.modules()):
+        without_cache(tree)
     return Settled(tree.eval(), base, method, own_head(tree, base))
 
 

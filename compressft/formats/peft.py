@@ -20,7 +20,7 @@ from compressft.formats.peft_model import modules_to_save, task_type, unsaveable
 from compressft.formats.settled import Settled, own_head, put, shared_copy
 from compressft.methods.peft import Peft
 from compressft.modules.prefix import Prefix
-from compressft.modules.tuner import ORIGIN, PeftTuner, peft_config, plain
+from compressft.modules.tuner import ORIGIN, PeftTuner, peft_config, peft_fields, plain
 from compressft.transform import Context
 
 BINARY = "adapter_model.bin"
@@ -40,7 +40,19 @@ def refusal(settled: Settled) -> str | None:
         return f"PEFT's format has no place for {what}; it holds PEFT's own tuners and prefixes"
     if len({json.dumps(tuner.config, sort_keys=True) for tuner in tuners}) > 1:
         return "its tuners have different configurations, and PEFT's folder holds one"
-    return unsaveable(settled, _of_tuners(settled))
+    if tuners[0].config.get("bias", "none") != "none":
+        return f"bias {tuners[0].config['bias']!r} also trains the base's biases, which is not read again"
+    problem = unsaveable(settled, _of_tuners(settled))
+    if problem is None:
+        from peft import get_peft_model
+
+        try:
+            with _quiet(), torch.device("meta"):
+                get_peft_model(shared_copy(settled.plain), peft_config(tuners[0].config))
+        except (TypeError, ValueError) as error:
+            # Many of its types do not take a Conv1D.
+            problem = f"the peft package cannot put them on this model: {' '.join(str(error).split())}"
+    return problem
 
 
 def _of_tuners(settled: Settled) -> set[str]:
@@ -86,14 +98,16 @@ def read(base: nn.Module, folder: Path) -> Settled:
         UserError: `peft` is not installed; a type, field or tensor has no place here; we wrote it for another base.
     """
     values = read_json(folder / CONFIG)
-    noted = read_metadata(folder / TENSORS).get("layers_hash")
+    header = read_metadata(folder / TENSORS)
+    noted = header.get("layers_hash")
     if noted is not None and noted != layers_hash(base, plain_state(base)[0]):
         raise UserError(
             f"{folder}: was made on another base than the model here (content hashes differ); "
             f"give {values.get('base_model_name_or_path') or 'the one it was trained on'}"
         )
     if str(values.get("peft_type")).upper() == "PREFIX_TUNING":
-        return peft_prefix.read(base, folder, values, read_tensors(folder, [TENSORS, BINARY]))
+        tensors = read_tensors(folder, [TENSORS, BINARY])
+        return peft_prefix.read(base, folder, values, tensors, header.get(peft_prefix.NUDGES, ""))
     config = _config(values, folder)
     tensors = _loaded(base, folder, config)
     # In our layers a weight lies the usual way round, and the head is trained anyway.
@@ -113,7 +127,9 @@ def _config(values: Mapping[str, Any], folder: Path) -> Any:
         raise UserError(f"{folder}: reading it wants the peft package: pip install compressft[peft]") from None
     try:
         # Fields of other versions of PEFT matter where they are set.
-        config = peft_config({k: v for k, v in values.items() if k == "peft_type" or (k not in ORIGIN and _is_set(v))})
+        known = peft_fields(values.get("peft_type"))
+        kept = {k: v for k, v in values.items() if k not in ORIGIN and (k in known or _is_set(v))}
+        config = peft_config({**kept, "peft_type": values.get("peft_type")})
     except ValueError as error:
         raise UserError(f"{folder / CONFIG}: {error}") from None
     kind = config.peft_type.value

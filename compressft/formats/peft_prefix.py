@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import inspect
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from compressft.modules.embedding import CompressedEmbedding
 from compressft.modules.prefix import Prefix
 from compressft.transform import Context
 
-KEY = "prompt_embeddings"
+KEY, NUDGES = "prompt_embeddings", "key_nudges"
 FIELDS = (
     "auto_mapping",
     "base_model_name_or_path",
@@ -106,21 +108,45 @@ def turned(model: nn.Module, key: Tensor, places: int) -> Tensor:
     return (key.double() * cos + torch.cat([-second, first], -1) * sin).to(key.dtype)
 
 
+def _nudges(exact: Sequence[Tensor], turned_back: Sequence[Tensor]) -> str:
+    """How many fp32 values further each exact key is than what turning twice gives, as text for a file's header."""
+    pairs = zip(exact, turned_back, strict=True)
+    steps = torch.cat([(a.view(torch.int32) - b.view(torch.int32)).flatten() for a, b in pairs])
+    return base64.b64encode(zlib.compress(steps.cpu().numpy().tobytes(), 9)).decode() if steps.any() else ""
+
+
+def _nudged(keys: Sequence[Tensor], text: str) -> list[Tensor]:
+    """Undo `_nudges`."""
+    if not text:
+        return list(keys)
+    steps = torch.frombuffer(bytearray(zlib.decompress(base64.b64decode(text))), dtype=torch.int32)
+    parts = steps.split([key.numel() for key in keys])
+    return [
+        (key.contiguous().view(torch.int32) + part.view(key.shape).to(key.device)).view(torch.float32)
+        for key, part in zip(keys, parts, strict=True)
+    ]
+
+
 def write(settled: Settled, folder: Path, note: Mapping[str, Any]) -> None:
     """Write PEFT's two files, without PEFT; `refusal` must have had no objection."""
     fronts = [prefix_of(site.module) for site in sites(settled.model)]
     pairs: list[Tensor] = []
+    keys: list[Tensor] = []
     for front in fronts:
         assert isinstance(front, Prefix)
         length = front.key.shape[1]
-        pairs += [turned(settled.plain, front.key.detach(), length), front.value.detach()]
+        keys.append(front.key.detach().float())
+        pairs += [turned(settled.plain, keys[-1], length), front.value.detach()]
+    again = [turned(settled.plain, key, -length) for key in pairs[::2]]
     heads, length, size = pairs[0].shape
     saved = modules_to_save(settled, _held(settled))
     tensors = {KEY: torch.stack(pairs).permute(2, 0, 1, 3).reshape(length, -1)}
     for path in saved:
         state = settled.model.get_submodule(path).state_dict()
         tensors |= {f"base_model.{path}.{name}": tensor for name, tensor in state.items()}
-    write_tensors(folder / TENSORS, tensors, note)
+    # PEFT reads the tensors; what turning a key twice rounds away is in the header.
+    nudges = _nudges(keys, again)
+    write_tensors(folder / TENSORS, tensors, {**note, NUDGES: nudges} if nudges else note)
     write_json(
         folder / CONFIG,
         {
@@ -143,8 +169,13 @@ def write(settled: Settled, folder: Path, note: Mapping[str, Any]) -> None:
     )
 
 
-def read(base: nn.Module, folder: Path, values: Mapping[str, Any], stored: Mapping[str, Tensor]) -> Settled:
+def read(
+    base: nn.Module, folder: Path, values: Mapping[str, Any], stored: Mapping[str, Tensor], nudges: str = ""
+) -> Settled:
     """A prefix of PEFT's on a tree of this base's tensors.
+
+    Args:
+        nudges: as `write` puts them into the header under `NUDGES`.
 
     Raises:
         UserError: PEFT itself has none for such a model; a tensor is missing, unknown or has another shape.
@@ -170,10 +201,11 @@ def read(base: nn.Module, folder: Path, values: Mapping[str, Any], stored: Mappi
     method.prepare(tree, Context())
     site = places[0]
     pairs = rows.view(length, 2 * len(places), site.heads, site.size).permute(1, 2, 0, 3)
+    keys = _nudged([turned(base, pairs[2 * number], -length) for number in range(len(places))], nudges)
     with torch.no_grad():
         for number, place in enumerate(sites(tree)):
             front: Any = prefix_of(place.module)
-            front.key.copy_(turned(base, pairs[2 * number], -length))
+            front.key.copy_(keys[number])
             front.value.copy_(pairs[2 * number + 1])
     head = {name.removeprefix("base_model."): tensor for name, tensor in stored.items() if name != KEY}
     put(tree, {}, head, str(folder))

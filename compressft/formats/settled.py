@@ -82,13 +82,20 @@ def own_what_is_trained(tree: nn.Module, base: nn.Module) -> None:
                 if id(parameter) not in copies:
                     copies[id(parameter)] = nn.Parameter(parameter.detach().clone())
                 setattr(module, name, copies[id(parameter)])
-    base.requires_grad_(False)
 
 
 def own_head(tree: nn.Module, plain: nn.Module) -> frozenset[str]:
-    """Names of the tensors of a tree's task head that it does not share with its base."""
+    """Names of the tensors of a tree's task head that it does not share with its base, or masks.
+
+    A masked head is a random one: another loading of the base draws other values.
+    """
     shared = {parameter.data_ptr() for parameter in plain.parameters()}
-    return frozenset(name for name, tensor in head_parameters(tree) if tensor.data_ptr() not in shared)
+    head = [(name, tensor) for name, tensor in head_parameters(tree)]
+    outside = [name for name, _ in head if not of_backbone(tree, name) and ".gates." not in name]
+    owners = [tree.get_submodule(name.rpartition(".")[0]) for name in outside]
+    masked = outside if any(isinstance(owner, CompressedLinear) and len(owner.gates) for owner in owners) else []
+    own = [name for name, tensor in head if tensor.data_ptr() not in shared and ".gates." not in name]
+    return frozenset([*own, *masked])
 
 
 def of_backbone(model: nn.Module, name: str) -> bool:

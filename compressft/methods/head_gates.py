@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from compressft.anatomy import Layer, anatomy
+from compressft.errors import UserError
 from compressft.methods.full import Full
 from compressft.methods.layers import Layers
 from compressft.model import compress_linear
@@ -57,9 +58,20 @@ class HeadGates(Transform):
         return self
 
     def prepare(self, model: nn.Module, context: Context) -> None:
+        layers = anatomy(model).layers
+        if layers[0].family.fixed_heads:
+            raise UserError(
+                "method head_gates: all layers of this family share a position bias per head, so no head can go; "
+                "take another method"
+            )
         (Full() if self.weights == "trained" else Layers(top=0)).prepare(model, context)
+        if self.end < 1.0 and not any(p.requires_grad for p in model.parameters()):
+            raise UserError(
+                "method head_gates.weights: frozen leaves a language model nothing to train once the heads are "
+                f"decided, from progress {self.end} on; set weights to trained, or end to 1.0"
+            )
         generator = torch.Generator().manual_seed(context.seed)
-        for layer in anatomy(model).layers:
+        for layer in layers:
             linear = compress_linear(model, f"{layer.name}.{layer.family.o}")
             size = layer.head_dim * layer.heads // layer.kv_heads
             gate = (

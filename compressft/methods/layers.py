@@ -16,9 +16,9 @@ from compressft.transform import Context, Transform
 class Layers(Transform):
     """Freeze the embeddings and all layers below the top `top` (Lee, Tang & Lin 2019, arXiv:1911.03090).
 
-    Nothing below the cut requires a gradient, so no graph is kept there. An output embedding that is tied to the
-    frozen input embedding stays frozen. top = 0 trains the head alone; top = all layers also leaves the embeddings
-    frozen, which is where it differs from `full`.
+    Nothing below the cut requires a gradient, so no graph is kept there. top = 0 trains the head alone; top = all
+    layers also leaves the embeddings frozen, and a language model's output layer, tied to them or not: that is where it
+    differs from `full`.
     """
 
     type: Literal["layers"] = "layers"
@@ -31,7 +31,6 @@ class Layers(Transform):
         freeze(model)
         for layer in parts.layers[len(parts.layers) - self.top :]:
             layer.module.requires_grad_(True)
-        # A tied output embedding counts under the frozen input embedding's name, so it is not among these.
         for _, parameter in head_parameters(model):
             parameter.requires_grad_(True)
         if parts.family.final_norm and self.top > 0:

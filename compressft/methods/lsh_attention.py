@@ -13,7 +13,7 @@ from compressft.anatomy import anatomy, refuse_pairs
 from compressft.errors import UserError
 from compressft.methods.full import Full
 from compressft.modules.attention import TRAINING, prefix_of
-from compressft.modules.lsh import Lsh
+from compressft.modules.lsh import Lsh, without_cache
 from compressft.transform import Context, Transform
 
 
@@ -72,9 +72,7 @@ class LshAttention(Transform):
                 site.add_module("lsh", new.to(next(model.parameters()).device))
             if layer.family.k is not None:
                 layer.part(layer.family.k).requires_grad_(False)
-        for config in (owner.config, getattr(owner, "generation_config", None)):
-            if config is not None:
-                config.use_cache = False
+        without_cache(model)
 
     def _buckets(self, model: nn.Module, context: Context) -> int:
         """Two to a chunk of the longest row."""

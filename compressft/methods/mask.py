@@ -9,10 +9,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from compressft.anatomy import anatomy
 from compressft.errors import UserError
 from compressft.methods.layers import Layers
-from compressft.methods.places import Part, head_linears, linear_paths
+from compressft.methods.places import Part, head_linears, linear_paths, stacks
 from compressft.model import compress_linear
 from compressft.modules.gate import ScoreGate
 from compressft.modules.linear import CompressedLinear
@@ -62,11 +61,12 @@ class Mask(Transform):
         return PRESETS[self.preset].get(field) if value is None else value
 
     def prepare(self, model: nn.Module, context: Context) -> None:
-        depth = len(anatomy(model).layers)
-        first = self._set("first_layer")
-        first = depth // 6 if first is None else first
-        if first >= depth:
-            raise UserError(f"method.first_layer: {first} is no layer; the model has {depth}, counted from 0")
+        depths, given = stacks(model), self._set("first_layer")
+        if given is not None and given >= min(depths.values()):
+            raise UserError(
+                f"method.first_layer: {given} is no layer; the model has {min(depths.values())}, counted from 0"
+            )
+        first = {name: depth // 6 if given is None else given for name, depth in depths.items()}
         paths = linear_paths(model, self._set("parts"), first)
         if not paths:
             raise UserError(f"method.parts: {list(self._set('parts'))} names nothing that this model has; name more")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -11,10 +12,14 @@ from torch import nn
 from compressft.anatomy import anatomy
 from compressft.errors import UserError
 from compressft.methods.layers import Layers
+from compressft.methods.places import linear_paths
 from compressft.model import compress_linear, head_parameters, replace
 from compressft.modules.linear import CompressedLinear
 from compressft.modules.tuner import PeftTuner, inject, peft_config, plain
 from compressft.transform import Context, Transform
+
+# Ways to start that leave the base's weights alone.
+KEEP_THE_BASE = ("gaussian", "orthogonal")
 
 
 class Peft(Transform):
@@ -38,21 +43,35 @@ class Peft(Transform):
             raise ValueError("config.peft_type is missing; give a type of the peft package, such as LORA")
         if self.config.get("modules_to_save"):
             raise ValueError("config.modules_to_save: the head is trained anyway; remove it")
+        for field in ("alora_invocation_tokens", "target_parameters"):
+            if self.config.get(field):
+                raise ValueError(f"config.{field}: what it adapts is no weight of a linear layer; remove it")
+        start = self.config.get("init_lora_weights", True)
+        if not (isinstance(start, bool) or start in KEEP_THE_BASE):
+            raise ValueError(
+                f"config.init_lora_weights: {start!r} rewrites the base's weights or reads data, and the base is "
+                f"shared and shipped as it is; take true, false, {' or '.join(KEEP_THE_BASE)}"
+            )
         return self
 
     def prepare(self, model: nn.Module, context: Context) -> None:
         config = self._config(model)
         already = [path for path, module in model.named_modules() if isinstance(module, CompressedLinear)]
-        head = [parameter for _, parameter in head_parameters(model)]
-        for layer in anatomy(model).layers:
-            for path in layer.linears:
-                # A Conv1D has its weight the other way round.
-                compress_linear(model, f"{layer.name}.{path}")
+        head = dict(head_parameters(model))
+        # PEFT's own patterns for BERT take in its pooler's "dense".
+        places = [f"{layer.name}.{path}" for layer in anatomy(model).layers for path in layer.linears]
+        for path in [*places, *linear_paths(model, ("pooler",))]:
+            # A Conv1D has its weight the other way round.
+            compress_linear(model, path)
         Layers(top=0).prepare(model, context)
         try:
-            tuners = inject(model, config, context.seed)
-        except ValueError as error:
-            raise UserError(f"method peft.config: {' '.join(str(error).split())}") from None
+            with warnings.catch_warnings():
+                # That a bias cannot be merged: it is refused below.
+                warnings.filterwarnings("ignore", message="`lora_bias=True` was passed")
+                tuners = inject(model, config, context.seed)
+        except Exception as error:
+            # PEFT has no errors of its own: a wrong type ends wherever it is first used.
+            raise UserError(f"method peft.config: {' '.join(str(error).split()) or type(error).__name__}") from None
         values = plain(config)
         for path, tuner in tuners.items():
             base: Any = tuner.base_layer
@@ -63,20 +82,23 @@ class Peft(Transform):
                 )
             replace(model, path, base)
             PeftTuner(tuner, values, path).attach(base)
+        # One speaks for all: they differ in shape alone.
+        _check(model.get_submodule(next(iter(tuners))), values["peft_type"])
         # PEFT freezes whatever is not its own.
-        for parameter in head:
-            parameter.requires_grad_(True)
+        for name, parameter in head.items():
+            parameter.requires_grad_(name.rpartition(".")[0] not in tuners)
         for path, module in list(model.named_modules()):
             if isinstance(module, CompressedLinear) and module.delta is None and path not in already:
                 replace(model, path, module.restore())
 
     def _config(self, model: nn.Module) -> Any:
         try:
-            config = peft_config(self.config)
+            # Saved configurations say that they are for inference.
+            config = peft_config({name: value for name, value in self.config.items() if name != "inference_mode"})
         except ImportError:
             raise UserError("method peft: wants the peft package: pip install compressft[peft]") from None
-        except ValueError as error:
-            raise UserError(f"method peft.config: {error}") from None
+        except Exception as error:
+            raise UserError(f"method peft.config: {error or type(error).__name__}") from None
         if config.is_prompt_learning:
             raise UserError(
                 f"method peft.config.peft_type: {self.config['peft_type']} adds no weights; use method prefix"
@@ -94,3 +116,26 @@ class Peft(Transform):
             named = (rf"{re.escape(root)}\.\d+\.({'|'.join(map(re.escape, paths))})" for root, paths in stacks.items())
             config.target_modules = "|".join(named)
         return config
+
+
+def _check(linear: nn.Module, kind: str) -> None:
+    """Refuse a tuner that no weight and bias can hold.
+
+    Raises:
+        UserError: it is not affine in its input, or gives a bias to a layer that has none.
+    """
+    assert isinstance(linear, CompressedLinear) and isinstance(linear.delta, PeftTuner)
+    if linear.weight.is_meta:
+        # A model without values is there to be counted.
+        return
+    affine, biased = linear.delta.probe()
+    if not affine:
+        raise UserError(
+            f"method peft.config.peft_type: {kind} with these fields is no change of a weight, which is what passes "
+            "and export work on; take another type, such as LORA"
+        )
+    if biased and linear.bias is None:
+        raise UserError(
+            f"method peft.config: {kind} with these fields adds a bias to layers that have none, and the model's files "
+            "have no place for it; leave the bias out (lora_bias: false)"
+        )

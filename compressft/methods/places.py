@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from torch import nn
 
-from compressft.anatomy import anatomy
+from compressft.anatomy import Layer, anatomy
 from compressft.model import head_parameters
 
 Part = Literal["q", "k", "v", "o", "up", "down", "pooler"]
 PROJECTIONS: tuple[Part, ...] = ("q", "k", "v", "o", "up", "down")
 
 
-def linear_paths(model: nn.Module, parts: Sequence[Part] = PROJECTIONS, first_layer: int = 0) -> list[str]:
-    """Paths of these projections of the layers from `first_layer` on, and of the pooler's where "pooler" is among them.
+def stack(layer: Layer) -> str:
+    """Path of the list of layers that one is in: an encoder's or a decoder's."""
+    return layer.name.rpartition(".")[0]
+
+
+def stacks(model: nn.Module) -> Counter[str]:
+    """How many layers each stack has."""
+    return Counter(stack(layer) for layer in anatomy(model).layers)
+
+
+def linear_paths(
+    model: nn.Module, parts: Sequence[Part] = PROJECTIONS, first_layer: Mapping[str, int] | None = None
+) -> list[str]:
+    """Paths of these projections of the layers, and of the pooler's where "pooler" is among them.
 
     A fused qkv projection counts where all three are asked for. Families without a pooler have none to give.
+
+    Args:
+        first_layer: by stack, the first layer that counts (default: all count).
     """
-    found = anatomy(model)
+    found, first = anatomy(model), first_layer or {}
     paths = [
         f"{layer.name}.{path}"
         for layer in found.layers
-        if layer.index >= first_layer
+        if layer.index >= first.get(stack(layer), 0)
         for path, roles in layer.roles.items()
         if set(roles) <= set(parts)
     ]

@@ -67,9 +67,6 @@ class PrefixTuning(Transform):
         self._check(model)
         shifted = self._shifts(model, context)
         Layers(top=0).prepare(model, context)
-        output = model.get_output_embeddings()  # type: ignore[operator]
-        if output is not None:
-            output.requires_grad_(False)
         # A model without values is there to be counted.
         counted = next(model.parameters()).device.type == "meta"
         wanted = None if self.initial == "random" or counted else self._activations(model, context)

@@ -23,10 +23,10 @@ ORIGIN = "task_vector_origin"
 class TaskVector(Transform):
     """Train like `full`; the last step ends with theta = theta0 + scaling * decode(encode(theta - theta0)).
 
-    The matrices of the backbone are coded by `encoding` (`compressft.codes.Code`: "exact", "magnitude" with `density`,
-    "low_rank" with `rank`, "sign", "int8"), biases and norms exactly, the head not at all: it has no pretrained values
-    to start from. So the evaluation after the last step, the shipped model and its file are of what the coded vector
-    gives. `compressft.vectors` takes the vector out of the run's `delta/` and stores it in its code.
+    Pretrained matrices are coded by `encoding` (`compressft.codes.Code`: "exact", "magnitude" with `density`,
+    "low_rank" with `rank`, "sign", "int8"), biases and norms exactly, a new task's head not at all: it has no
+    pretrained values to start from. So the evaluation after the last step, the shipped model and its file are of what
+    the coded vector gives. `compressft.vectors` takes the vector out of the run's `delta/` and stores it in its code.
 
     theta0 is held once in the host's memory, not on the device and not in checkpoints: a resumed run prepares the same
     starting model again. "exact" with scaling 1 holds nothing.
@@ -56,7 +56,9 @@ class TaskVector(Transform):
     def prepare(self, model: nn.Module, context: Context) -> None:
         Full(freeze_embeddings=self.freeze_embeddings).prepare(model, context)
         if not self._plain:
-            head = {name for name, _ in head_parameters(model)}
+            inside = f"{anatomy(model).prefix}."
+            # A pooler is trained like a head, but pretrained.
+            head = {name for name, _ in head_parameters(model) if not name.startswith(inside)}
             # A model without values is there to be counted.
             kept = {
                 name: p.detach().cpu().clone() for name, p in trainable(model) if name not in head and not p.is_meta

@@ -15,6 +15,13 @@ from compressft.modules.kinds import Extra, known
 MASKED, ITSELF = -1e9, -1e5
 
 
+def without_cache(model: nn.Module) -> None:
+    """Let `model` generate without a cache: keys that are queries cannot be kept from step to step."""
+    for config in (model.config, getattr(model, "generation_config", None)):
+        if config is not None:
+            config.use_cache = False  # type: ignore[union-attr]
+
+
 @known
 class Lsh(Extra):
     """What an attention module's child `lsh` is: the settings of `lsh_attention`, and its rotations.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import warnings
@@ -102,6 +103,34 @@ class PeftTuner(Extra):
         changed = self._at(zero, with_bias=True)[0]
         return None if self.base.bias is None and not changed.any() else changed
 
+    @torch.no_grad()
+    def probe(self) -> tuple[bool, bool]:
+        """Whether the product is affine in its input, and whether it has a bias beside the base's.
+
+        Asked of a copy with values drawn for each of its parameters: most tuners start as no change at all.
+        """
+        view = self.base
+        other = PeftTuner.__new__(PeftTuner)
+        nn.Module.__init__(other)
+        # The base is seen, not copied.
+        other.tuner = copy.deepcopy(self.tuner, {id(view): view})
+        generator = torch.Generator().manual_seed(0)
+        for parameter in other.tuner.parameters():
+            drawn = torch.randn(parameter.shape, generator=generator) * 0.1
+            parameter.add_(drawn.to(parameter.device, parameter.dtype))
+        x = torch.randn(2, view.in_features, generator=generator).to(view.weight.device)
+        try:
+            y = other._at(x, with_bias=True)
+            zero = other._at(torch.zeros_like(x[:1]), with_bias=True)
+            whole = other._at(x.sum(0, keepdim=True), with_bias=True) + zero
+            weight = view.weight + other()
+        except (RuntimeError, ValueError, NotImplementedError):
+            return False, False
+        folded = x @ weight.t() + zero
+        size = y.abs().max()
+        affine = all(float((a - b).abs().max()) <= 1e-3 * float(size) for a, b in ((whole, y.sum(0)), (folded, y)))
+        return affine, bool((zero != (0 if view.bias is None else view.bias)).any())
+
     def _at(self, x: Tensor, with_bias: bool) -> Tensor:
         training = self.tuner.training
         self.base.with_bias = with_bias
@@ -144,17 +173,31 @@ def peft_config(values: Mapping[str, Any]) -> Any:
     Raises:
         ValueError: an unknown type or field.
     """
+    given = dict(values)
+    kind = given.pop("peft_type")
+    try:
+        return _config_class(kind)(**given)
+    except TypeError as error:
+        raise ValueError(f"{str(kind).upper()}: {error}") from None
+
+
+def peft_fields(kind: Any) -> set[str]:
+    """Names of the fields of a type's configuration.
+
+    Raises:
+        ValueError: an unknown type.
+    """
+    return {field.name for field in dataclasses.fields(_config_class(kind))}
+
+
+def _config_class(kind: Any) -> Any:
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    given = dict(values)
-    kind = str(given.pop("peft_type")).upper()
-    types = {str(getattr(name, "value", name)): found for name, found in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    if kind not in types:
-        raise ValueError(f"peft_type {kind!r} is not known to this peft; it knows {', '.join(sorted(types))}")
-    try:
-        return types[kind](**given)
-    except TypeError as error:
-        raise ValueError(f"{kind}: {error}") from None
+    name = str(kind).upper()
+    types = {str(getattr(known, "value", known)): found for known, found in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    if name not in types:
+        raise ValueError(f"peft_type {name!r} is not known to this peft; it knows {', '.join(sorted(types))}")
+    return types[name]
 
 
 def plain(config: Any) -> dict[str, Any]:

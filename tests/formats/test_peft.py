@@ -22,8 +22,10 @@ TUNERS = {
     "rank pattern": {"peft_type": "LORA", "target_modules": ["value"], "rank_pattern": {"0.attention.self.value": 2}},
     "all linears": {"peft_type": "LORA", "r": 3, "target_modules": "all-linear", "use_rslora": True},
     "dora": {"peft_type": "LORA", "r": 4, "use_dora": True},
+    "pooler too": {"peft_type": "LORA", "r": 2, "target_modules": ["query", "value", "dense"]},
     "lora bias": {"peft_type": "LORA", "r": 4, "lora_bias": True},
     "ia3": {"peft_type": "IA3"},
+    "ia3 of attention alone": {"peft_type": "IA3", "target_modules": ["key", "value"], "feedforward_modules": []},
     "loha": {"peft_type": "LOHA", "r": 2},
     "lokr": {"peft_type": "LOKR", "r": 2},
     "oft": {"peft_type": "OFT", "oft_block_size": 4, "r": 0},
@@ -248,3 +250,18 @@ def test_kept_in_our_own_format(bases, tmp_path):
     assert adapted.save_pretrained(tmp_path / "x") == {"default": "compressft"}
     same(Adapted.from_pretrained(loaded(bases()), tmp_path / "x"), adapted)
     assert logits(adapted, {"input_ids": torch.tensor([[5, 6]]), "attention_mask": torch.ones(1, 2)}).shape == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("gpt2", {"peft_type": "LOHA", "r": 2}),
+        ("llama", {"peft_type": "LORA", "r": 2, "bias": "lora_only"}),
+    ],
+)
+def test_what_peft_could_not_read_is_kept_in_our_own_format(bases, tmp_path, family, config):
+    """PEFT puts few of its types on a Conv1D; biases that are trained too are not read from its folders."""
+    folder = bases(family, architecture_of(family))
+    adapted = adapted_on(folder, {"type": "peft", "config": config}, family)
+    assert adapted.save_pretrained(tmp_path) == {"default": "compressft"}
+    same(Adapted.from_pretrained(loaded(folder), tmp_path), adapted, family)

@@ -12,7 +12,7 @@ from compressft.checkpoint import base_tensors, load_compressed, load_delta, sav
 from compressft.errors import UserError
 from compressft.export.fold import fold
 from compressft.methods.peft import Peft
-from compressft.model import checkpoint_activations
+from compressft.model import checkpoint_activations, count
 from compressft.modules.linear import CompressedLinear, bare
 from compressft.modules.tuner import PeftTuner, inject, peft_config
 from compressft.passes.int8 import Int8
@@ -38,6 +38,8 @@ CONFIGS = {
     "oft": {"peft_type": "OFT", "oft_block_size": 4, "r": 0},
     "hra": {"peft_type": "HRA", "r": 4},
 }
+# As PEFT's own patterns for BERT, it takes in the pooler.
+POOLER = {"peft_type": "LORA", "r": 2, "target_modules": ["query", "value", "dense"]}
 FEW = ["lora", "dora", "ia3"]
 
 
@@ -251,14 +253,65 @@ def test_seeded_without_touching_the_global_generator():
         ({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4}, "use method prefix"),
         ({"peft_type": "ADALORA", "total_step": 4}, "use LORA"),
         ({"peft_type": "VERA"}, "VERA"),
+        ({"peft_type": "LILY"}, "LILY with these fields is no change of a weight"),
+        ({"peft_type": "POLY"}, "POLY with these fields is no change of a weight"),
+        ({"peft_type": "LORA", "lora_bias": True, "family": "llama"}, "adds a bias to layers that have none"),
     ],
 )
 def test_refuses(config, message):
+    model = tiny(config.pop("family", "bert"))
     with pytest.raises(UserError, match=message):
-        Peft(config=config).prepare(tiny(), Context())
+        Peft(config=config).prepare(model, Context())
 
 
-@pytest.mark.parametrize("config", [{"r": 4}, {"peft_type": "LORA", "modules_to_save": ["classifier"]}])
+def test_a_pooler_that_is_adapted_stays_frozen():
+    model, method = tiny(), Peft(config=POOLER)
+    method.prepare(model, Context())
+    assert "bert.pooler.dense" in tuners_at(model)
+    names = {n for n, _ in trainable(model) if "lora" not in n}
+    assert names == {"classifier.weight", "classifier.bias"}
+    before = model.bert.pooler.dense.weight.clone()
+    fit(model, [method], [labelled(4)], 3, learning_rate=5e-2)
+    assert torch.equal(model.bert.pooler.dense.weight, before) and tuners_at(model)["bert.pooler.dense"]().any()
+
+
+def tuners_at(model):
+    return {path.removesuffix(".delta"): tuner for path, tuner in tuners(model).items()}
+
+
+def test_a_saved_configuration_trains_again():
+    """PEFT writes inference_mode: true."""
+    model = tiny()
+    Peft(config={**CONFIGS["lora"], "inference_mode": True}).prepare(model, Context())
+    assert any("lora_A" in name for name, _ in trainable(model))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_language_models_output_layer_stays(tied):
+    """PEFT trains the tuners alone there."""
+    from peft import LoraConfig, get_peft_model
+
+    model, other = (tiny("llama", tie_word_embeddings=tied) for _ in range(2))
+    Peft(config={"peft_type": "LORA", "target_modules": ["q_proj", "v_proj"]}).prepare(model, Context())
+    with warnings.catch_warnings():
+        # A name of transformers' that peft still uses.
+        warnings.simplefilter("ignore", FutureWarning)
+        theirs = get_peft_model(other, LoraConfig(target_modules=["q_proj", "v_proj"]))
+    assert all("lora" in name for name, _ in trainable(model))
+    assert count(model)["trainable"] == theirs.get_nb_trainable_parameters()[0]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"r": 4},
+        {"peft_type": "LORA", "modules_to_save": ["classifier"]},
+        {"peft_type": "LORA", "init_lora_weights": "pissa"},
+        {"peft_type": "LORA", "init_lora_weights": "olora"},
+        {"peft_type": "LORA", "alora_invocation_tokens": [5, 6]},
+        {"peft_type": "LORA", "target_parameters": ["weight"]},
+    ],
+)
 def test_refused_at_load(config):
     with pytest.raises(ValueError, match=r"config\."):
         Peft(config=config)

@@ -71,7 +71,7 @@ def test_ships_the_coded_difference(family, name):
     backbone = f"{start.base_model_prefix}."
     kinds = {f"{n}.weight": type(m).__name__ for n, m in start.named_modules()}
     for key in old:
-        if not key.startswith(backbone) or "pooler" in key:
+        if not key.startswith(backbone):
             want = trained[key]
         else:
             turn = (lambda t: t.t()) if kinds.get(key) == "Conv1D" else (lambda t: t)
@@ -99,7 +99,7 @@ def test_the_start_costs_no_checkpoint_and_no_device_memory():
     assert count(model)["total"] == count(tiny())["total"]
     origin = getattr(model.bert, ORIGIN)
     assert not list(origin.parameters()) and all(t.device.type == "cpu" for t in origin.tensors.values())
-    assert not any("pooler" in name or "classifier" in name for name in origin.tensors)
+    assert not any("classifier" in name for name in origin.tensors)
 
 
 @pytest.mark.parametrize("name", ["sign", "low_rank"])

@@ -224,7 +224,7 @@ def test_delta_round_trip(tmp_path, monkeypatch):
     model, batch = run("bert", [one])
     one.finalize(model)
     save_delta(model, None, base, tmp_path / "delta", {"model": "base"})
-    monkeypatch.setattr("compressft.checkpoint.base_tensors", lambda name: base)
+    monkeypatch.setattr("compressft.checkpoint.base_tensors", lambda name, architecture: base)
     loaded = load_delta(tmp_path / "delta")
     assert torch.equal(logits(loaded, batch), logits(model, batch))
 
