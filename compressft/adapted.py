@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressft.anatomy import anatomy
 from compressft.errors import UserError, nearest
 from compressft.formats.folders import DEFAULT, named, read, save
 from compressft.formats.settled import Settled, continue_from, own_head, own_what_is_trained, shared_copy
@@ -21,23 +23,30 @@ from compressft.modules.linear import CompressedLinear
 from compressft.transform import Context, Transform
 
 BASE = "__base__"
+# A label that counts for nothing.
+IGNORED = -100
 
 
 class Adapted(nn.Module):
     """A base model and named methods on it, one of which is active.
 
     Each name has a tree of modules of its own whose frozen tensors are the base's own: an adapter costs what it adds or
-    trains. Calls and unknown attributes (`config`, `generate`, ...) go to the active tree.
+    trains. Calls and unknown attributes (`config`, `generate`, ...) go to the active tree. `state_dict()`, and so a
+    Trainer's checkpoint, holds what the trees have of their own; `load_state_dict` takes it on the same base.
     """
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
+        if isinstance(base, Adapted) or type(base).__module__.startswith("peft."):
+            raise UserError(f"get_model: a {type(base).__name__} is no base; give the model in it, or merge it first")
         self.base_model = base.requires_grad_(False)
         self.trees = nn.ModuleDict()
         self.methods: dict[str, Transform] = {}
         # Loaded as they ship: there is nothing left to finalise.
         self.loaded: set[str] = set()
         self.active: str | None = None
+        self._register_state_dict_hook(_without_the_base)
+        self.register_load_state_dict_post_hook(_ignore_the_base)
 
     @property
     def model(self) -> Any:
@@ -71,10 +80,10 @@ class Adapted(nn.Module):
         self.set_adapter(name)
 
     def _check_free(self, name: str) -> None:
-        if name in self.trees or name == BASE:
+        if name == BASE or (isinstance(name, str) and name in self.trees):
             raise UserError(f"adapter {name!r}: the name is taken; taken: {', '.join([*self.trees, BASE])}")
-        if not name or "." in name:
-            raise UserError(f"adapter {name!r}: wants a name without dots")
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict, name):
+            raise UserError(f"adapter {name!r}: wants a name of letters, digits, _ and -, which becomes a folder's")
 
     def set_adapter(self, name: str) -> None:
         """Make this one active; the others' parameters stay as they are.
@@ -112,16 +121,42 @@ class Adapted(nn.Module):
         finally:
             self.active = before
 
-    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """The active tree's output.
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *args: Any,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        adapter_names: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The active tree's output; arguments are its own (transformers' Trainer looks for these names).
 
         Args:
             adapter_names: one name for each row of the batch ("__base__" for none): every row gets its own method's
-                logits, and `loss` is the mean over the rows. Tensors whose first dimension is the batch are split.
+                logits, and `loss` is the whole batch's, of all its labels. Tensors whose first dimension is the batch
+                are split.
         """
-        if adapter_names is None:
-            return self.model(*args, **kwargs)
-        return self._mixed(adapter_names, args, kwargs)
+        named = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+            "decoder_input_ids": decoder_input_ids,
+            "decoder_attention_mask": decoder_attention_mask,
+            "labels": labels,
+        }
+        if args:
+            # By position as the tree itself counts.
+            args = (named.pop("input_ids"), named.pop("attention_mask"), *args)
+        kwargs |= {name: value for name, value in named.items() if value is not None}
+        return self.model(*args, **kwargs) if adapter_names is None else self._mixed(adapter_names, args, kwargs)
 
     def _mixed(self, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         from transformers.utils import ModelOutput  # type: ignore[attr-defined]
@@ -134,7 +169,8 @@ class Adapted(nn.Module):
         if not given or given[0].shape[0] != rows:
             raise UserError(f"adapter_names: {rows} names for a batch of {given[0].shape[0] if given else 0} rows")
         logits: Tensor | None = None
-        loss: Tensor | None = None
+        losses: list[Tensor] = []
+        weights: list[int] = []
         for name in dict.fromkeys(names):
             where = torch.tensor([i for i, other in enumerate(names) if other == name], device=given[0].device)
 
@@ -142,17 +178,21 @@ class Adapted(nn.Module):
                 return value[where] if isinstance(value, Tensor) and value.shape[:1] == (rows,) else value
 
             tree = self.base_model if name == BASE else self.trees[name]
-            out = tree(*map(part, args), **{key: part(value) for key, value in kwargs.items()})
+            own: dict[str, Any] = {key: part(value) for key, value in kwargs.items()} | {"return_dict": True}
+            out = tree(*(part(value) for value in args), **own)
+            if getattr(out, "logits", None) is None:
+                raise UserError(f"adapter_names: a {type(tree).__name__} gives no logits to put together")
             if logits is None:
-                logits = out.logits.new_empty(rows, *out.logits.shape[1:])
-            elif logits.shape[1:] != out.logits.shape[1:]:
-                raise UserError(f"adapter_names: the heads of {names[0]!r} and {name!r} give logits of other shapes")
-            assert logits is not None
+                logits = out.logits.new_zeros(rows, *out.logits.shape[1:])
             logits = logits.index_copy(0, where, out.logits)
-            if out.loss is not None:
-                share = out.loss * (len(where) / rows)
-                loss = share if loss is None else loss + share
-        return ModelOutput(logits=logits) if loss is None else ModelOutput(loss=loss, logits=logits)
+            counted = _counted(tree, own.get("labels"))
+            if counted:
+                losses.append(out.loss)
+                weights.append(counted)
+        if not losses:
+            return ModelOutput(logits=logits)
+        total = torch.stack([loss * (weight / sum(weights)) for loss, weight in zip(losses, weights, strict=True)])
+        return ModelOutput(loss=total.sum(), logits=logits)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trained, all) values of the active tree."""
@@ -274,6 +314,29 @@ class Adapted(nn.Module):
         self.loaded.add(name)
         self.base_model.requires_grad_(False)
         self.set_adapter(name)
+
+
+def _counted(tree: Any, labels: Tensor | None) -> int:
+    """How many labels a mean loss is over: what the model leaves out is -100, and a language model's first token."""
+    if labels is None:
+        return 0
+    if labels.is_floating_point():
+        return labels.numel()
+    shifted = anatomy(tree).family.causal and tree.get_output_embeddings() is not None
+    return int((labels[:, 1:] if shifted and labels.dim() > 1 else labels).ne(IGNORED).sum())
+
+
+def _without_the_base(adapted: Adapted, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Leave in a state what trees have of their own: the base is saved elsewhere, and its tensors are in every tree."""
+    shared = {tensor.data_ptr() for tensor in (*adapted.base_model.parameters(), *adapted.base_model.buffers())}
+    for name in [name for name in state if name.startswith(prefix) and state[name].data_ptr() in shared]:
+        del state[name]
+
+
+def _ignore_the_base(adapted: Adapted, found: Any) -> None:
+    """What `_without_the_base` leaves out is not missing."""
+    kept = adapted.state_dict()
+    found.missing_keys[:] = [name for name in found.missing_keys if any(name.endswith(own) for own in kept)]
 
 
 def get_model(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
@@ -110,6 +111,16 @@ def anatomy(model: nn.Module) -> Anatomy:
     backbone = model.get_submodule(prefix)
     layers = [layer for row in (family, family.decoder) if row is not None for layer in _stack(row, prefix, backbone)]
     return Anatomy(family, prefix, backbone, tuple(layers))
+
+
+def positions(model: nn.Module) -> int | None:
+    """How many tokens a row may have; None without a table of positions."""
+    parts = anatomy(model)
+    if parts.family.positions is None:
+        return None
+    table: Any = parts.backbone.get_submodule(parts.family.positions)
+    # RoBERTa counts from behind its padding id.
+    return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
 
 
 def refuse_pairs(model: nn.Module, who: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressft.anatomy import anatomy
+from compressft.anatomy import anatomy, family_of
 from compressft.errors import UserError
 from compressft.modules.attention import TRAINING, register
 from compressft.modules.dropout import quicken
@@ -66,7 +66,7 @@ def load_model(name: str, auto_class: str = "AutoModel", **kwargs: Any) -> nn.Mo
         the model in fp32, its attention and dropout routed through compressft.
 
     Raises:
-        UserError: nothing can be loaded from `name`.
+        UserError: nothing can be loaded from `name`, or it is an encoder and a causal language model is asked for.
     """
     import transformers
 
@@ -86,6 +86,8 @@ def load_model(name: str, auto_class: str = "AutoModel", **kwargs: Any) -> nn.Mo
         )
     except (OSError, ValueError) as error:
         raise UserError(f"model: {name!r} could not be loaded: {_first_line(error)}") from error
+    if auto_class == "AutoModelForCausalLM" and not (family_of(model).causal or model.config.is_decoder):
+        raise UserError(f"model: {name!r} sees later tokens, which a causal language model must not; give a decoder")
     quicken(model)
     return model
 
@@ -140,6 +142,9 @@ def checkpoint_activations(model: nn.Module) -> None:
     # transformers renamed it in 5.23.
     enable = getattr(owner, "activation_checkpointing_enable", None) or owner.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+    # It also lets the embeddings' output want a gradient, which reentrant checkpointing needs: the backward pass would
+    # go through all that is frozen.
+    owner.disable_input_require_grads()
 
 
 def head_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

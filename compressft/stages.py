@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import nn
 
 from compressft import ranks
+from compressft.anatomy import positions
 from compressft.checkpoint import load_compressed, save_compressed
 from compressft.costs import CostTable
 from compressft.data import Splits, Task, make_task
@@ -57,6 +58,7 @@ def train_stages(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base = {"shapes": shapes(model), "parameters": count(model)["total"], "flops": flops(model, FLOPS_LENGTH)}
     rows = StageRows(task, splits)
+    check_positions(recipe, model, rows)
     costs = known_costs(recipe, folder, model, rows, console)
     records: list[dict[str, Any]] = []
     for stage in recipe.stages:
@@ -75,6 +77,31 @@ def train_stages(
                 rows.retokenise(tokenizer)
         records.append(record)
     return model.cpu().eval(), rows.task, records
+
+
+def check_positions(recipe: Recipe, model: nn.Module, rows: StageRows) -> None:
+    """Refuse rows, and shapes to measure, that are longer than the model's table of positions.
+
+    Raises:
+        UserError: what is too long, and for how many.
+    """
+    places = positions(model)
+    if places is None:
+        return
+    features = [*rows.train, *rows.validation, *rows.unlabelled]
+    if rows.splits.test:
+        features += rows.task.encode(rows.splits.test)
+    longest = max((len(row["input_ids"]) for row in features), default=0)
+    if longest > places:
+        raise UserError(
+            f"data.max_length: a row has {longest} tokens, the model {places} positions; set it to {places} or less"
+        )
+    shape = max(recipe.export.latency_shapes, key=lambda shape: shape[1], default=(0, 0))
+    if recipe.export.enabled and shape[1] > places:
+        raise UserError(
+            f"export.latency_shapes: {shape[0]}x{shape[1]} has more tokens than the model's {places} positions; "
+            f"give shapes up to {places}, such as [[1, {places}]]"
+        )
 
 
 class StageRows:
@@ -145,6 +172,12 @@ def train_stage(
     for transform in stage.transforms:
         transform.prepare(model, context)
     task = rows.task
+    trainable = count(model)["trainable"]
+    if not trainable:
+        raise UserError(
+            f"stages.{stage.name}.method: {stage.method.type} trains nothing of this model, whose output layer is no "
+            "new task's head; take another method"
+        )
     if stage.train.gradient_checkpointing:
         checkpoint_activations(model)
     found = folder.newest(stage.name)
@@ -161,7 +194,6 @@ def train_stage(
     trainer = CompressionTrainer(model, task, stage.train, context, *rows.features(stage), folder.staging, [reporter])
     reporter.trainer = trainer
     trainer.tokens = manifest.get("tokens", 0) if ranks.first() else 0
-    trainable = count(model)["trainable"]
     with closing(reporter):
         if checkpoint and done:
             trainer.restore(checkpoint)

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from compressft import get_model
 from compressft.adapted import Adapted
@@ -11,7 +12,7 @@ from compressft.errors import UserError
 from compressft.methods import METHODS
 from compressft.methods.adapter import Adapter
 from compressft.transform import Context, trainable
-from tests.tiny import fit, labelled, logits, tiny
+from tests.tiny import fit, labelled, logits, padded, tiny
 
 LORA = {"type": "peft", "config": {"peft_type": "LORA", "r": 4}}
 SMALL = {"type": "adapter", "size": 4}
@@ -128,6 +129,74 @@ def test_merged_is_plain_and_the_same():
         adapted.merge_and_unload()
 
 
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_the_loss_of_a_mixed_batch_is_the_whole_batchs(family):
+    """Of labels that are left out, too, and of a row without any."""
+    architecture = "BertForTokenClassification" if family == "bert" else None
+    adapted = get_model(tiny(family, architecture=architecture), SMALL, "one")
+    adapted.add_adapter("two", SMALL)
+    batch = padded()
+    labels = (batch["input_ids"] % 3).masked_fill(batch["attention_mask"] == 0, -100)
+    labels[2] = -100
+    with torch.no_grad():
+        want = adapted(**batch, labels=labels)
+        got = adapted(**batch, labels=labels, adapter_names=["one", "two", "two", "one"])
+        unseen = adapted(**batch, labels=labels, adapter_names=["one", "one", "two", "one"])
+    torch.testing.assert_close(got.logits, want.logits)
+    torch.testing.assert_close(got.loss, want.loss)
+    torch.testing.assert_close(unseen.loss, want.loss)
+
+
+def test_transformers_trainer(tmp_path):
+    """Saves what the adapters have of their own, evaluates, and goes on from a checkpoint to the same weights."""
+    from transformers import Trainer, TrainingArguments
+
+    batch = labelled(8)
+    rows = [{name: value[row] for name, value in batch.items()} for row in range(8)]
+    settings = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "learning_rate": 1e-2}
+
+    def trainer():
+        arguments = TrainingArguments(str(tmp_path), max_steps=4, save_steps=2, **settings)
+        return Trainer(get_model(tiny(), LORA, "one"), arguments, train_dataset=rows, eval_dataset=rows)
+
+    first = trainer()
+    first.train()
+    assert first.evaluate()["eval_loss"] > 0
+    stored = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    assert stored.keys() == {name for name, p in first.model.named_parameters() if p.requires_grad}
+    again = trainer()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert all(torch.equal(first.model.get_parameter(name), again.model.get_parameter(name)) for name in stored)
+
+
+METHODS_HERE = {
+    "houlsby": {"type": "adapter", "placement": "houlsby", "size": 4},
+    "pfeiffer": SMALL,
+    "parallel": {"type": "adapter", "placement": "parallel", "size": 4},
+    "invertible": {"type": "adapter", "size": 4, "invertible": True},
+    "ladder": {"type": "side", "network": "ladder", "size": 8},
+    "lora": LORA,
+    **{name: {"type": name} for name in ("prefix", "mask", "diff", "head_gates", "probe", "scalar_mix")},
+    **{f"probe, {head}": {"type": "probe", "head": head} for head in ("mlp", "bilstm")},
+}
+
+
+@pytest.mark.parametrize("name", METHODS_HERE)
+def test_on_a_base_in_bf16(name):
+    """Trained in it, and what is made of it stays in it."""
+    adapted = get_model(tiny().bfloat16(), METHODS_HERE[name])
+    batch = labelled(4)
+    out = adapted(**batch)
+    assert out.logits.dtype == torch.bfloat16
+    out.loss.backward()
+    grads = [p.grad for _, p in trainable(adapted) if p.grad is not None]
+    assert grads and all(grad.isfinite().all() for grad in grads)
+    shipped = adapted.settled()
+    assert all(p.dtype == torch.bfloat16 for n, p in shipped.named_parameters() if n in dict(tiny().named_parameters()))
+    exact = get_model(tiny(), METHODS_HERE[name]).settled()
+    torch.testing.assert_close(logits(shipped, batch).float(), logits(exact, batch), atol=0.15, rtol=0.1)
+
+
 def test_a_trainer_can_take_it():
     """Calls, attributes, saving of state and training mode reach the active tree."""
     _, adapted = two()
@@ -151,7 +220,10 @@ def test_generates():
     ("act", "message"),
     [
         (lambda a: a.add_adapter("one", SMALL), "'one': the name is taken"),
-        (lambda a: a.add_adapter("a.b", SMALL), "without dots"),
+        (lambda a: a.add_adapter("a.b", SMALL), "letters, digits"),
+        (lambda a: a.add_adapter("team/a", SMALL), "letters, digits"),
+        (lambda a: a.add_adapter("keys", SMALL), "letters, digits"),
+        (lambda a: get_model(a, SMALL), "a Adapted is no base"),
         (lambda a: a.add_adapter("three", {"type": "adaptor"}), "did you mean 'adapter'"),
         (lambda a: a.add_adapter("three", {"type": "adapter", "sise": 3}), "unknown field"),
         (lambda a: a.set_adapter("on"), "did you mean 'one'"),

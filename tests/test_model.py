@@ -7,6 +7,7 @@ from torch import nn
 from compressft.anatomy import anatomy
 from compressft.errors import UserError
 from compressft.model import (
+    checkpoint_activations,
     compress_linear,
     count,
     freeze,
@@ -226,9 +227,8 @@ def test_head_parameters():
         "classifier.bias",
     }
     assert {n.split(".")[0] for n, _ in head_parameters(tiny("distilbert"))} == {"pre_classifier", "classifier"}
-    assert [n for n, _ in head_parameters(tiny("llama"))] == ["lm_head.weight"]
-    # Tied to the input embedding: belongs to the backbone.
-    assert list(head_parameters(tiny("gpt2"))) == []
+    # A language model's output layer is pretrained, tied (gpt2) or not.
+    assert list(head_parameters(tiny("llama"))) == list(head_parameters(tiny("gpt2"))) == []
     assert head_parameters(tiny("bert", architecture="BertModel")) == []
 
 
@@ -246,3 +246,30 @@ def test_resolve_names_what_is_missing(tmp_path):
         resolve("./no-such-folder")
     with pytest.raises(UserError, match="could not be loaded"):
         load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_recomputed_activations_leave_the_frozen_part_alone(family):
+    """Layers are computed twice where something is trained in them, and no gradient reaches what is frozen below."""
+    model = tiny(family)
+    freeze(model)
+    layers = anatomy(model).layers
+    layers[-1].module.requires_grad_(True)
+    checkpoint_activations(model)
+    model.train()
+    calls, wants = [0, 0], []
+    for number, layer in enumerate(layers):
+        part = layer.part(layer.linears[0])
+        part.register_forward_hook(lambda m, a, y, n=number: calls.__setitem__(n, calls[n] + 1))
+    model.get_submodule(layers[0].name).register_forward_hook(
+        lambda m, a, y: wants.append((y if isinstance(y, torch.Tensor) else y[0]).requires_grad)
+    )
+    batch = batch_for(family)
+    model(**batch).logits.square().mean().backward()
+    assert calls == [1, 2] and not any(wants)
+
+
+def test_a_causal_language_model_wants_a_decoder(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="sees later tokens"):
+        load_model(str(tmp_path), "AutoModelForCausalLM")

@@ -137,8 +137,8 @@ def write(settled: Settled, folder: Path, note: Mapping[str, Any]) -> None:
         length = front.key.shape[1]
         keys.append(front.key.detach().float())
         pairs += [turned(settled.plain, keys[-1], length), front.value.detach()]
-    again = [turned(settled.plain, key, -length) for key in pairs[::2]]
     heads, length, size = pairs[0].shape
+    again = [turned(settled.plain, key, -length) for key in pairs[::2]]
     saved = modules_to_save(settled, _held(settled))
     tensors = {KEY: torch.stack(pairs).permute(2, 0, 1, 3).reshape(length, -1)}
     for path in saved:

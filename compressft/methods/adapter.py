@@ -99,7 +99,7 @@ class Adapter(Transform):
                 new.attach(layer.module)
         if self.placement == "houlsby":
             for module in model.modules():
-                if isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm"):
+                if isinstance(module, nn.LayerNorm) or type(module).__name__.endswith(("RMSNorm", "LayerNorm")):
                     # Its own parameters: an adapter of an earlier stage may sit inside it.
                     for parameter in module.parameters(recurse=False):
                         parameter.requires_grad_(True)

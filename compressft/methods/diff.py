@@ -86,7 +86,7 @@ class Diff(Transform):
             if isinstance(module, CompressedLinear) and isinstance(module.delta, DiffModule):
                 # Passes fold their gates themselves, later.
                 module.unpack()
-                module.weight.data = module.weight + module.delta()
+                module.weight.data = (module.weight + module.delta()).to(module.weight.dtype)
                 module.delta = None
 
     @torch.no_grad()

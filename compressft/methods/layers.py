@@ -29,9 +29,12 @@ class Layers(Transform):
         if self.top > len(parts.layers):
             raise UserError(f"method.top: {self.top} layers asked for; the model has {len(parts.layers)}")
         freeze(model)
-        for layer in parts.layers[len(parts.layers) - self.top :]:
+        trained = parts.layers[len(parts.layers) - self.top :]
+        for layer in trained:
             layer.module.requires_grad_(True)
         for _, parameter in head_parameters(model):
             parameter.requires_grad_(True)
-        if parts.family.final_norm and self.top > 0:
-            parts.backbone.get_submodule(parts.family.final_norm).requires_grad_(True)
+        # An encoder-decoder has one behind each stack.
+        for norm in {layer.family.final_norm for layer in trained}:
+            if norm is not None:
+                parts.backbone.get_submodule(norm).requires_grad_(True)

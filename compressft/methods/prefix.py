@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from compressft.anatomy import Layer, anatomy, linear_shape
+from compressft.anatomy import Layer, anatomy, linear_shape, positions
 from compressft.errors import UserError
 from compressft.methods.layers import Layers
 from compressft.model import replace
@@ -104,9 +104,8 @@ class PrefixTuning(Transform):
             return None
         if not (parts.family.causal if self.shift_positions is None else self.shift_positions):
             return None
-        table: Any = parts.backbone.get_submodule(path)
-        # RoBERTa counts from behind its padding id.
-        places = table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+        places = positions(model)
+        assert places is not None
         longest = 1 if context.data is None else context.data.longest
         if self.length + longest > places:
             raise UserError(

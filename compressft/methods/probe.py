@@ -13,6 +13,7 @@ from compressft.anatomy import anatomy, refuse_pairs
 from compressft.errors import UserError
 from compressft.methods.layers import Layers
 from compressft.methods.scalar_mix import add_mix, keeps_layers, mix_of
+from compressft.modules.dtypes import like
 from compressft.modules.gate import Gate
 from compressft.modules.head import Body, ProbeHead
 from compressft.modules.linear import CompressedLinear
@@ -63,8 +64,7 @@ class Probe(Transform):
     def prepare(self, model: nn.Module, context: Context) -> None:
         whole: Any = model
         parts = anatomy(model)
-        if self.head != "linear" or self.standardise or self.features != "last":
-            refuse_pairs(model, "method probe")
+        refuse_pairs(model, "method probe")
         if self.head == "bilstm" and parts.family.causal and whole.get_output_embeddings() is not None:
             raise UserError("method probe.head: 'bilstm' lets a language model see later tokens; use 'mlp'")
         if hasattr(parts.backbone, NAME):
@@ -99,6 +99,9 @@ class Probe(Transform):
             mean, deviation = self._statistics(model, frozen, context)
             head.mean.copy_(mean)
             head.deviation.copy_(deviation)
+            if frozen.cache and len(context.transforms) > 1:
+                # Passes such as nf4 may still change what is encoded.
+                frozen.cache.clear()
         parts.backbone.add_module(NAME, head)
         head.attach(parts.backbone)
         head.enabled = frozen.live
@@ -144,6 +147,10 @@ class Probe(Transform):
         return None
 
 
+# Arguments that ask for more than the last hidden states.
+WHOLE = ("output_hidden_states", "output_attentions")
+
+
 class FrozenForward:
     """Replacement for a frozen backbone's forward, with an optional cache keyed by an example's own token ids.
 
@@ -160,24 +167,37 @@ class FrozenForward:
         self.head: ProbeHead | None = None
         self.live = False
 
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+    def __call__(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions as Output
 
         if self.live:
             return self._evaluated(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        if input_ids is None or any(kwargs.get(name) for name in WHOLE) or kwargs.get("past_key_values") is not None:
+            return self._whole(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         hidden = self.features(input_ids, attention_mask, **kwargs)
         if self.head is not None:
             hidden = self.head(hidden, attention_mask)
+        (hidden,) = like(next(self.backbone.parameters()), hidden)
         pooled = self.pooler(hidden) if self.pooler is not None else None
         return Output(last_hidden_state=hidden, pooler_output=pooled)  # type: ignore[arg-type]
 
     def features(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         """The last hidden states (B, T, d), without a graph; of padded tokens a cache gives zeros."""
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
         if self.cache is None:
             return self._encode(input_ids, attention_mask, kwargs)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
         return self._cached(self.cache, input_ids, attention_mask, kwargs)
+
+    def _whole(self, **kwargs: Any) -> Any:
+        """The backbone's own output with the head in its place: what is generated with a key/value cache, say."""
+        if self.head is None:
+            return self._evaluated(**kwargs)
+        before, self.head.enabled = self.head.enabled, True
+        try:
+            return self._evaluated(**kwargs)
+        finally:
+            self.head.enabled = before
 
     def _evaluated(self, **kwargs: Any) -> Any:
         modes = {module: module.training for module in self.backbone.modules()}
@@ -193,7 +213,7 @@ class FrozenForward:
                 module.training = mode
 
     @torch.no_grad()
-    def _encode(self, input_ids: Tensor, attention_mask: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    def _encode(self, input_ids: Tensor, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
         return self._evaluated(input_ids=input_ids, attention_mask=attention_mask, **kwargs)[0]
 
     def _cached(
@@ -201,10 +221,15 @@ class FrozenForward:
     ) -> Tensor:
         masks = attention_mask.bool()
         segments = kwargs.get("token_type_ids")
+        device = input_ids.device.type
+        # Features of another precision are others.
+        precision = str(torch.get_autocast_dtype(device)).encode() if torch.is_autocast_enabled(device) else b""
         keys = []
         for row in range(len(input_ids)):
             ids = input_ids[row][masks[row]].cpu().numpy().tobytes()
-            keys.append(ids + (b"" if segments is None else segments[row][masks[row]].cpu().numpy().tobytes()))
+            keys.append(
+                precision + ids + (b"" if segments is None else segments[row][masks[row]].cpu().numpy().tobytes())
+            )
         missing = [row for row, key in enumerate(keys) if key not in cache]
         if missing:
             index = torch.tensor(missing, device=input_ids.device)

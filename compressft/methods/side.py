@@ -11,7 +11,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from compressft.anatomy import anatomy, refuse_pairs
+from compressft.anatomy import anatomy, positions, refuse_pairs
 from compressft.errors import UserError
 from compressft.methods.layers import Layers
 from compressft.methods.scalar_mix import keeps_layers
@@ -69,6 +69,7 @@ class Side(Transform):
         else:
             loaded: Any = load_model(self.network, "AutoModel")
             network = loaded.base_model
+            self._check_fits(network, model)
             for fit in context.fit_teacher:
                 fit(network)
         if getattr(network, "pooler", None) is not None:
@@ -82,6 +83,17 @@ class Side(Transform):
             nn.init.uniform_(new.project.weight, -bound, bound, generator=generator)
             nn.init.zeros_(new.project.bias)
         return new
+
+    def _check_fits(self, network: Any, model: Any) -> None:
+        """Refuse what could not read the model's rows, or would show a language model the tokens that it predicts."""
+        family, who = anatomy(network).family, f"method side.network: {self.network!r}"
+        if family.decoder is not None:
+            raise UserError(f"{who} is an encoder-decoder; give a single stack of layers, or 'ladder'")
+        if anatomy(model).family.causal and model.get_output_embeddings() is not None and not family.causal:
+            raise UserError(f"{who} sees later tokens, which a language model must not; give a decoder, or 'ladder'")
+        places = [positions(one) for one in (network, model)]
+        if places[0] is not None and places[0] < (places[1] or 0):
+            raise UserError(f"{who} has {places[0]} positions, the model {places[1]}; give one with as many")
 
     def _check(self, network: Any, config: dict[str, Any], model: nn.Module) -> None:
         """Refuse what a saved folder could not build again, and another vocabulary."""

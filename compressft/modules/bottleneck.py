@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from compressft.errors import UserError
 from compressft.families import Family
+from compressft.modules.dtypes import like
 from compressft.modules.kinds import Extra, known
 from compressft.modules.linear import is_bare
 
@@ -60,10 +61,7 @@ class Bottleneck(Extra):
         """`residual` defaults to x; `norm`: gamma, beta and eps of a LayerNorm between x and the first projection."""
         return adapter_kernel(
             x,
-            self.down_weight,
-            self.down_bias,
-            self.up_weight,
-            self.up_bias,
+            *like(x, self.down_weight, self.down_bias, self.up_weight, self.up_bias),
             activation=self.activation,
             scale=self.scale,
             residual=x if residual is None else residual,

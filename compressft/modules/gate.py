@@ -10,6 +10,7 @@ from compressft_kernels import masked_linear, pack_mask, packed_linear, unpack_m
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compressft.modules.dtypes import like
 from compressft.modules.rank import flatten, keep_largest, nth_largest, nth_largest_each
 
 
@@ -26,7 +27,7 @@ class Gate(nn.Module):
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x (..., in) times the gated weight; gates with a kernel of their own override it."""
-        return F.linear(x, self(weight), bias)
+        return F.linear(x, *like(x, self(weight), bias))
 
 
 class Gates(nn.ModuleDict):

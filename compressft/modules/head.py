@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compressft.modules.dtypes import like
 from compressft.modules.kinds import known
 from compressft.modules.tap import Tap
 
@@ -120,15 +121,17 @@ class ProbeHead(Tap):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """`mask` (B, T) marks paddings with 0; None: there are none."""
+        y = x
         if self.standardise:
-            x = (x - self.mean) / self.deviation
+            y = (y - self.mean) / self.deviation
         if self.body == "mlp":
-            return self.outer(F.gelu(self.inner(x)))  # type: ignore[misc]
-        if self.body == "bilstm":
+            (y,) = like(self.inner.weight, y)
+            y = self.outer(F.gelu(self.inner(y)))  # type: ignore[misc]
+        elif self.body == "bilstm":
             real = torch.ones_like(x[..., 0], dtype=torch.int64) if mask is None else mask
-            y = self.lstm(x, real)
-            return y if self.outer is None else self.outer(y)
-        return x
+            y = self.lstm(y, real)
+            y = y if self.outer is None else self.outer(y)
+        return like(x, y)[0]
 
 
 def _linear(width: int, out: int, generator: torch.Generator) -> nn.Linear:

@@ -9,6 +9,7 @@ from compressft_kernels import adapter as adapter_kernel
 from torch import Tensor, nn
 
 from compressft.families import FAMILIES
+from compressft.modules.dtypes import like
 from compressft.modules.kinds import Extra, known
 from compressft.modules.linear import is_bare
 
@@ -77,7 +78,7 @@ class Invertible(Extra):
         down, up = layers
         assert isinstance(down, nn.Linear) and isinstance(up, nn.Linear)
         return adapter_kernel(
-            x.contiguous(), down.weight, down.bias, up.weight, up.bias,
+            x.contiguous(), *like(x, down.weight, down.bias, up.weight, up.bias),
             activation=self.activation, residual=residual, scale=scale,
         )  # fmt: skip
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressft.modules.current import Current
+from compressft.modules.dtypes import like
 from compressft.modules.gate import Gates, MaskGate, ScoreGate
 from compressft.modules.kinds import known
 from compressft.modules.quantizer import Quantizer
@@ -169,7 +170,7 @@ class CompressedLinear(nn.Linear):
             if not gates and product is not None:
                 # Cheaper than building W + delta: no gradient of the whole weight.
                 return product(x)
-        return F.linear(x, self.effective_weight(), self.effective_bias())
+        return F.linear(x, *like(x, self.effective_weight(), self.effective_bias()))
 
     @torch.no_grad()
     def fold(self, *names: str) -> None:
@@ -181,11 +182,13 @@ class CompressedLinear(nn.Linear):
         if self.delta is not None:
             weight, bias = self.weight + self.delta(), self.effective_bias()
             self.delta = None
-            self.weight.data = weight
+            # In the model's own precision, which may be bf16.
+            self.weight.data = weight.to(self.weight.dtype)
             if bias is not self.bias and bias is not None:
-                self.bias = nn.Parameter(bias.clone(), requires_grad=self.weight.requires_grad)
+                bias = bias.to(self.weight.dtype, copy=True)
+                self.bias = nn.Parameter(bias, requires_grad=self.weight.requires_grad)
         for name in names or list(self.gates):
-            self.weight.data = self.gates[name](self.weight)
+            self.weight.data = self.gates[name](self.weight).to(self.weight.dtype)
             del self.gates[name]
 
     def restore(self) -> nn.Module:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from compressft.errors import UserError
 from compressft.modules.attention import TRAINING
+from compressft.modules.dtypes import like
 from compressft.modules.kinds import known
 from compressft.modules.tap import Tap
 
@@ -134,7 +135,7 @@ class SideLadder(Side):
         return {"layers": len(self.norms), "width": self.up.out_features, "size": self.size}
 
     def top(self, states: list[Tensor], last: Tensor, inputs: dict[str, Any]) -> Tensor:
-        return self.blended(last, last + self([*states, last]))
+        return self.blended(last, last + like(last, self(list(like(self.mix, *states, last))))[0])
 
     def forward(self, states: list[Tensor]) -> Tensor:
         """U s_L of the embeddings' and layers' outputs, each (B, T, d)."""

@@ -94,12 +94,14 @@ class PeftTuner(Extra):
         if lora and not any(getattr(self.tuner, "lora_bias", {}).values()):
             parts = [self.tuner.get_delta_weight(name) for name in self.tuner.active_adapters]  # type: ignore[operator]
             return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
-        unit = torch.eye(self.base.in_features, device=self.base.weight.device)
+        weight = self.base.weight
+        unit = torch.eye(self.base.in_features, device=weight.device, dtype=weight.dtype)
         return self._at(unit, with_bias=False).t() - self.base.weight
 
     def bias(self) -> Tensor | None:
         """What is added to the product, (out,): the base's bias as the tuner changes it; None for none."""
-        zero = torch.zeros(1, self.base.in_features, device=self.base.weight.device)
+        weight = self.base.weight
+        zero = torch.zeros(1, self.base.in_features, device=weight.device, dtype=weight.dtype)
         changed = self._at(zero, with_bias=True)[0]
         return None if self.base.bias is None and not changed.any() else changed
 
@@ -118,17 +120,17 @@ class PeftTuner(Extra):
         for parameter in other.tuner.parameters():
             drawn = torch.randn(parameter.shape, generator=generator) * 0.1
             parameter.add_(drawn.to(parameter.device, parameter.dtype))
-        x = torch.randn(2, view.in_features, generator=generator).to(view.weight.device)
+        weight = view.weight
+        x = torch.randn(2, view.in_features, generator=generator).to(weight.device, weight.dtype)
         try:
             y = other._at(x, with_bias=True)
             zero = other._at(torch.zeros_like(x[:1]), with_bias=True)
             whole = other._at(x.sum(0, keepdim=True), with_bias=True) + zero
-            weight = view.weight + other()
+            folded = x @ (weight + other()).to(weight.dtype).t() + zero
         except (RuntimeError, ValueError, NotImplementedError):
             return False, False
-        folded = x @ weight.t() + zero
-        size = y.abs().max()
-        affine = all(float((a - b).abs().max()) <= 1e-3 * float(size) for a, b in ((whole, y.sum(0)), (folded, y)))
+        near = (1e-3 if weight.dtype in (torch.float32, torch.float64) else 0.1) * float(y.abs().max())
+        affine = all(float((a - b).abs().max()) <= near for a, b in ((whole, y.sum(0)), (folded, y)))
         return affine, bool((zero != (0 if view.bias is None else view.bias)).any())
 
     def _at(self, x: Tensor, with_bias: bool) -> Tensor:

@@ -155,7 +155,9 @@ def test_pfeiffer_trainable_set(check_training):
     check_training(tiny(), PFEIFFER, HEAD | {f"{place}.{part}" for place in places for part in PARTS})
 
 
-@pytest.mark.parametrize(("family", "norms"), [("llama", 5), ("qwen3", 9), ("gpt2", 10), ("distilbert", 10)])
+@pytest.mark.parametrize(
+    ("family", "norms"), [("llama", 5), ("qwen3", 9), ("gpt2", 10), ("distilbert", 10), ("t5", 12), ("bart", 24)]
+)
 def test_houlsby_trains_every_norm_of_other_families(family, norms):
     model = prepared(HOULSBY, family)
     names = [n for n, _ in trainable(model) if "norm" in n.lower() or ".ln_" in n]

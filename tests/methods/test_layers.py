@@ -56,8 +56,16 @@ def test_decoders_train_the_norm_above_the_top_layer(family):
     stack = {"llama": "model.layers.1.", "gpt2": "transformer.h.1."}[family]
     Layers(top=1).prepare(model, Context())
     names = {name for name, _ in trainable(model)}
-    head = {"lm_head.weight"} if family == "llama" else set()
-    assert names == {n for n, _ in model.named_parameters() if n.startswith((last, stack))} | head
+    # The output layer is pretrained, tied (gpt2) or not (llama).
+    assert names == {n for n, _ in model.named_parameters() if n.startswith((last, stack))}
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_encoder_decoders_train_what_belongs_to_the_top_layers(family):
+    model = tiny(family)
+    Layers(top=1).prepare(model, Context())
+    top = {"t5": ("decoder.block.1.", "decoder.final_layer_norm."), "bart": ("model.decoder.layers.1.",)}[family]
+    assert {name for name, _ in trainable(model)} == {n for n, _ in model.named_parameters() if n.startswith(top)}
 
 
 @pytest.mark.parametrize("architecture", ["GPT2LMHeadModel", "BertForMaskedLM", "LlamaForCausalLM"])
@@ -68,5 +76,5 @@ def test_a_tied_head_stays_frozen(architecture):
     assert output is table
     Layers(top=1).prepare(model, Context())
     assert not table.requires_grad
-    if family == "bert":
-        assert {n for n, _ in trainable(model) if n.startswith("cls.")} >= {"cls.predictions.transform.dense.weight"}
+    # A masked language model's head is pretrained as well.
+    assert not any(n.startswith(("cls.", "lm_head.")) for n, _ in trainable(model))
