@@ -182,9 +182,9 @@ class Adapted(nn.Module):
             out = tree(*(part(value) for value in args), **own)
             if getattr(out, "logits", None) is None:
                 raise UserError(f"adapter_names: a {type(tree).__name__} gives no logits to put together")
-            if logits is None:
-                logits = out.logits.new_zeros(rows, *out.logits.shape[1:])
-            logits = logits.index_copy(0, where, out.logits)
+            found: Tensor = out.logits
+            whole = found.new_zeros(rows, *found.shape[1:]) if logits is None else logits
+            logits = whole.index_copy(0, where, found)
             counted = _counted(tree, own.get("labels"))
             if counted:
                 losses.append(out.loss)

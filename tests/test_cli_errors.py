@@ -171,10 +171,10 @@ def test_mistake_found_after_the_directory_was_claimed_gives_it_back(call, tmp_p
     made.mkdir()
     before = contents(tmp_path)
     # The method's fields are checked against the model that is loaded by then.
-    override = "stages.0.method={type: layers, top: 7}"
+    override = ("--set", "stages.0.method={type: layers, top: 7}", "--set", "export.latency_shapes=[[1, 16]]")
     for output in ("made", "new/out"):
         assert "7 layers asked for; the model has 2" in said(
-            call("run", path, "--output", output, "--set", override), ROW_COUNTS
+            call("run", path, "--output", output, *override), ROW_COUNTS
         )
     after = contents(tmp_path)
     after.pop("new")
