@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,16 +126,15 @@ def _manifest(folder: Path, who: str) -> dict[str, Any]:
 
 def _saved(folder: Path, who: str) -> dict[str, Any]:
     """What the folder of an adapter that we saved says, which is what a manifest does."""
-    try:
-        entry = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get(ADAPTER_KEY)
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise UserError(f"{folder / ADAPTER_CONFIG}: is not JSON: truncated or changed") from None
-    if entry is None:
+    # They import this module.
+    from compressft.formats import own
+    from compressft.formats.files import read_json
+
+    if ADAPTER_KEY not in read_json(folder / ADAPTER_CONFIG):
         raise UserError(
             f"{who}: {str(folder)!r} is another package's adapter; make it ours with: compressft convert {folder} DST"
         )
-    verify_files(folder, entry["files"])
-    return entry
+    return own.manifest(folder)
 
 
 def _read(model: nn.Module, folder: str, manifest: dict[str, Any], who: str) -> SavedAdapter:
@@ -167,10 +165,10 @@ def _read(model: nn.Module, folder: str, manifest: dict[str, Any], who: str) -> 
     layers = []
     for place in places:
         found = sorted((path for path in bottlenecks if path == place or path.startswith(f"{place}.")), key=_last)
-        layers.append(tuple(_filled(table[path], path, stored) for path in found))
+        layers.append(tuple(_filled(table[path], path, stored, f"{who}: {folder!r}") for path in found))
     if not all(layers):
         raise UserError(f"{who}: {folder!r} lacks the adapters of some layers; train it again")
-    invertible = _filled(table[coupling], coupling, stored) if coupling in table else None
+    invertible = _filled(table[coupling], coupling, stored, f"{who}: {folder!r}") if coupling in table else None
     return SavedAdapter(folder, tuple(layers), invertible)
 
 
@@ -180,12 +178,15 @@ def _last(path: str) -> int:
     return int(name) if name.isdigit() else 0
 
 
-def _filled(entry: dict[str, Any], path: str, stored: dict[str, Tensor]) -> Any:
+def _filled(entry: dict[str, Any], path: str, stored: dict[str, Tensor], who: str) -> Any:
     """The described module with its stored tensors."""
     arguments = dict(entry)
-    new: Any = KINDS[arguments.pop("kind")].rebuild(None, arguments)
     tensors = unpack({name: tensor for name, tensor in stored.items() if name.startswith(f"{path}.")})
-    new.load_state_dict({name.removeprefix(f"{path}."): tensor for name, tensor in tensors.items()})
+    try:
+        new: Any = KINDS[arguments.pop("kind")].rebuild(None, arguments)
+        new.load_state_dict({name.removeprefix(f"{path}."): tensor for name, tensor in tensors.items()})
+    except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{who}: {path} is no module of these tensors; restore the folder") from error
     return new.requires_grad_(False)
 
 
