@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from compressft.anatomy import Layer, anatomy
 from compressft.checkpoint import DELTA, layers_hash, plain_state, read_manifest, verify_files
 from compressft.errors import UserError
+from compressft.manifest import check_types, require
 from compressft.model import compress_linear, replace
 from compressft.modules.bottleneck import AdaptedNorm, AdaptedOutput, Bottleneck, on_top
 from compressft.modules.invertible import INVERTIBLE, Invertible
@@ -126,15 +128,22 @@ def _manifest(folder: Path, who: str) -> dict[str, Any]:
 
 def _saved(folder: Path, who: str) -> dict[str, Any]:
     """What the folder of an adapter that we saved says, which is what a manifest does."""
-    # They import this module.
-    from compressft.formats import own
-    from compressft.formats.files import read_json
-
-    if ADAPTER_KEY not in read_json(folder / ADAPTER_CONFIG):
+    path = folder / ADAPTER_CONFIG
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise UserError(f"{path}: is not JSON: truncated or changed") from None
+    entry = found.get(ADAPTER_KEY) if isinstance(found, dict) else None
+    if not isinstance(entry, dict):
         raise UserError(
             f"{who}: {str(folder)!r} is another package's adapter; make it ours with: compressft convert {folder} DST"
         )
-    return own.manifest(folder)
+    require(entry, ("layers_hash", "shapes", "modules", "files"), path)
+    check_types(entry, "adapter", path, f"{ADAPTER_KEY}.")
+    if ADAPTER_TENSORS not in entry["files"]:
+        raise UserError(f"{path}: field {ADAPTER_KEY}.files does not name {ADAPTER_TENSORS}; restore the file")
+    verify_files(folder, entry["files"])
+    return entry
 
 
 def _read(model: nn.Module, folder: str, manifest: dict[str, Any], who: str) -> SavedAdapter:
