@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from compressft.anatomy import Layer, anatomy
 from compressft.checkpoint import DELTA, layers_hash, plain_state, read_manifest, verify_files
 from compressft.errors import UserError
+from compressft.manifest import check_types, require
 from compressft.model import compress_linear, replace
 from compressft.modules.bottleneck import AdaptedNorm, AdaptedOutput, Bottleneck, on_top
 from compressft.modules.invertible import INVERTIBLE, Invertible
@@ -127,14 +128,20 @@ def _manifest(folder: Path, who: str) -> dict[str, Any]:
 
 def _saved(folder: Path, who: str) -> dict[str, Any]:
     """What the folder of an adapter that we saved says, which is what a manifest does."""
+    path = folder / ADAPTER_CONFIG
     try:
-        entry = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get(ADAPTER_KEY)
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError):
-        raise UserError(f"{folder / ADAPTER_CONFIG}: is not JSON: truncated or changed") from None
-    if entry is None:
+        raise UserError(f"{path}: is not JSON: truncated or changed") from None
+    entry = found.get(ADAPTER_KEY) if isinstance(found, dict) else None
+    if not isinstance(entry, dict):
         raise UserError(
             f"{who}: {str(folder)!r} is another package's adapter; make it ours with: compressft convert {folder} DST"
         )
+    require(entry, ("layers_hash", "shapes", "modules", "files"), path)
+    check_types(entry, "adapter", path, f"{ADAPTER_KEY}.")
+    if ADAPTER_TENSORS not in entry["files"]:
+        raise UserError(f"{path}: field {ADAPTER_KEY}.files does not name {ADAPTER_TENSORS}; restore the file")
     verify_files(folder, entry["files"])
     return entry
 
@@ -167,10 +174,10 @@ def _read(model: nn.Module, folder: str, manifest: dict[str, Any], who: str) -> 
     layers = []
     for place in places:
         found = sorted((path for path in bottlenecks if path == place or path.startswith(f"{place}.")), key=_last)
-        layers.append(tuple(_filled(table[path], path, stored) for path in found))
+        layers.append(tuple(_filled(table[path], path, stored, f"{who}: {folder!r}") for path in found))
     if not all(layers):
         raise UserError(f"{who}: {folder!r} lacks the adapters of some layers; train it again")
-    invertible = _filled(table[coupling], coupling, stored) if coupling in table else None
+    invertible = _filled(table[coupling], coupling, stored, f"{who}: {folder!r}") if coupling in table else None
     return SavedAdapter(folder, tuple(layers), invertible)
 
 
@@ -180,12 +187,15 @@ def _last(path: str) -> int:
     return int(name) if name.isdigit() else 0
 
 
-def _filled(entry: dict[str, Any], path: str, stored: dict[str, Tensor]) -> Any:
+def _filled(entry: dict[str, Any], path: str, stored: dict[str, Tensor], who: str) -> Any:
     """The described module with its stored tensors."""
     arguments = dict(entry)
-    new: Any = KINDS[arguments.pop("kind")].rebuild(None, arguments)
     tensors = unpack({name: tensor for name, tensor in stored.items() if name.startswith(f"{path}.")})
-    new.load_state_dict({name.removeprefix(f"{path}."): tensor for name, tensor in tensors.items()})
+    try:
+        new: Any = KINDS[arguments.pop("kind")].rebuild(None, arguments)
+        new.load_state_dict({name.removeprefix(f"{path}."): tensor for name, tensor in tensors.items()})
+    except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{who}: {path} is no module of these tensors; restore the folder") from error
     return new.requires_grad_(False)
 
 

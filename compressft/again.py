@@ -34,7 +34,7 @@ def export_again(root: str | Path, overrides: Sequence[str], console: Console | 
     recipe = load_recipe(folder / "recipe.yaml", overrides)
     refuse_export(recipe)
     _, splits = load_task(recipe, load_tokenizer(str(folder / "model")))
-    stages = [read_manifest(folder / "stages" / stage.name)["stage"] for stage in recipe.stages]
+    stages = [read_manifest(folder / "stages" / stage.name, "model", ("stage",))["stage"] for stage in recipe.stages]
     report = complete(export(recipe, folder, splits, console or Console(stderr=True)), recipe, stages)
     write_report(report, load_metrics(folder / "metrics.jsonl"), folder / "report")
     return report

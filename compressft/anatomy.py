@@ -104,12 +104,23 @@ def family_of(model: nn.Module) -> Family:
 
 
 def anatomy(model: nn.Module) -> Anatomy:
-    """Look at a transformers model as it is now, pruned or not; shapes are read from its weights."""
+    """Look at a transformers model as it is now, pruned or not; shapes are read from its weights.
+
+    Raises:
+        UserError: its family is unknown, or its class is of another family than its configuration.
+    """
     family = family_of(model)
     prefix = getattr(model, "base_model_prefix", "")
     prefix = prefix if prefix and hasattr(model, prefix) else ""
     backbone = model.get_submodule(prefix)
-    layers = [layer for row in (family, family.decoder) if row is not None for layer in _stack(row, prefix, backbone)]
+    rows = [row for row in (family, family.decoder) if row is not None]
+    if any(_find(backbone, row.layers) is None for row in rows):
+        found = model.config.model_type  # type: ignore[union-attr]
+        raise UserError(
+            f"model: a {type(model).__name__} of the configuration of a {found!r}, whose layers it does not have; "
+            f"give a model of the class's family or a class of {found!r}"
+        )
+    layers = [layer for row in rows for layer in _stack(row, prefix, backbone)]
     return Anatomy(family, prefix, backbone, tuple(layers))
 
 

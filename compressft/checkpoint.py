@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from compressft.anatomy import anatomy
 from compressft.errors import UserError
+from compressft.manifest import check_manifest, require
 from compressft.model import content_hash, resolve
 from compressft.modules.attention import TRAINING, register
 from compressft.modules.dropout import quicken
@@ -105,19 +106,28 @@ def verify_files(folder: Path, hashes: Mapping[str, str]) -> None:
             )
 
 
-def read_manifest(folder: str | Path) -> dict[str, Any]:
+def read_manifest(folder: str | Path, kind: str | None = None, also: Iterable[str] = ()) -> dict[str, Any]:
     """`compressft.json` of a folder.
 
+    Args:
+        kind: the only one that is wanted ("model", "delta", "onnx", "checkpoint").
+        also: fields that are needed besides those of every folder of its kind.
+
     Raises:
-        UserError: there is none, or it is broken.
+        UserError: there is none, it is broken, lacks a field, or is of another kind.
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise UserError(f"{folder}: has no {MANIFEST}; give a folder that compressft wrote (model/, delta/ or onnx/)")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        entry = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise UserError(f"{path}: is not JSON: truncated or changed") from None
+    entry = check_manifest(entry, path)
+    if kind not in (None, entry["kind"]):
+        raise UserError(f"{path}: is of a folder of kind {entry['kind']!r}; give one of kind {kind!r}")
+    require(entry, also, path)
+    return entry
 
 
 def plain_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -216,32 +226,52 @@ def load_compressed(folder: str | Path, verify: bool = True) -> Any:
     from transformers import AutoConfig
 
     folder = Path(folder)
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder, "model")
     if verify:
         verify_files(folder, manifest["files"])
-    config = AutoConfig.from_pretrained(folder)
-    model = _empty(config, manifest["architecture"], manifest["shapes"], manifest.get("width"))
+    for name in ("config.json", WEIGHTS):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name}: is missing; the folder is incomplete")
+    model = _empty(AutoConfig.from_pretrained(folder), manifest, folder)
     tensors = load_file(folder / WEIGHTS)
     if (folder / EXTRA).is_file():
         tensors |= load_file(folder / EXTRA)
-    _fill(model, manifest["modules"], tensors)
+    _fill(model, manifest["modules"], tensors, folder)
     unused = sorted(set(tensors) - {name.replace(".inner.", ".") for name in model.state_dict()})
     if unused:
         raise UserError(f"{folder}: tensor {unused[0]!r} has no place in a {manifest['architecture']}; train it again")
     return model.eval()
 
 
-def _empty(config: Any, architecture: str, target: list[dict[str, int]], width: int | None) -> Any:
-    import transformers
-
+def _empty(config: Any, manifest: Mapping[str, Any], folder: Path) -> Any:
+    """A random model of a manifest's class and shapes."""
     register()
-    model = getattr(transformers, architecture)._from_config(config, attn_implementation=TRAINING, dtype=torch.float32)
-    resize(model, target, width)
+    kind = _class_of(manifest["architecture"], folder)
+    wanted = getattr(kind.config_class, "model_type", config.model_type)
+    if config.model_type != wanted:
+        raise UserError(
+            f"{folder / MANIFEST}: architecture {manifest['architecture']!r} is of family {wanted!r}, "
+            f"the configuration of {config.model_type!r}; restore the folder"
+        )
+    model = kind._from_config(config, attn_implementation=TRAINING, dtype=torch.float32)
+    resize(model, manifest["shapes"], manifest.get("width"), str(folder / MANIFEST))
     return model
 
 
-def _fill(model: nn.Module, modules: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    rebuild(model, modules)
+def _class_of(architecture: str, folder: Path) -> Any:
+    import transformers
+
+    kind = getattr(transformers, architecture, None)
+    if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
+        raise UserError(
+            f"{folder / MANIFEST}: architecture {architecture!r} is no model class of this transformers "
+            f"({transformers.__version__}); restore the file or install the version that has it"
+        )
+    return kind
+
+
+def _fill(model: nn.Module, modules: dict[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> None:
+    rebuild(model, modules, str(folder / MANIFEST))
     # As `load_model` does: a resumed run draws what the uninterrupted one draws.
     quicken(model)
     own = model.state_dict(keep_vars=True)
@@ -321,8 +351,11 @@ def load_delta(folder: str | Path, base: str | None = None) -> Any:
     from transformers import AutoConfig
 
     folder = Path(folder)
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder, "delta", () if base else ("model",))
     verify_files(folder, manifest["files"])
+    if not (folder / DELTA).is_file():
+        raise UserError(f"{folder / DELTA}: is missing; the folder is incomplete")
+    _class_of(manifest["architecture"], folder)
     name = base or manifest["model"]
     tensors = base_tensors(name, manifest["architecture"])
     if content_hash(tensors) != manifest["base_hash"]:
@@ -330,9 +363,12 @@ def load_delta(folder: str | Path, base: str | None = None) -> Any:
             f"{folder}: was made on another base than {name!r} (content hashes differ); give the right base"
         )
     values = dict(manifest["config"])
-    config = AutoConfig.for_model(values.pop("model_type"), **values)
-    model = _empty(config, manifest["architecture"], manifest["shapes"], manifest.get("width"))
-    _fill(model, manifest["modules"], {**tensors, **unpack(load_file(folder / DELTA), tensors)})
+    try:
+        config = AutoConfig.for_model(values.pop("model_type"), **values)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{folder / MANIFEST}: config: {' '.join(str(error).split())}; restore the file") from None
+    model = _empty(config, manifest, folder)
+    _fill(model, manifest["modules"], {**tensors, **unpack(load_file(folder / DELTA), tensors)}, folder)
     return model.eval()
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from compressft.checkpoint import load_compressed, load_delta, read_manifest
+from compressft.checkpoint import MANIFEST, load_compressed, load_delta, read_manifest
 from compressft.data import TASKS, make_task
 from compressft.data.rows import read_rows
 from compressft.data.splits import canonical_rows
-from compressft.errors import UserError
+from compressft.errors import UserError, nearest
+from compressft.manifest import require
 from compressft.model import load_tokenizer
 
 
@@ -38,6 +39,12 @@ def evaluate(source: str | Path, data: str | Path, batch: int = 32) -> dict[str,
     manifest = read_manifest(folder)
     if "task" not in manifest:
         raise UserError(f"evaluate: {folder} does not say what task it was trained for; give model/, delta/ or onnx/")
+    require(manifest, ("labels", "max_length", "columns"), folder / MANIFEST)
+    if manifest["task"] not in TASKS:
+        raise UserError(
+            f"{folder / MANIFEST}: task {manifest['task']!r} is not known; known: {', '.join(TASKS)}"
+            f"{nearest(manifest['task'], TASKS)}"
+        )
     task = make_task(manifest["task"], load_tokenizer(str(folder)), manifest["max_length"], manifest["labels"])
     rows = canonical_rows(read_rows(data), manifest["columns"], TASKS[manifest["task"]].fields)
     features = task.encode(rows)

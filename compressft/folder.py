@@ -27,7 +27,7 @@ FULL_DISK = 2**20
 class RunFolder:
     """A run directory, held exclusively while a run writes to it.
 
-    A claim is given up again where a user's mistake ends the run before it wrote anything: the directory is as it was.
+    A claim is given up again where an error ends the run before it wrote anything: the directory is as it was.
 
     Args:
         root: the directory; created where it does not exist.
@@ -63,12 +63,13 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._claimed and isinstance(error, UserError):
-            self._give_up()
-        self._lock.close()
         # torch and safetensors report a full disk in many words; the disk itself says it plainly.
         mistake = isinstance(error, UserError) or not isinstance(error, Exception)
-        if not mistake and shutil.disk_usage(self.root).free < FULL_DISK:
+        full = not mistake and shutil.disk_usage(self.root).free < FULL_DISK
+        if self._claimed and error is not None:
+            self._give_up()
+        self._lock.close()
+        if full:
             raise UserError(
                 f"--output {str(self.root)!r}: no space left on the disk; "
                 "free some, then go on with the same command and --resume"
@@ -76,8 +77,13 @@ class RunFolder:
 
     def _give_up(self) -> None:
         recipe, lock = self.root / "recipe.yaml", self.root / ".lock"
-        if set(self.root.iterdir()) != {recipe, lock}:
+        found = set(self.root.rglob("*"))
+        folders = {path for path in found if path.is_dir() and not path.is_symlink()}
+        if found - folders != {recipe, lock}:
             return
+        # The Trainer makes its folder before it has anything to write.
+        for folder in sorted(folders, reverse=True):
+            folder.rmdir()
         recipe.unlink()
         # Windows keeps a file that is open.
         with suppress(OSError):
@@ -147,7 +153,9 @@ class RunFolder:
 
     def finished(self, name: str) -> dict[str, Any] | None:
         """What was recorded of a finished stage, None before."""
-        return read_manifest(self.stage(name))["stage"] if (self.stage(name) / MANIFEST).is_file() else None
+        if not (self.stage(name) / MANIFEST).is_file():
+            return None
+        return read_manifest(self.stage(name), "model", ("stage",))["stage"]
 
     # What must not be measured or drawn again by a resumed run.
 

@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    SerializeAsAny,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from compressft.document import SOURCES, override_all, read_document
 from compressft.errors import UserError, nearest
@@ -79,6 +88,13 @@ class DataConfig(Part):
     limit: int | None = Field(default=None, ge=2)
     seed: int = 0
 
+    @field_validator("sample", "dataset", "train", "unlabelled")
+    @classmethod
+    def _something(cls, value: Any) -> Any:
+        if value is not None and not (value and all(value)):
+            raise ValueError(f"names nothing; give a name or a file, or leave it out (got {value!r})")
+        return value
+
     @model_validator(mode="after")
     def _one_source(self) -> DataConfig:
         given = [name for name in SOURCES if getattr(self, name) is not None]
@@ -105,7 +121,8 @@ class TrainConfig(Part):
     gradient_checkpointing: bool = False
     save: Literal["epoch", "no"] | int = "epoch"
     keep_checkpoints: int = Field(default=1, ge=1)
-    seed: int = 0
+    # What numpy's generator takes.
+    seed: int = Field(default=0, ge=0, lt=2**32)
 
     @field_validator("save", mode="before")
     @classmethod
@@ -175,7 +192,7 @@ class ExportConfig(Part):
     max_abs_error: float | None = Field(default=None, gt=0)
     batch: int = Field(default=32, ge=1)
     threads: int | None = Field(default=None, ge=1)
-    latency_shapes: tuple[tuple[int, int], ...] = ((1, 32), (1, 128), (8, 128))
+    latency_shapes: tuple[tuple[PositiveInt, PositiveInt], ...] = ((1, 32), (1, 128), (8, 128))
     latency_rounds: int = Field(default=3, ge=1)
 
 
@@ -253,10 +270,11 @@ def parse_transform(value: Any, registry: Mapping[str, type[Transform]], kind: s
 
 def _explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
     """One line for the first problem: path, value and what is allowed."""
-    first: Any = error.errors(include_url=False)[0]
+    problems = _problems(error)
+    first = problems[0]
     path = ".".join(str(p) for p in first["loc"])
     at = f"{where}.{path}" if path and where else (path or where)
-    rest = len(error.errors()) - 1
+    rest = len(problems) - 1
     more = f" (and {rest} more)" if rest else ""
     if first["type"] == "extra_forbidden":
         allowed = _fields_at(model, first["loc"][:-1])
@@ -272,6 +290,18 @@ def _explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
         if first["type"] != "missing"
         else f"{at}: is required{more}"
     )
+
+
+def _problems(error: ValidationError) -> list[Any]:
+    """All problems but one that follows from another: a list lacks the item that is wrong, and is called too short."""
+    problems: list[Any] = list(error.errors(include_url=False))
+
+    def follows(problem: Any) -> bool:
+        at = problem["loc"]
+        inside = any(len(other["loc"]) > len(at) and other["loc"][: len(at)] == at for other in problems)
+        return problem["type"] == "too_short" and inside
+
+    return [problem for problem in problems if not follows(problem)]
 
 
 def _fields_at(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:

@@ -45,17 +45,36 @@ def shrink(model: nn.Module, keep: Sequence[Mapping[str, Tensor]]) -> None:
             _slice(layer.part(layer.family.down), columns=kept["ffn"])
 
 
-def resize(model: nn.Module, target: Sequence[Mapping[str, int]], width: int | None = None) -> None:
+def resize(
+    model: nn.Module, target: Sequence[Mapping[str, int]], width: int | None = None, who: str = "resize"
+) -> None:
     """Give a freshly built model the shapes of a compressed one (the values are loaded afterwards).
 
     Args:
         target: per layer, as `shapes` gives them.
         width: dimensions of the residual stream; None leaves them.
+        who: what says so, for messages.
+
+    Raises:
+        UserError: another number of layers, or more of something than the model has.
     """
+    _refuse_growth(model, target, width, who)
     keep = [{"heads": torch.arange(shape["kv_heads"]), "ffn": torch.arange(shape["ffn"])} for shape in target]
     shrink(model, keep)
     if width is not None and width != anatomy(model).width:
         narrow(model, torch.arange(width))
+
+
+def _refuse_growth(model: nn.Module, target: Sequence[Mapping[str, int]], width: int | None, who: str) -> None:
+    present = shapes(model)
+    if len(target) != len(present):
+        raise UserError(f"{who}: shapes of {len(target)} layers, the model has {len(present)}")
+    for number, (wanted, has) in enumerate(zip(target, present, strict=True)):
+        for name in ("kv_heads", "ffn"):
+            if wanted[name] > has[name]:
+                raise UserError(f"{who}: shapes.{number}.{name} is {wanted[name]}, the model has {has[name]}")
+    if width is not None and not 0 < width <= anatomy(model).width:
+        raise UserError(f"{who}: width is {width}, the model has {anatomy(model).width}")
 
 
 @torch.no_grad()

@@ -149,7 +149,9 @@ def of_delta(folder: str | Path, base: str | None = None) -> TaskVector:
         UserError: as `load_delta` and `between`.
     """
     model = load_delta(folder, base)
-    return between(base_tensors(base or read_manifest(folder)["model"], type(model).__name__), model)
+    return between(
+        base_tensors(base or read_manifest(folder, "delta", ("model",))["model"], type(model).__name__), model
+    )
 
 
 def load(path: str | Path) -> TaskVector:

@@ -150,3 +150,11 @@ def test_heads_of_t5_stay():
     model = tiny("t5")
     with pytest.raises(UserError, match="position bias"):
         shrink(model, [{"heads": torch.arange(3)} for _ in range(4)])
+
+
+def test_another_familys_configuration_is_refused():
+    """transformers loads a GPT-2's folder as a BERT, with random weights."""
+    model = tiny("bert")
+    model.config = tiny("gpt2").config
+    with pytest.raises(UserError, match="a BertForSequenceClassification of the configuration of a 'gpt2'"):
+        anatomy(model)

@@ -245,7 +245,7 @@ def test_evaluate_of_what_is_not_ours(call, tmp_path, model):
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize(("manifest", "part"), [("{}", "does not say what task"), ("{oops", "is not JSON: truncated")])
+@pytest.mark.parametrize(("manifest", "part"), [("{}", "field 'kind' is missing"), ("{oops", "is not JSON: truncated")])
 def test_evaluate_of_a_broken_folder(call, tmp_path, manifest, part):
     (tmp_path / "compressft.json").write_text(manifest)
     assert part in said(call("evaluate", tmp_path, "--data", "rows.jsonl"))
@@ -253,7 +253,7 @@ def test_evaluate_of_a_broken_folder(call, tmp_path, manifest, part):
 
 def test_evaluate_without_data(call, tmp_path, model):
     info = {
-        "kind": "model",
+        "kind": "onnx",
         "task": "sequence-classification",
         "max_length": 8,
         "labels": ["a"],

@@ -193,6 +193,14 @@ def test_the_base(call, base, tmp_path):
     refused(call, "model_type 'bert', the model's is 'roberta'", MADE / "pfeiffer", "dst", "--base", roberta)
 
 
+def test_a_base_of_another_family(call, base, tmp_path):
+    moved(get_model(loaded(base), PFEIFFER)).save_pretrained("ours")
+    for family in ("gpt2", "distilbert"):
+        tiny(family).save_pretrained(tmp_path / family)
+        part = f"is a '{family}' model, the adapter was trained on a 'bert' (BertForSequenceClassification)"
+        refused(call, part, "ours", "dst", "--base", tmp_path / family)
+
+
 def test_a_run_that_also_compressed(call, run, base, tmp_path):
     """Pruned weights belong to the run: neither package has a place for them, our own format has."""
 

@@ -152,6 +152,25 @@ def test_failure_on_a_full_disk_is_the_users_to_fix(tmp_path, monkeypatch):
         pass
 
 
+@pytest.mark.parametrize("error", [UserError("x"), RuntimeError("out of memory"), KeyError("h"), KeyboardInterrupt()])
+@pytest.mark.parametrize("made", [True, False])
+def test_an_error_before_anything_was_written_leaves_the_folder_free(tmp_path, error, made):
+    root = tmp_path / "run" if made else tmp_path
+    with pytest.raises(type(error)), RunFolder(root, recipe(), resume=False) as folder:
+        folder.staging.mkdir(parents=True)
+        raise error
+    assert not list(tmp_path.iterdir())
+    with RunFolder(root, recipe(seed=1), resume=False):
+        pass
+
+
+def test_an_error_after_something_was_written_keeps_it(tmp_path):
+    with pytest.raises(KeyError), RunFolder(tmp_path, recipe(), resume=False) as folder:
+        folder.log({"step": 1})
+        raise KeyError
+    assert (tmp_path / "recipe.yaml").is_file() and (tmp_path / "metrics.jsonl").is_file()
+
+
 def test_half_deleted_checkpoint_is_out_of_sight(tmp_path, monkeypatch):
     """A kill while an older checkpoint is deleted leaves files, but none that a resume would look at."""
     with RunFolder(tmp_path / "run", recipe(), resume=False) as folder:

@@ -310,6 +310,15 @@ def test_override_that_leads_nowhere_is_refused(base, override, said):
         ("data={sample: a, dataset: b}", ["data", "exactly one of sample, dataset and train", "['sample', 'dataset']"]),
         ("data={}", ["data", "exactly one of sample, dataset and train"]),
         ("stages=[]", ["stages", "at least 1"]),
+        ("stages.1.train.seed=-1", ["stages.1.train.seed", "greater than or equal to 0", "(got -1)"]),
+        ("stages.1.train.seed=4294967296", ["stages.1.train.seed", "less than 4294967296"]),
+        ("data.train=[]", ["data.train", "names nothing", "(got ())"]),
+        ("data.train=''", ["data.train", "names nothing", "(got '')"]),
+        ("data.train=['']", ["data.train", "names nothing"]),
+        ("data.unlabelled=[]", ["data.unlabelled", "names nothing"]),
+        ("data={sample: ''}", ["data.sample", "names nothing"]),
+        ("data={dataset: ''}", ["data.dataset", "names nothing"]),
+        ("export.latency_shapes=[[1, 0]]", ["export.latency_shapes.0.1", "greater than 0", "(got 0)"]),
         ("export.latency_shapes=[[1]]", ["export.latency_shapes.0.1", "is required"]),
         ("export.label_agreement=1.5", ["export.label_agreement", "(got 1.5)"]),
     ],
@@ -327,6 +336,9 @@ def test_missing_field_is_refused(write):
 
 
 def test_further_problems_are_counted(base):
+    # The list of stages lacks the wrong one, which is no second mistake.
+    assert "more)" not in refusal(base, "stages.1.train.epochs=0")
+    assert refusal(base, "stages.1.train.epochs=0", "data.seed=x").endswith("(and 1 more)")
     assert refusal(base, "modle=x", "data.sead=1", "export.batch=0").endswith("(and 2 more)")
 
 

@@ -20,9 +20,11 @@ def read_rows(path: str | Path) -> list[Row]:
     """All rows of a file, each with its place ("file:line") under `ROW_KEY`.
 
     Raises:
-        UserError: the file is missing, of an unknown kind, empty, not UTF-8, or a row is broken.
+        UserError: the file is missing, a folder, of an unknown kind, empty, not UTF-8, or a row is broken.
     """
     path = Path(path).expanduser()
+    if path.is_dir():
+        raise UserError(f"data: {str(path)!r} is a folder; give a file ({', '.join(READERS)})")
     if not path.is_file():
         beside = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
         raise UserError(f"data: file {str(path)!r} does not exist{nearest(path.name, beside)}")
@@ -46,17 +48,45 @@ def _text(path: Path) -> str:
 
 def _jsonl(path: Path) -> list[Row]:
     rows = []
-    for number, line in enumerate(_text(path).split("\n"), 1):
+    text = _text(path)
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
+            if line.strip() in ("[", "{") or _is_json(text):
+                raise UserError(
+                    f"data: {path}:{number}: is JSON over several lines; wants one JSON object per line"
+                ) from None
             raise UserError(f"data: {path}:{number}: is not JSON: {error.msg} (column {error.colno})") from None
         if not isinstance(row, dict):
             raise UserError(f"data: {path}:{number}: wants one JSON object per line; got {type(row).__name__}")
+        _refuse_half_characters(row, line, f"{path}:{number}")
         rows.append(row | {ROW_KEY: f"{path}:{number}"})
     return rows
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except json.JSONDecodeError:
+        return False
+    return True
+
+
+def _refuse_half_characters(row: Row, line: str, place: str) -> None:
+    # Only an escape can be half of a surrogate pair, which no tokenizer takes.
+    if "\\ud" not in line.lower():
+        return
+    for column, value in row.items():
+        try:
+            json.dumps({column: value}, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start]
+            raise UserError(
+                f"data: {place}: column {column!r} has {half!r}, half of a surrogate pair and no character; remove it"
+            ) from None
 
 
 def _csv(path: Path) -> list[Row]:

@@ -39,6 +39,8 @@ from compressft.shrink import shapes
 
 # Dead rows and columns are removed; this share of zeros is from single weights.
 NOTEWORTHY_ZEROS = 0.1
+# Fields of model/'s manifest that onnx/ has too.
+SHIPPED_FIELDS = ("task", "labels", "max_length", "columns", "metric", "model")
 # Splits that a file is verified on.
 EVALUATED = ("validation", "test")
 
@@ -52,7 +54,7 @@ def export(recipe: Recipe, root: Path, splits: Splits, console: Console) -> dict
     Raises:
         VerificationError: the file misses the recipe's limits; it is kept as `onnx.failed/`; an older `onnx/` stays.
     """
-    manifest = read_manifest(root / "model")
+    manifest = read_manifest(root / "model", "model", SHIPPED_FIELDS)
     tokenizer = load_tokenizer(str(root / "model"))
     task = make_task(recipe.task, tokenizer, recipe.data.max_length, manifest["labels"])
     model = load_compressed(root / "model")
@@ -103,7 +105,7 @@ def _badness(task: Task) -> Any:
 
 def describe_run(recipe: Recipe, root: Path, model: nn.Module, baseline: Path | None) -> dict[str, Any]:
     """What is known without running anything: parameters, shapes, versions, hardware, bytes of the torch folders."""
-    stages = [read_manifest(root / "stages" / stage.name)["stage"] for stage in recipe.stages]
+    stages = [read_manifest(root / "stages" / stage.name, "model", ("stage",))["stage"] for stage in recipe.stages]
     counted = count(model)
     return {
         "parameters": {
@@ -177,8 +179,7 @@ def write_onnx(
     save(graph, target / "model.onnx")
     tokenizer.save_pretrained(target)
     model.config.save_pretrained(target)  # type: ignore[union-attr, operator]
-    keys = ("task", "labels", "max_length", "columns", "metric", "model")
-    info = {"format": 1, "kind": "onnx", **{key: manifest[key] for key in keys}, "shapes": shapes(model)}
+    info = {"format": 1, "kind": "onnx", **{key: manifest[key] for key in SHIPPED_FIELDS}, "shapes": shapes(model)}
     info |= {"modules": sorted({entry["kind"] for entry in describe(model).values()}), "files": hash_files(target)}
     (target / MANIFEST).write_text(json.dumps(info, indent=1), encoding="utf-8")
 

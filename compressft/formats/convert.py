@@ -18,7 +18,7 @@ from compressft.formats.detect import Kind, detect
 from compressft.formats.files import CONFIG, TENSORS, new_folder, read_json, read_tensors, refuse_filled
 from compressft.formats.folders import READERS
 from compressft.formats.settled import Settled
-from compressft.model import load_model
+from compressft.model import load_model, resolve
 
 Target = Literal["compressft", "peft", "adapterhub"]
 TARGETS: tuple[Target, ...] = ("compressft", "peft", "adapterhub")
@@ -107,6 +107,7 @@ def _choose(kind: Kind, settled: Settled, folder: Path) -> Target:
 
 def _load(name: str, needs: Needs, folder: Path) -> nn.Module:
     try:
+        _refuse_family(name, needs.architecture)
         return load_model(name, needs.architecture, **needs.arguments)
     except AttributeError:
         raise UserError(f"{folder}: wants a {needs.architecture}, which this transformers does not have") from None
@@ -118,12 +119,29 @@ def _load(name: str, needs: Needs, folder: Path) -> nn.Module:
         raise UserError(f"--base: {error}") from None
 
 
+def _refuse_family(name: str, architecture: str) -> None:
+    """transformers would load another family's weights as random ones."""
+    import transformers
+
+    kind = getattr(transformers, architecture, None)
+    wanted = getattr(getattr(kind, "config_class", None), "model_type", None)
+    try:
+        found = transformers.AutoConfig.from_pretrained(resolve(name)).model_type
+    except (OSError, ValueError):
+        # Loading the model says why.
+        return
+    if wanted not in (None, found):
+        raise UserError(
+            f"{name!r} is a {found!r} model, the adapter was trained on a {wanted!r} ({architecture}); give that one"
+        )
+
+
 def _needs(kind: Kind, folder: Path) -> Needs:
     if kind == "compressft":
         entry = own.manifest(folder)
         return Needs(entry["base"], entry["architecture"], _labels(entry["labels"]))
     if kind == "delta":
-        entry = read_manifest(folder)
+        entry = read_manifest(folder, "delta")
         return Needs(entry.get("model", ""), entry["architecture"], _labels(entry["config"].get("id2label")))
     if kind == "peft":
         return _needs_of_peft(folder)

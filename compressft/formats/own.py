@@ -13,6 +13,7 @@ from compressft.checkpoint import DELTA, MANIFEST, file_hash, layers_hash, plain
 from compressft.errors import UserError, nearest
 from compressft.formats.files import CONFIG, KEY, TENSORS, read_json, read_tensors, write_json, write_tensors
 from compressft.formats.settled import Settled, of_backbone, origin, own_head, put, shared_copy
+from compressft.manifest import check_types
 from compressft.methods import METHODS
 from compressft.model import content_hash
 from compressft.modules.lsh import Lsh, without_cache
@@ -89,7 +90,7 @@ def manifest(folder: Path) -> dict[str, Any]:
     """What `adapter_config.json` says under our key, its files compared with their hashes.
 
     Raises:
-        UserError: a file is missing or changed, or a field is missing or unknown.
+        UserError: a file is missing or changed, or a field is missing, unknown or of another type.
     """
     path = folder / CONFIG
     entry = read_json(path).get(KEY)
@@ -103,6 +104,9 @@ def manifest(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: field {KEY}.{missing[0]} is missing; save the adapter again")
     if entry["format"] != FORMAT:
         raise UserError(f"{path}: format {entry['format']!r}; this compressft reads {FORMAT}")
+    check_types(entry, "adapter", path, f"{KEY}.")
+    if TENSORS not in entry["files"]:
+        raise UserError(f"{path}: field {KEY}.files does not name {TENSORS}; restore the file")
     verify_files(folder, entry["files"])
     return entry
 
@@ -143,7 +147,7 @@ def read_delta(base: nn.Module, folder: Path) -> Settled:
     Raises:
         UserError: as `read`; the run changed the number of layers or their width.
     """
-    entry = read_manifest(folder)
+    entry = read_manifest(folder, "delta")
     if "layers_hash" not in entry:
         raise UserError(f"{folder / MANIFEST}: was written before adapters could be read; train it again")
     verify_files(folder, entry["files"])
@@ -189,7 +193,7 @@ def _settle(
             "load it with load_compressed or load_delta"
         )
     if entry["shapes"] != shapes(tree):
-        resize(tree, entry["shapes"])
+        resize(tree, entry["shapes"], who=str(folder))
     put(tree, entry["modules"], tensors, str(folder))
     if any(isinstance(module, Lsh) for module in tree.modules()):
         without_cache(tree)

@@ -125,7 +125,7 @@ def put(tree: nn.Module, modules: Mapping[str, Any], tensors: Mapping[str, Tenso
         UserError: a tensor has no place or another shape, or one that the base lacks is not given.
     """
     known = {name.replace(".inner.", ".") for name in tree.state_dict()}
-    rebuild(tree, dict(modules))
+    rebuild(tree, dict(modules), who)
     transposed = {f"{p}.weight" for p, m in tree.named_modules() if isinstance(m, CompressedLinear) and m.transposed}
     places: dict[str, list[str]] = {}
     twins: dict[int, list[str]] = {}

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from compressft.errors import UserError
+
 # Importing them makes them known.
 from compressft.modules import (  # noqa: F401
     bottleneck,
@@ -47,24 +49,39 @@ def _check_settled(path: str, linear: CompressedLinear) -> None:
         raise ValueError(f"{path}: the weight is still packed; call the transforms' finalize first")
 
 
-def rebuild(model: nn.Module, table: dict[str, dict[str, Any]]) -> None:
+def rebuild(model: nn.Module, table: dict[str, dict[str, Any]], who: str = "modules") -> None:
     """Put the described modules into a plain model of the right shapes; their tensors are loaded afterwards.
 
+    Args:
+        who: what says so, for messages.
+
     Raises:
-        ValueError: an unknown kind.
+        UserError: an unknown kind, or one that does not fit where it is said to be.
     """
     for path, entry in sorted(_flat(table).items(), key=lambda item: item[0].count(".")):
         arguments = dict(entry)
         kind = arguments.pop("kind")
         if kind not in KINDS:
-            raise ValueError(f"{path}: unknown kind {kind!r}; this folder was written by a newer compressft")
-        parent, _, name = path.rpartition(".")
-        owner = model.get_submodule(parent)
-        new = KINDS[kind].rebuild(getattr(owner, name, None), arguments)
-        setattr(owner, name, new)
-        attach = getattr(new, "attach", None)
-        if attach is not None:
-            attach(owner)
+            raise UserError(f"{who}: {path}: unknown kind {kind!r}; this folder was written by a newer compressft")
+        try:
+            _put(model, path, kind, arguments)
+        except UserError:
+            raise
+        except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(
+                f"{who}: {path}: a {kind!r} of these fields does not fit there ({reason}); restore the file"
+            ) from error
+
+
+def _put(model: nn.Module, path: str, kind: str, arguments: dict[str, Any]) -> None:
+    parent, _, name = path.rpartition(".")
+    owner = model.get_submodule(parent)
+    new = KINDS[kind].rebuild(getattr(owner, name, None), arguments)
+    setattr(owner, name, new)
+    attach = getattr(new, "attach", None)
+    if attach is not None:
+        attach(owner)
 
 
 def _flat(table: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -111,6 +111,15 @@ def test_missing_file_names_its_nearest_neighbour(write):
         ("rows.jsonl", '{"a": 1}\n{"a": 2\n', [":2: is not JSON", "column 8"]),
         ("rows.json", '{"a": 1}\n"text"\n', [":2: wants one JSON object per line; got str"]),
         ("rows.json", '[{"a": 1}]\n', [":1: wants one JSON object per line; got list"]),
+        (
+            "rows.json",
+            '[\n {"a": 1},\n {"a": 2}\n]\n',
+            [":1: is JSON over several lines; wants one JSON object per line"],
+        ),
+        ("rows.json", '[{"a": 1},\n {"a": 2}]\n', [":1: is JSON over several lines"]),
+        ("rows.json", '{\n "a": 1\n}\n{\n "a": 2\n}\n', [":1: is JSON over several lines"]),
+        ("rows.jsonl", '{"a": "ok"}\n{"a": "a\\ud800b"}\n', [":2: column 'a' has '\\ud800', half of a surrogate pair"]),
+        ("rows.jsonl", '{"a": ["\\uDC00"]}\n', [":1: column 'a' has '\\udc00'"]),
         ("rows.csv", "a,b\n1,2\n1,2,3\n", [":3: has another number of columns"]),
         ("rows.csv", "a,b\n1,2\n1\n", [":3: has another number of columns"]),
         ("rows.tsv", "a\tb\n1\t2\n1,2\n", [":3: has another number of columns"]),
@@ -123,6 +132,18 @@ def test_broken_file_is_refused_with_its_line(write, name, content, said):
     message = refusal(write(name, content))
     for part in said:
         assert part in message
+
+
+def test_escaped_pairs_are_characters(write):
+    path = write("rows.jsonl", json.dumps({"text": "\U0001f600"}) + "\n")
+    assert "\\ud83d" in path.read_text()
+    assert without_place(read_rows(path)) == [{"text": "\U0001f600"}]
+
+
+def test_a_folder_is_no_file(tmp_path):
+    (tmp_path / "dir.jsonl").mkdir()
+    message = refusal(tmp_path / "dir.jsonl")
+    assert "is a folder; give a file" in message and "did you mean" not in message
 
 
 @pytest.mark.parametrize("missing", [10, 40, 200])

@@ -156,6 +156,19 @@ def test_fields_that_compute_something_else_are_refused(bases, made, name, value
     refused(bases, made / "pfeiffer", rf"config\.{name}")
 
 
+@pytest.mark.parametrize("length", [None, 0, "ten", 2.5, True])
+def test_wrong_prefix_length(bases, made, length):
+    path = made / "prefix" / "adapter_config.json"
+    config = {**json.loads(path.read_text())["config"], "prefix_length": length}
+    rewrite(path, config={name: value for name, value in config.items() if value is not None})
+    refused(bases, made / "prefix", f"config.prefix_length wants a number from 1, holds {length!r}")
+
+
+def test_fusion_of_names_that_are_none(bases, made):
+    rewrite(made / "fusion" / "adapter_fusion_config.json", adapter_names=[1])
+    refused(bases, made / "fusion", "adapter_names wants a list of strings")
+
+
 def test_every_field_is_known():
     """All fields of the package's configuration are read, refused or idle; none is looked past."""
     config = json.loads((MADE / "pfeiffer" / "adapter_config.json").read_text())["config"]
@@ -193,6 +206,8 @@ def test_other_folders_are_refused(bases, made):
         ({"hidden_size": 64}, "hidden_size 64"),
         ({"config": {"architecture": "lora", "r": 8}}, r"architecture 'lora' is not read; bottlenecks"),
         ({"config": "pfeiffer"}, "config wants an object"),
+        ({"name": None}, "name wants a string, holds None"),
+        ({"name": 3}, "name wants a string, holds 3"),
         ({"name": "other"}, "'bert.encoder.layer.0.output.adapters.other.adapter_down.0.bias' is missing"),
     ):
         path.write_text(json.dumps(values))

@@ -262,6 +262,28 @@ def test_damaged_folders_are_refused(bases, saved, tmp_path):
     refused(bases, saved, "adapter_config.json: is missing")
 
 
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"files": []}, r"field 'compressft\.files' wants an object"),
+        ({"files": {}}, r"compressft\.files does not name adapter_model\.safetensors"),
+        ({"shapes": 1}, r"field 'compressft\.shapes' wants a list of layers"),
+        ({"shapes": [{"heads": 4, "kv_heads": 4, "ffn": 65}] * 2}, r"shapes\.0\.ffn is 65, the model has 64"),
+        ({"modules": []}, r"field 'compressft\.modules' wants an object"),
+        ({"modules": {"classifier": {"kind": "newer"}}}, "classifier: unknown kind 'newer'; .* newer compressft"),
+        ({"labels": {"a": "b"}}, r"field 'compressft\.labels' wants"),
+        ({"base": 3}, r"field 'compressft\.base' wants a string, holds 3"),
+    ],
+)
+def test_wrong_fields_are_refused(bases, saved, changes, match):
+    config = saved / "adapter_config.json"
+    rewrite(config, compressft={**config_of(saved)["compressft"], **changes})
+    refused(bases, saved, match)
+    if "files" in changes:
+        with pytest.raises(UserError, match=match):
+            adapted_on(bases(), {"type": "fusion", "adapters": [str(saved)] * 2})
+
+
 def test_wrong_tensors_are_refused(bases, saved):
     from compressft.checkpoint import file_hash
 

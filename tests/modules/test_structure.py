@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from compressft.errors import UserError
 from compressft.methods.adapter import Adapter
 from compressft.modules.gate import ColumnGate
 from compressft.modules.int4 import grid_of
@@ -80,8 +81,8 @@ def test_unsettled_modules_are_refused():
 
 
 def test_unknown_kinds_are_refused():
-    with pytest.raises(ValueError, match="unknown kind 'nf4'"):
-        rebuild(tiny(), {"classifier": {"kind": "nf4"}})
+    with pytest.raises(UserError, match="here: classifier: unknown kind 'nf4'"):
+        rebuild(tiny(), {"classifier": {"kind": "nf4"}}, "here")
 
 
 def test_a_fixed_grid_is_rebuilt():

@@ -82,6 +82,8 @@ def _entry(base: nn.Module, path: Path) -> dict[str, Any]:
         own = getattr(config, name)
         if entry.get(name) not in (None, own):
             raise UserError(f"{path}: {name} {entry[name]!r}, the model's is {own!r}; give the model it was trained on")
+    if not isinstance(entry.get("name"), str) or not entry["name"]:
+        raise UserError(f"{path}: name wants a string, holds {entry.get('name')!r}; tensors are stored under it")
     known_family(base, str(path))
     return entry
 
@@ -130,7 +132,9 @@ def _prefix(
     for field, value in PREFIX.items():
         if config.get(field, value) != value:
             raise UserError(f"{folder / CONFIG}: config.{field} {config[field]!r} is not read; {value!r} is")
-    places, length = list(sites(base)), int(config["prefix_length"])
+    places, length = list(sites(base)), config.get("prefix_length")
+    if type(length) is not int or length < 1:
+        raise UserError(f"{folder / CONFIG}: config.prefix_length wants a number from 1, holds {length!r}; restore it")
     flat = _flat(base, folder, name, config, tensors)
     site = places[0]
     wanted = length * 2 * len(places) * site.heads * site.size
@@ -172,8 +176,10 @@ def read_fusion(base: nn.Module, folder: Path) -> Settled:
     path = folder / FUSION_CONFIG
     entry = _entry(base, path)
     _check_fusion(entry.get("config"), path)
-    name, names = entry["name"], entry.get("adapter_names") or str(entry["name"]).split(",")
+    name, names = entry["name"], entry.get("adapter_names") or entry["name"]
     names = names.split(",") if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(one, str) for one in names):
+        raise UserError(f"{path}: adapter_names wants a list of strings, holds {names!r}")
     homes = [_home(folder, one) for one in names]
     parts = [_pfeiffer(base, home, path) for home in homes]
     activations = sorted({part[0].activation for part in parts})

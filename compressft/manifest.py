@@ -1,0 +1,107 @@
+"""What a manifest must say before a folder is read by it: which fields a kind of folder has, and of what type."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from compressft.errors import UserError, nearest
+
+FORMAT = 1
+# Kind -> fields without which its folder cannot be read; older folders lack the others.
+REQUIRED: dict[str, tuple[str, ...]] = {
+    "model": ("architecture", "shapes", "modules", "files"),
+    "delta": ("architecture", "base_hash", "config", "shapes", "modules", "files"),
+    "onnx": ("files",),
+    "checkpoint": ("stage", "step", "seconds", "files"),
+}
+Check = tuple[str, Callable[[Any], bool]]
+
+
+def _mapping(value: Any, of: Callable[[Any], bool]) -> bool:
+    return isinstance(value, dict) and all(of(item) for item in value.values())
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _layer(value: Any) -> bool:
+    return isinstance(value, dict) and all(_count(value.get(name)) for name in ("kv_heads", "ffn"))
+
+
+def _module(value: Any) -> bool:
+    slots = [value.get(slot, {}) for slot in ("quantizer", "adapter")] if isinstance(value, dict) else [None]
+    return all(isinstance(slot, dict) for slot in slots) and isinstance(value.get("kind"), str)
+
+
+TEXT: Check = ("a string", lambda value: isinstance(value, str))
+# Field -> (what it wants, whether a value is that).
+CHECKS: dict[str, Check] = {
+    **dict.fromkeys(("architecture", "base_hash", "layers_hash", "model", "base", "task"), TEXT),
+    "origin_hash": ("a string or null", lambda value: value is None or isinstance(value, str)),
+    "config": ("an object with model_type", lambda v: isinstance(v, dict) and isinstance(v.get("model_type"), str)),
+    "shapes": ("a list of layers with kv_heads and ffn", lambda v: isinstance(v, list) and all(map(_layer, v))),
+    "width": ("a number or null", lambda value: value is None or _count(value)),
+    "modules": ("an object of modules, each with its kind", lambda value: _mapping(value, _module)),
+    "files": ("an object of hashes by file name", lambda v: _mapping(v, lambda item: isinstance(item, str))),
+    "labels": ("a list of strings", _texts),
+    "columns": ("an object of strings", lambda value: _mapping(value, lambda item: isinstance(item, str))),
+    "max_length": ("a number from 1", lambda value: _count(value) and value > 0),
+    "step": ("a number", _count),
+    "seconds": ("a number", lambda value: isinstance(value, int | float)),
+    "stage": ("an object", lambda value: isinstance(value, dict)),
+}
+# Kind -> fields that are something else there.
+SPECIAL: dict[str, dict[str, Check]] = {
+    "onnx": {"modules": ("a list of strings", _texts)},
+    "checkpoint": {"stage": TEXT},
+    "adapter": {
+        "labels": (
+            "an object of strings by number",
+            lambda v: _mapping(v, lambda item: isinstance(item, str)) and all(key.isdecimal() for key in v),
+        )
+    },
+}
+
+
+def check_manifest(entry: Any, path: Path) -> dict[str, Any]:
+    """The content of a `compressft.json`, checked.
+
+    Raises:
+        UserError: it is no object, of an unknown kind or a newer format, or a field is missing or of another type.
+    """
+    if not isinstance(entry, dict):
+        raise UserError(f"{path}: wants a JSON object, holds {type(entry).__name__}; restore the file")
+    require(entry, ("kind",), path)
+    kind = entry["kind"]
+    if not isinstance(kind, str) or kind not in REQUIRED:
+        known = ", ".join(REQUIRED)
+        raise UserError(f"{path}: kind {kind!r} is not known; known: {known}{nearest(str(kind), REQUIRED)}")
+    if entry.get("format", FORMAT) != FORMAT:
+        raise UserError(f"{path}: format {entry['format']!r}; this compressft reads {FORMAT}")
+    require(entry, REQUIRED[kind], path)
+    check_types(entry, kind, path)
+    return entry
+
+
+def require(entry: Mapping[str, Any], names: Iterable[str], path: Path) -> None:
+    """UserError for the first of these fields that is not there."""
+    for name in names:
+        if name not in entry:
+            raise UserError(f"{path}: field {name!r} is missing; restore the file or write the folder again")
+
+
+def check_types(entry: Mapping[str, Any], kind: str, path: Path, prefix: str = "") -> None:
+    """UserError for the first field whose value is of another type than a folder of this kind has there."""
+    checks = CHECKS | SPECIAL.get(kind, {})
+    for name, value in entry.items():
+        wanted, fits = checks.get(name, ("", None))
+        if fits is not None and not fits(value):
+            shown = repr(value) if len(repr(value)) < 40 else type(value).__name__
+            raise UserError(f"{path}: field {prefix + name!r} wants {wanted}, holds {shown}; restore the file")
