@@ -23,7 +23,6 @@ from tests.methods.added import (
     CASES,
     check_autocast,
     check_checkpointing,
-    check_export,
     check_frozen_base,
     check_nf4,
     check_round_trips,
@@ -467,15 +466,6 @@ def test_precision_memory_and_nf4(languages, family, kind):
     if kind == "madx":
         check_autocast(method, family)
     check_nf4(method, family)
-
-
-@pytest.mark.parametrize("kind", ["parallel", "madx"])
-def test_export(languages, kind, tmp_path):
-    method = PARALLEL
-    if kind == "madx":
-        method = Adapter(placement="pfeiffer", size=4, stack=tuple(languages(invertible=True)[:1]))
-    model = shaken(trained(method, headed(), rows_for("bert")), ".parallel.")
-    check_export(model, rows_for("bert"), tmp_path)
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])

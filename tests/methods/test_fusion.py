@@ -23,7 +23,6 @@ from tests.methods.added import (
     CASES,
     check_autocast,
     check_checkpointing,
-    check_export,
     check_frozen_base,
     check_nf4,
     check_round_trips,
@@ -270,11 +269,6 @@ def test_precision_memory_and_nf4(saved, family):
     check_checkpointing(method, family)
     check_autocast(method, family)
     check_nf4(method, family)
-
-
-def test_export(saved, tmp_path):
-    model = shaken(trained(Fusion(adapters=saved()), headed(), rows_for("bert")), *ATTENTION)
-    check_export(model, rows_for("bert"), tmp_path)
 
 
 def test_cached_generation(saved):

@@ -7,7 +7,6 @@ from pydantic import ValidationError
 from compressft.anatomy import anatomy
 from compressft.checkpoint import load_compressed, save_compressed
 from compressft.errors import UserError
-from compressft.export.onnx import operators
 from compressft.methods.adapter import Adapter
 from compressft.methods.side import Side
 from compressft.modules.linear import bare
@@ -20,7 +19,6 @@ from tests.methods.added import (
     FAMILIES,
     check_autocast,
     check_checkpointing,
-    check_export,
     check_frozen_base,
     check_nf4,
     check_round_trips,
@@ -169,14 +167,6 @@ def test_precision_memory_and_nf4(family, kind):
     if kind == "copy":
         check_autocast(KINDS[kind], family)
     check_nf4(KINDS[kind], family)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_export(kind, tmp_path):
-    model = shaken(trained(KINDS[kind], headed(), rows_for("bert")), "side.")
-    graph = check_export(model, rows_for("bert"), tmp_path)
-    # The fused operator in both networks.
-    assert operators(graph)["MultiHeadAttention"] == (4 if kind == "copy" else 2)
 
 
 def test_generation(tmp_path):
