@@ -24,6 +24,7 @@ from tests.methods.added import (
     check_autocast,
     check_checkpointing,
     check_frozen_base,
+    check_gradients,
     check_nf4,
     check_round_trips,
     headed,
@@ -83,6 +84,12 @@ def test_the_papers_equations(saved, number):
         torch.testing.assert_close(fusion(x, residual), want, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(fusion.shares(x), shares, atol=1e-5, rtol=1e-4)
         assert shares.shape[-1] == number and (number > 1) == bool((shares.std(-1, correction=0) > 1e-3).any())
+
+
+def test_gradients_through_the_layer_above(saved):
+    """Of layer 0's fusion: through the query, the adapters and the residual of layer 1's."""
+    model = shaken(prepared(Fusion(adapters=saved()), headed()), *ATTENTION)
+    check_gradients(model, labelled(4), "encoder.layer.0.")
 
 
 @torch.no_grad()
