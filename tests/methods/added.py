@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from compressft.anatomy import anatomy
 from compressft.checkpoint import (
     base_tensors,
     load_compressed,
@@ -134,6 +135,23 @@ def gradients(method: Transform, base: Any, batch: dict[str, Tensor], checkpoint
     return {name: tensor.grad for name, tensor in trainable(model) if tensor.grad is not None}
 
 
+def check_gradients(model: Any, batch: dict[str, Tensor], part: str) -> None:
+    """The loss's slope in every trained tensor with `part` in its name is that of finite differences, in fp64."""
+    model, generator = model.double().eval(), torch.Generator().manual_seed(0)
+    model(**batch).loss.backward()
+    checked = [tensor for name, tensor in trainable(model) if part in name]
+    assert checked
+    for tensor in checked:
+        direction = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        losses = []
+        with torch.no_grad():
+            for step in (1e-5, -2e-5, 1e-5):
+                tensor.add_(direction, alpha=step)
+                losses.append(float(model(**batch).loss))
+        got, want = float((tensor.grad * direction).sum()), (losses[0] - losses[1]) / 2e-5
+        assert abs(got - want) < 1e-7 + 1e-4 * abs(want)
+
+
 def check_checkpointing(method: Transform, family: str) -> None:
     """Recomputed activations give the same gradients."""
     both = [gradients(method, partial(headed, family), rows_for(family), on) for on in (False, True)]
@@ -142,17 +160,22 @@ def check_checkpointing(method: Transform, family: str) -> None:
         torch.testing.assert_close(both[1][name], gradient, msg=name)
 
 
-def check_autocast(method: Transform, family: str) -> None:
-    """One bf16 step: finite, all that is trained gets a gradient in its own dtype, logits near those of fp32."""
-    model = prepared(method, headed(family))
-    batch = rows_for(family)
+def check_autocast(method: Transform, family: str = "bert") -> None:
+    """In bf16 a method whose parts all matter gives nearly its logits of fp32, and every gradient, in fp32."""
+    model, batch = headed(family), rows_for(family)
+    own = {name for name, _ in model.named_parameters()}
+    prepared(method, model)
+    method.after_step(model, 0.0)
+    shaken(model, *(name for name, _ in trainable(model) if name not in own))
     want = logits(model, batch)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        model(**batch).loss.backward()
         got = logits(model, batch)
-    assert (got.float() - want).abs().max() < 0.1 * want.std() + 0.05
+        loss = model.train()(**batch).loss
+    assert (got.float() - want).norm() < 0.05 * want.norm()
+    loss.backward()
     for name, tensor in trainable(model):
-        assert tensor.grad is not None and torch.isfinite(tensor.grad).all(), name
+        assert tensor.grad is not None and tensor.grad.dtype == torch.float32, name
+        assert torch.isfinite(tensor.grad).all(), name
 
 
 def check_nf4(method: Transform, family: str) -> None:
@@ -160,12 +183,20 @@ def check_nf4(method: Transform, family: str) -> None:
     model, nf4 = headed(family), Nf4()
     for transform in (method, nf4):
         transform.prepare(model, Context([method, nf4]))
+    check_packed(model)
     batch = rows_for(family)
     fit(model, [method, nf4], [batch], 2)
     before = logits(model, batch)
     for transform in (method, nf4):
         transform.finalize(model)
     torch.testing.assert_close(logits(model, batch), before, atol=1e-4, rtol=1e-4)
+
+
+def check_packed(model: Any) -> None:
+    """Every projection of the layers is stored in four bits, whatever else is in its slots."""
+    for layer in anatomy(model).layers:
+        for path in layer.linears:
+            assert layer.part(path).store is not None, path
 
 
 def check_export(model: Any, batch: dict[str, Tensor], tmp_path: Path, limit: float = 1e-4) -> Any:
@@ -184,6 +215,13 @@ def check_export(model: Any, batch: dict[str, Tensor], tmp_path: Path, limit: fl
         got, want = (got[real], want[real]) if got.ndim == 3 else (got, want)
         assert np.abs(got - want).max() <= limit * max(want.std(), 1.0)
     return graph
+
+
+def freeze_head(model: nn.Module) -> None:
+    """Leave the model's head and pooler as they are, so that what else a method trains has to learn."""
+    for name, parameter in model.named_parameters():
+        if name in names_of(model):
+            parameter.requires_grad_(False)
 
 
 def names_of(model: nn.Module, *parts: str) -> set[str]:

@@ -23,10 +23,11 @@ from tests.methods.added import (
     CASES,
     check_autocast,
     check_checkpointing,
-    check_export,
     check_frozen_base,
+    check_gradients,
     check_nf4,
     check_round_trips,
+    freeze_head,
     headed,
     names_of,
     prepared,
@@ -84,6 +85,12 @@ def test_the_papers_equations(saved, number):
         torch.testing.assert_close(fusion(x, residual), want, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(fusion.shares(x), shares, atol=1e-5, rtol=1e-4)
         assert shares.shape[-1] == number and (number > 1) == bool((shares.std(-1, correction=0) > 1e-3).any())
+
+
+def test_gradients_through_the_layer_above(saved):
+    """Of layer 0's fusion: through the query, the adapters and the residual of layer 1's."""
+    model = shaken(prepared(Fusion(adapters=saved()), headed()), *ATTENTION)
+    check_gradients(model, labelled(4), "encoder.layer.0.")
 
 
 @torch.no_grad()
@@ -248,6 +255,7 @@ def test_size_of_what_is_saved(saved, tmp_path):
 def test_learns_sixteen_examples(saved):
     model, batch, method = headed(), labelled(), Fusion(adapters=saved())
     method.prepare(model, Context())
+    freeze_head(model)
     fit(model, [method], [batch], steps=160, learning_rate=1e-2)
     assert accuracy(model, batch) == 1.0
 
@@ -270,11 +278,6 @@ def test_precision_memory_and_nf4(saved, family):
     check_checkpointing(method, family)
     check_autocast(method, family)
     check_nf4(method, family)
-
-
-def test_export(saved, tmp_path):
-    model = shaken(trained(Fusion(adapters=saved()), headed(), rows_for("bert")), *ATTENTION)
-    check_export(model, rows_for("bert"), tmp_path)
 
 
 def test_cached_generation(saved):

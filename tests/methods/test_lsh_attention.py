@@ -20,7 +20,8 @@ from compressft.passes.structured import Structured
 from compressft.recipe import parse_recipe
 from compressft.run import run
 from compressft.transform import Context
-from tests.methods.universal import check_autocast, check_checkpointing, check_folders, check_resume
+from tests.methods.added import check_autocast
+from tests.methods.universal import check_checkpointing, check_folders, check_resume
 from tests.passes.sparse import classifier
 from tests.passes.sparse import context as with_rows
 from tests.tiny import SHAPE, batch_for, fit, labelled, logits, padded, tiny

@@ -19,6 +19,7 @@ from compressft.methods.side import Side
 from compressft.methods.task_vector import TaskVector
 from compressft.model import count
 from compressft.transform import Context
+from tests.methods.added import freeze_head
 from tests.tiny import accuracy, fit, labelled, logits, tiny
 
 CASES = {
@@ -46,6 +47,8 @@ CASES = {
     "lsh attention": LshAttention(chunk=4, rounds=2),
     "head importance, frozen": HeadGates(decide="importance", heads=0.5, weights="frozen"),
 }
+# What trains little or nothing but the head; of all others the head is frozen where they have to learn.
+HEAD = {"probe", "layers", "mlp probe", "bilstm probe", "scalar mix", "head importance, frozen"}
 # What needs saved adapters of the very model has all of this in its own tests.
 ELSEWHERE = {"fusion"}
 
@@ -59,6 +62,8 @@ def test_every_method_is_here():
 def test_learns_sixteen_examples(name):
     model, batch = tiny(), labelled()
     CASES[name].prepare(model, Context())
+    if name not in HEAD:
+        freeze_head(model)
     before = accuracy(model, batch)
     for _ in range(8):
         fit(model, [CASES[name]], [batch], steps=40, learning_rate=1e-2)
@@ -76,6 +81,38 @@ def test_same_seed_same_result(name):
         fit(model, [CASES[name]], [labelled()], steps=3)
         results.append(logits(model, labelled(4, seed=8)))
     assert torch.equal(*results)
+
+
+# What is drawn at the start, by a part of its names; the other methods' own tests look at theirs.
+DRAWN = {
+    "lora": "lora_A",
+    "ladder": ".side.",
+    "head gates": ".noise",
+    "mlp probe": "probe_head",
+    "language": "invertible",
+}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_another_seed_draws_other_values(name):
+    first, again, other = (tiny() for _ in range(3))
+    method = {**CASES, "language": Adapter(placement="pfeiffer", invertible=True)}[name]
+    for model, seed in ((first, 3), (again, 3), (other, 4)):
+        method.prepare(model, Context(seed=seed))
+    one, same, two = (model.state_dict() for model in (first, again, other))
+    assert all(torch.equal(same[n], value) for n, value in one.items())
+    assert any(DRAWN[name] in n and not torch.equal(two[n], value) for n, value in one.items())
+
+
+def test_the_papers_settings_are_the_defaults():
+    model = tiny()
+    Adapter(placement="pfeiffer", invertible=True).prepare(model, Context())
+    assert model.bert.invertible.f[0].out_features == 32 // 2 // 2
+    assert PrefixTuning().length == 10
+    for preset, share in (("masking", 0.05), ("supermask", 0.3)):
+        model, method = tiny(), Mask(preset=preset)
+        method.prepare(model, Context())
+        assert method.status(model, 0.0)["masked"]["now"] == pytest.approx(share, abs=5e-3)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -19,6 +19,7 @@ from compressft.passes.int8 import Int8
 from compressft.passes.magnitude import Magnitude
 from compressft.passes.nf4 import Nf4
 from compressft.transform import Context, trainable
+from tests.methods.added import check_packed
 from tests.tiny import accuracy, fit, labelled, logits, tiny
 
 CONFIGS = {
@@ -182,6 +183,7 @@ def test_beside_a_quantizer_and_on_a_packed_base(name):
     packed, method, store = tiny(), Peft(config=CONFIGS[name]), Nf4()
     for one in sorted((method, store), key=lambda one: one.order):
         one.prepare(packed, Context())
+    check_packed(packed)
     batch = labelled(4)
     plain = tiny()
     for own, layer in zip(anatomy(packed).layers, anatomy(plain).layers, strict=True):

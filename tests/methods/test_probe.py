@@ -18,7 +18,6 @@ from tests.methods.added import (
     CASES,
     FAMILIES,
     check_checkpointing,
-    check_export,
     check_frozen_base,
     check_nf4,
     check_round_trips,
@@ -301,12 +300,6 @@ def test_bf16(kind):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model(**labelled(4)).loss.backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for _, p in trainable(model))
-
-
-def test_export(tmp_path):
-    """The two-way LSTM as one node that takes each row's length, below it the mix."""
-    model = shaken(trained(KINDS["mix, bilstm"], headed(), rows_for("bert")), "probe_head.", "scalar_mix.")
-    check_export(model, rows_for("bert"), tmp_path)
 
 
 def test_bare_is_the_base():

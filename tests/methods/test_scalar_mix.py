@@ -16,7 +16,6 @@ from tests.methods.added import (
     FAMILIES,
     check_autocast,
     check_checkpointing,
-    check_export,
     check_frozen_base,
     check_nf4,
     check_round_trips,
@@ -160,11 +159,6 @@ def test_precision_memory_and_nf4(family):
     check_checkpointing(ScalarMix(), family)
     check_autocast(ScalarMix(), family)
     check_nf4(ScalarMix(), family)
-
-
-def test_export(tmp_path):
-    model = shaken(trained(ScalarMix(normalise="row"), headed(), rows_for("bert")), "scalar_mix.")
-    check_export(model, rows_for("bert"), tmp_path)
 
 
 def test_hidden_states_and_cached_generation():

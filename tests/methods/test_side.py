@@ -7,7 +7,6 @@ from pydantic import ValidationError
 from compressft.anatomy import anatomy
 from compressft.checkpoint import load_compressed, save_compressed
 from compressft.errors import UserError
-from compressft.export.onnx import operators
 from compressft.methods.adapter import Adapter
 from compressft.methods.side import Side
 from compressft.modules.linear import bare
@@ -20,7 +19,6 @@ from tests.methods.added import (
     FAMILIES,
     check_autocast,
     check_checkpointing,
-    check_export,
     check_frozen_base,
     check_nf4,
     check_round_trips,
@@ -76,6 +74,28 @@ def test_the_blend(family):
     for value, limit in ((40.0, b), (-40.0, s)):
         side_of(model).blend.fill_(value)
         torch.testing.assert_close(model.base_model(**batch).last_hidden_state, limit, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_the_ladders_equations(family):
+    """s_0 = D_0 h_0, s_i = block_i(mu_i s_(i-1) + (1 - mu_i) D_i h_i), S = B + U s_L, as they are written."""
+    model, batch = shaken(prepared(KINDS["ladder"], headed(family)), "side."), batch_for(family)
+    h = headed(family).base_model(**batch, output_hidden_states=True).hidden_states
+    side = side_of(model)
+    s = h[0] @ side.down[0].weight.t() + side.down[0].bias
+    for i in (1, 2):
+        mu = 1 / (1 + torch.exp(-side.mix[i - 1]))
+        s = mu * s + (1 - mu) * (h[i] @ side.down[i].weight.t() + side.down[i].bias)
+        norm, inner, outer = side.norms[i - 1], side.inner[i - 1], side.outer[i - 1]
+        ln = (s - s.mean(-1, keepdim=True)) / (s.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+        x = (ln * norm.weight + norm.bias) @ inner.weight.t() + inner.bias
+        s = s + (x * 0.5 * (1 + torch.erf(x / 2**0.5))) @ outer.weight.t() + outer.bias
+    beside = h[2] + s @ side.up.weight.t() + side.up.bias
+    alpha = 1 / (1 + torch.exp(-side.blend))
+    got = model.base_model(**batch).last_hidden_state
+    torch.testing.assert_close(got, alpha * h[2] + (1 - alpha) * beside, atol=1e-4, rtol=1e-4)
+    assert side_of(prepared(Side(network="ladder"), headed())).size == 32 // 8
 
 
 def test_gradient_of_alpha():
@@ -166,17 +186,8 @@ def test_segments_reach_the_side_network(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_precision_memory_and_nf4(family, kind):
     check_checkpointing(KINDS[kind], family)
-    if kind == "copy":
-        check_autocast(KINDS[kind], family)
+    check_autocast(KINDS[kind], family)
     check_nf4(KINDS[kind], family)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_export(kind, tmp_path):
-    model = shaken(trained(KINDS[kind], headed(), rows_for("bert")), "side.")
-    graph = check_export(model, rows_for("bert"), tmp_path)
-    # The fused operator in both networks.
-    assert operators(graph)["MultiHeadAttention"] == (4 if kind == "copy" else 2)
 
 
 def test_generation(tmp_path):

@@ -11,7 +11,8 @@ from compressft.model import count
 from compressft.passes.nf4 import Nf4
 from compressft.passes.structured import Structured
 from compressft.transform import Context, trainable
-from tests.methods.universal import check_autocast, check_checkpointing, check_folders, check_resume
+from tests.methods.added import check_autocast
+from tests.methods.universal import check_checkpointing, check_folders, check_resume
 from tests.passes.sparse import Run, classifier
 from tests.tiny import TINY, batch_for, labelled, logits, tiny
 
