@@ -42,6 +42,7 @@ class Adapted(nn.Module):
         self.base_model = base.requires_grad_(False)
         self.trees = nn.ModuleDict()
         self.methods: dict[str, Transform] = {}
+        self.contexts: dict[str, Context] = {}
         # Loaded as they ship: there is nothing left to finalise.
         self.loaded: set[str] = set()
         self.active: str | None = None
@@ -65,18 +66,18 @@ class Adapted(nn.Module):
         """Prepare another method on the base under a new name, and make it the active one.
 
         Raises:
-            UserError: the name is taken or has a dot; the method does not fit the model.
+            UserError: the name is taken, or no folder's name; the method does not fit the model.
         """
         self._check_free(name)
         method = as_method(method)
-        tree = shared_copy(self.base_model)
+        tree, context = shared_copy(self.base_model), Context((method,), seed=seed)
         try:
-            method.prepare(tree, Context((method,), seed=seed))
+            method.prepare(tree, context)
             own_what_is_trained(tree, self.base_model)
         finally:
             # A method that is refused halfway has unfrozen tensors which all trees share.
             self.base_model.requires_grad_(False)
-        self.trees[name], self.methods[name] = tree.train(self.training), method
+        self.trees[name], self.methods[name], self.contexts[name] = tree.train(self.training), method, context
         self.set_adapter(name)
 
     def _check_free(self, name: str) -> None:
@@ -108,6 +109,7 @@ class Adapted(nn.Module):
         """
         self._check(name)
         del self.trees[name], self.methods[name]
+        self.contexts.pop(name, None)
         self.loaded.discard(name)
         if self.active == name:
             self.active = None
@@ -193,6 +195,40 @@ class Adapted(nn.Module):
             return ModelOutput(logits=logits)
         total = torch.stack([loss * (weight / sum(weights)) for loss, weight in zip(losses, weights, strict=True)])
         return ModelOutput(loss=total.sum(), logits=logits)
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """What the active method trains, for a torch optimiser: parameters with rates or decay of its own, and others.
+
+        Raises:
+            UserError: no adapter is active, or it was loaded as it ships.
+        """
+        method, context = self._in_training()
+        own = method.param_groups(self.model, context)
+        taken = {id(parameter) for group in own for parameter in group["params"]}
+        others = [p for p in self.model.parameters() if p.requires_grad and id(p) not in taken]
+        return [*own, *([{"params": others}] if others else [])]
+
+    def loss_terms(self, batch: Mapping[str, Tensor], outputs: Any) -> dict[str, Tensor]:
+        """What the active method adds to the loss, scalars by name: `outputs` is of `batch`. Errors as `param_groups`.
+
+        Gates and differences that are learned have a penalty, most methods nothing.
+        """
+        method, context = self._in_training()
+        return method.loss(self.model, batch, outputs, context)
+
+    def after_step(self, progress: float) -> None:
+        """Let the active method follow training: once with 0 before the first step, then after each optimiser step.
+
+        Schedules and cuts hang on it. Gradients are still there; `progress` ends at 1. Errors as `param_groups`.
+        """
+        self._in_training()[0].after_step(self.model, progress)
+
+    def _in_training(self) -> tuple[Transform, Context]:
+        if self.active is None:
+            raise UserError("no adapter is active; set_adapter one")
+        if self.active not in self.contexts:
+            raise UserError(f"adapter {self.active!r} was loaded as it ships; load it with is_trainable to train it")
+        return self.methods[self.active], self.contexts[self.active]
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trained, all) values of the active tree."""

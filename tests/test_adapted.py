@@ -254,3 +254,27 @@ def test_a_refused_method_leaves_the_base_frozen():
         adapted.add_adapter("b", {"type": "peft", "config": {"peft_type": "LORA", "target_modules": ["nothing"]}})
     assert {name for name, parameter in adapted.named_parameters() if parameter.requires_grad} == before
     assert not any(parameter.requires_grad for parameter in adapted.base_model.parameters())
+
+
+@pytest.mark.parametrize("fields", [{"type": "diff", "density": 0.05}, {"type": "head_gates"}])
+def test_a_loop_of_ones_own_ends_with_what_ships(fields):
+    """With the method's groups, penalty and schedule, `settled` changes no logit."""
+    adapted = get_model(tiny(), fields)
+    batch, steps = labelled(8), 12
+    optimizer = torch.optim.AdamW(adapted.param_groups(), lr=1e-2)
+    adapted.train().after_step(0.0)
+    for step in range(1, steps + 1):
+        outputs = adapted(**batch)
+        terms = adapted.loss_terms(batch, outputs)
+        (outputs.loss + sum(terms.values())).backward()
+        optimizer.step()
+        adapted.after_step(step / steps)
+        optimizer.zero_grad()
+    torch.testing.assert_close(logits(adapted.settled(), batch), logits(adapted.eval(), batch), atol=1e-5, rtol=1e-5)
+
+
+def test_what_ships_is_not_trained(tmp_path):
+    get_model(tiny(), LORA, "one").save_pretrained(tmp_path)
+    loaded = Adapted.from_pretrained(tiny(), tmp_path)
+    with pytest.raises(UserError, match="load it with is_trainable"):
+        loaded.param_groups()
