@@ -31,7 +31,7 @@ def place(tmp_path_factory):
     """A folder with a tiny encoder, a tiny decoder, and a file of rows for every data set that comes from the hub."""
     folder = tmp_path_factory.mktemp("shipped")
     save_tiny(folder / "bert", num_hidden_layers=3)
-    save_tiny(folder / "gpt2", n_positions=64)
+    save_tiny(folder / "gpt2", "gpt2", n_positions=512)
     for name, columns in COLUMNS.items():
         texts = [f"{WORDS[i % 6]} {WORDS[i % 5]} {WORDS[i % 4]}" for i in range(60)]
         rows = [{**dict.fromkeys(columns, text), "label": str(i % 2)} for i, text in enumerate(texts)]
