@@ -181,6 +181,23 @@ def test_mistake_found_after_the_directory_was_claimed_gives_it_back(call, tmp_p
     assert after == before
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("export.latency_shapes=[[1, 64]]", "1x64 has more tokens than the model's 40 positions"),
+        ("data.max_length=64", "tokens, the model 40 positions"),
+        ("task=causal-lm", "sees later tokens"),
+    ],
+)
+def test_what_the_model_cannot_take_is_said_before_training(call, tmp_path, recipe, override, message):
+    long = write_jsonl(
+        tmp_path / "long.jsonl", [{"text": " ".join(["river"] * (30 + i)), "label": str(i % 2)} for i in range(20)]
+    )
+    more = ("--set", f"data.train={long}") if "max_length" in override else ()
+    done = call("run", recipe(), "--output", "out", *more, "--set", override)
+    assert message in done.err and done.code == 2 and not (tmp_path / "out").exists(), done
+
+
 def test_directory_that_is_not_empty(call, tmp_path, recipe):
     path = recipe()
     (tmp_path / "out").mkdir()

@@ -190,14 +190,13 @@ class FrozenForward:
         return self._cached(self.cache, input_ids, attention_mask, kwargs)
 
     def _whole(self, **kwargs: Any) -> Any:
-        """The backbone's own output with the head in its place: what is generated with a key/value cache, say."""
-        if self.head is None:
-            return self._evaluated(**kwargs)
-        before, self.head.enabled = self.head.enabled, True
-        try:
-            return self._evaluated(**kwargs)
-        finally:
-            self.head.enabled = before
+        """The backbone's own output with the head on top: what is generated with a key/value cache, say."""
+        output = self._evaluated(**kwargs)
+        if self.head is not None:
+            output.last_hidden_state = self.head(output.last_hidden_state, kwargs["attention_mask"])
+            if self.pooler is not None:
+                output.pooler_output = self.pooler(output.last_hidden_state)
+        return output
 
     def _evaluated(self, **kwargs: Any) -> Any:
         modes = {module: module.training for module in self.backbone.modules()}

@@ -88,13 +88,12 @@ def check_base(model: nn.Module, logits: bool) -> None:
                     f"objective distill.teacher: 'base' wants the base's weights frozen, the method trains {name}; "
                     "use a method that adds modules only, or an earlier stage or a folder as the teacher"
                 )
-    if logits:
-        # A trained one is refused above: a language model's output layer is the base's.
-        if model.get_output_embeddings() is None:  # type: ignore[operator]
-            raise UserError(
-                "objective distill.logits: the teacher 'base' has no trained head of its own, its logits would be the "
-                "student's untrained head on other features; set it to 0 and use hidden, attention, relations or cosine"
-            )
+    # A trained one is refused above: a language model's output layer is the base's.
+    if logits and model.get_output_embeddings() is None:  # type: ignore[operator]
+        raise UserError(
+            "objective distill.logits: the teacher 'base' has no trained head of its own, its logits would be the "
+            "student's untrained head on other features; set it to 0 and use hidden, attention, relations or cosine"
+        )
 
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -357,3 +357,47 @@ def test_passes_learn_in_a_frozen_encoder(kind):
     for transform in transforms:
         transform.finalize(model)
     torch.testing.assert_close(logits(model, padded()), before, atol=1e-4, rtol=1e-4)
+
+
+def test_features_of_another_precision_are_others():
+    """What bf16 autocast left in the cache is not what fp32 computes with."""
+    model, batch = prepared(), padded()
+    want = logits(tiny(), batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = logits(model, batch)
+    assert not torch.equal(rough.float(), want)
+    torch.testing.assert_close(logits(model, batch), want, atol=1e-6, rtol=1e-5)
+
+
+def test_statistics_do_not_fill_the_cache_before_a_base_is_packed():
+    from compressft.passes.nf4 import Nf4
+
+    rows = [{"input_ids": list(range(5, 9 + i)), "attention_mask": [1] * (4 + i)} for i in range(6)]
+    model, methods = tiny(), (Probe(standardise=True), Nf4())
+    context = Context(methods, data=TrainingData(None, rows, collated, lambda _: rows, 16, list))
+    for one in sorted(methods, key=lambda one: one.order):
+        one.prepare(model, context)
+    batch = collated(rows)
+    cached = logits(model, batch)
+    model.bert.forward.cache = None
+    torch.testing.assert_close(cached, logits(model, batch), atol=1e-5, rtol=1e-5)
+
+
+def collated(rows):
+    length = max(len(row["input_ids"]) for row in rows)
+    return {
+        name: torch.tensor([row[name] + [0] * (length - len(row[name])) for row in rows])
+        for name in ("input_ids", "attention_mask")
+    }
+
+
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("mask", [True, False])
+def test_a_language_model_generates_with_a_cache(cache, mask):
+    method, model = Probe(head="mlp", cache=cache), tiny("llama")
+    method.prepare(model, Context())
+    shaken(model, "probe_head")
+    batch = padded(2, 6, left=True) if mask else {"input_ids": torch.tensor([[5, 6, 7, 8]])}
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    plain = model.generate(**batch, use_cache=False, **settings)
+    assert torch.equal(model.generate(**batch, **settings), plain)

@@ -234,6 +234,13 @@ def test_what_is_refused(tmp_path, smaller):
         Side().prepare(model, Context())
     with pytest.raises(UserError, match="has 97 vocabulary rows, the model 50"):
         Side(network=smaller).prepare(headed(vocab_size=50), Context())
+    with pytest.raises(UserError, match="sees later tokens"):
+        Side(network=smaller).prepare(tiny("llama"), Context())
+    with pytest.raises(UserError, match="has 40 positions, the model 64"):
+        Side(network=smaller).prepare(headed(max_position_embeddings=64), Context())
+    tiny("bart").save_pretrained(tmp_path / "bart")
+    with pytest.raises(UserError, match="is an encoder-decoder"):
+        Side(network=str(tmp_path / "bart")).prepare(headed(), Context())
     with pytest.raises(UserError, match=r"could not be loaded|does not exist"):
         Side(network=str(tmp_path / "nowhere")).prepare(headed(), Context())
     adapted = prepared(Adapter(placement="pfeiffer", size=4), headed())
