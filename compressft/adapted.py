@@ -185,6 +185,8 @@ class Adapted(nn.Module):
             if getattr(out, "logits", None) is None:
                 raise UserError(f"adapter_names: a {type(tree).__name__} gives no logits to put together")
             found: Tensor = out.logits
+            if logits is not None and logits.shape[1:] != found.shape[1:]:
+                raise UserError(f"adapter_names: the heads of {names[0]!r} and {name!r} give logits of other shapes")
             whole = found.new_zeros(rows, *found.shape[1:]) if logits is None else logits
             logits = whole.index_copy(0, where, found)
             counted = _counted(tree, own.get("labels"))

@@ -278,3 +278,12 @@ def test_what_ships_is_not_trained(tmp_path):
     loaded = Adapted.from_pretrained(tiny(), tmp_path)
     with pytest.raises(UserError, match="load it with is_trainable"):
         loaded.param_groups()
+
+
+def test_rows_of_one_batch_want_heads_of_one_shape():
+    adapted = get_model(tiny(), SMALL, "one")
+    adapted.add_adapter("two", SMALL)
+    adapted.trees["two"].classifier = torch.nn.Linear(32, 5)
+    rows = padded(2)
+    with pytest.raises(UserError, match="'one' and 'two' give logits of other shapes"):
+        adapted(**rows, adapter_names=["one", "two"])

@@ -90,11 +90,11 @@ def own_head(tree: nn.Module, plain: nn.Module) -> frozenset[str]:
     A masked head is a random one: another loading of the base draws other values.
     """
     shared = {parameter.data_ptr() for parameter in plain.parameters()}
-    head = [(name, tensor) for name, tensor in head_parameters(tree)]
-    outside = [name for name, _ in head if not of_backbone(tree, name) and ".gates." not in name]
+    head = [(name, tensor) for name, tensor in head_parameters(tree) if ".gates." not in name]
+    outside = [name for name, _ in head if not of_backbone(tree, name)]
     owners = [tree.get_submodule(name.rpartition(".")[0]) for name in outside]
     masked = outside if any(isinstance(owner, CompressedLinear) and len(owner.gates) for owner in owners) else []
-    own = [name for name, tensor in head if tensor.data_ptr() not in shared and ".gates." not in name]
+    own = [name for name, tensor in head if tensor.data_ptr() not in shared]
     return frozenset([*own, *masked])
 
 

@@ -96,7 +96,7 @@ class PeftTuner(Extra):
             return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
         weight = self.base.weight
         unit = torch.eye(self.base.in_features, device=weight.device, dtype=weight.dtype)
-        return self._at(unit, with_bias=False).t() - self.base.weight
+        return self._at(unit, with_bias=False).t() - weight
 
     def bias(self) -> Tensor | None:
         """What is added to the product, (out,): the base's bias as the tuner changes it; None for none."""
