@@ -31,8 +31,8 @@ class Side(Transform):
     keeps a graph, unless a pass learns gates there.
 
     Fields: `network`: "copy" (S starts as B: the identity at first), "ladder" (small blocks beside each layer read B's
-    states; works with a key/value cache), or a folder or hub id of another model, whose states are projected where its
-    width is another. `size`: width of the ladder; default d / 8.
+    states), or a folder or hub id of another model, whose states are projected where its width is another. `size`:
+    width of the ladder; default d / 8.
     """
 
     type: Literal["side"] = "side"

@@ -41,7 +41,7 @@ class Side(Tap):
 class SideNetwork(Side):
     """S is a whole model without head, `network`; `project` brings its states to B's width where they are narrower.
 
-    It keeps no key/value cache.
+    Its keys and values lie in B's cache, in layers above B's: what reorders, repeats or crops B's does so with them.
 
     Args:
         config: of the network, as JSON values with `model_type`.
@@ -51,7 +51,8 @@ class SideNetwork(Side):
     kind: ClassVar[str] = "side_network"
     # B's configuration.
     owner: tuple[Any]
-    wants = (*INPUTS, "past_key_values")
+    wants = INPUTS
+    wants_of_layer = ("past_key_values",)
 
     def __init__(self, config: dict[str, Any], width: int, network: nn.Module | None = None) -> None:
         super().__init__()
@@ -70,15 +71,31 @@ class SideNetwork(Side):
         self.owner = (owner.config,)
 
     def top(self, states: list[Tensor], last: Tensor, inputs: dict[str, Any]) -> Tensor:
-        if inputs["past_key_values"] is not None:
-            raise UserError("method side: a side network keeps no key/value cache; generate with use_cache=False")
         given = {name: inputs[name] for name in self.takes if inputs[name] is not None}
         # It attends as B does, in an exported file too.
         self.network.config._attn_implementation = self.owner[0]._attn_implementation
         if "use_cache" in inspect.signature(self.network.forward).parameters:
-            given["use_cache"] = False
+            cache = inputs["past_key_values"]
+            given["use_cache"] = cache is not None
+            given["past_key_values"] = None if cache is None else self._layers_of(cache, len(states), last.shape[1])
         side = self.network(**given).last_hidden_state
         return self.blended(last, side if self.project is None else self.project(side))
+
+    def _layers_of(self, cache: Any, below: int, new: int) -> Any:
+        """The network's part of a cache to which `below` layers of B have just added `new` tokens."""
+        from transformers import Cache, DynamicCache
+
+        if not isinstance(cache, DynamicCache):
+            raise UserError(
+                f"method side: a side network's keys and values are not kept in a {type(cache).__name__}; "
+                "generate without cache_implementation"
+            )
+        if len(cache.layers) == below:
+            cache.layers.extend(DynamicCache(config=self.network.config).layers)
+        own = Cache(layers=cache.layers[below:])
+        if own.get_seq_length() != cache.get_seq_length() - new:
+            raise UserError("method side: this cache was filled without the side network; start with an empty one")
+        return own
 
 
 def build(config: dict[str, Any]) -> Any:

@@ -23,8 +23,9 @@ class Tap(Extra):
     """
 
     above_norm: ClassVar[bool]
-    # Names of the backbone's arguments that `top` wants.
+    # Names of the backbone's arguments that `top` wants, and of its layers' (a backbone may make its own cache).
     wants: ClassVar[tuple[str, ...]] = ()
+    wants_of_layer: ClassVar[tuple[str, ...]] = ()
     # Off while somebody else does what `top` does.
     enabled: bool = True
 
@@ -56,20 +57,20 @@ class Tap(Extra):
         Args:
             states: what enters each layer, embeddings first; each (B, T, d).
             last: what would stand there.
-            inputs: the backbone's arguments named in `wants`, None where one was not given.
+            inputs: the arguments named in `wants` and `wants_of_layer`, None where one was not given.
         """
         raise NotImplementedError
 
     def _on_backbone(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._states = []
         self._open = self.enabled and not is_bare()
-        if self._open and self.wants:
-            given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-            given = {**given, **given.get("kwargs", {})}
-            self._inputs = {name: given.get(name) for name in self.wants}
+        if self._open:
+            self._inputs = _named(self.wants, module, args, kwargs)
 
     def _on_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._open:
+            if not self._states:
+                self._inputs |= _named(self.wants_of_layer, module, args, kwargs)
             self._states.append(args[0] if args else kwargs["hidden_states"])
 
     def _after_backbone(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -99,3 +100,12 @@ class Tap(Extra):
     def _on_norm_input(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         new = self._replaced(args[0])
         return None if new is None else (new, *args[1:])
+
+
+def _named(names: tuple[str, ...], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What the module is given under these names, however it is passed; None where it is not."""
+    if not names:
+        return {}
+    given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+    given = {**given, **given.get("kwargs", {})}
+    return {name: given.get(name) for name in names}

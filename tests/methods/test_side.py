@@ -190,19 +190,58 @@ def test_precision_memory_and_nf4(family, kind):
     check_nf4(KINDS[kind], family)
 
 
-def test_generation(tmp_path):
-    ids = padded(1)["input_ids"][:, :4]
-    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    model = shaken(prepared(KINDS["ladder"], tiny("llama")), "side.")
-    both = [model.generate(ids, use_cache=on, **settings) for on in (True, False)]
-    assert torch.equal(*both)
+@pytest.fixture(scope="module")
+def decoders(tmp_path_factory):
+    """Smaller models, and one whose attention slides: its cache holds other layers than B's."""
+    folder = tmp_path_factory.mktemp("decoders")
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 24}
+    for name, one in {
+        "llama": {"num_hidden_layers": 1},
+        "mistral": {"num_hidden_layers": 3, "sliding_window": 3},
+    }.items():
+        tiny(name, **sizes, **one).save_pretrained(folder / name)
+    return {name: str(folder / name) for name in ("llama", "mistral")}
+
+
+@pytest.mark.parametrize("kind", ["copy", "ladder", "llama", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_generation(family, kind, decoders, tmp_path):
+    method = KINDS[kind] if kind in KINDS else Side(network=decoders[kind])
+    save_compressed(shaken(prepared(method, tiny(family)), "side."), None, tmp_path / "model", {})
+    model = load_compressed(tmp_path / "model")
+    ids = torch.randint(3, 90, (2, 5), generator=torch.Generator().manual_seed(2))
+    batch = {"input_ids": ids, "attention_mask": torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])}
+    settings = {"max_new_tokens": 8, "pad_token_id": 0, "eos_token_id": None}
+    greedy = [model.generate(**batch, use_cache=on, do_sample=False, **settings) for on in (True, False)]
+    assert torch.equal(*greedy) and not torch.equal(greedy[0], tiny(family).generate(**batch, **settings))
+    # Beams are repeated and reordered in the cache.
+    beams = [model.generate(**batch, use_cache=on, num_beams=3, do_sample=False, **settings) for on in (True, False)]
+    assert torch.equal(*beams)
+    check_steps(model, ids)
+
+
+@torch.no_grad()
+def check_steps(model, ids):
+    """Four tokens at once, then one: with a cache that the model makes itself, and that loses its last token."""
+    want = model(ids, use_cache=False).logits
+    out = model(ids[:, :4], use_cache=True)
+    again = model(ids[:, 4:], past_key_values=out.past_key_values)
+    torch.testing.assert_close(torch.cat([out.logits, again.logits], 1), want, atol=1e-5, rtol=1e-5)
+    if not any(again.past_key_values.is_sliding):
+        again.past_key_values.crop(-1)
+        once_more = model(ids[:, 4:], past_key_values=again.past_key_values)
+        assert torch.equal(once_more.logits, again.logits)
+
+
+def test_caches_that_cannot_be_shared():
     model = shaken(prepared(KINDS["copy"], tiny("llama")), "side.")
-    with pytest.raises(UserError, match="keeps no key/value cache; generate with use_cache=False"):
-        model.generate(ids, use_cache=True, **settings)
-    assert model.generate(ids, use_cache=False, **settings).shape == (1, 10)
-    save_compressed(model, None, tmp_path / "model", {})
-    again = load_compressed(tmp_path / "model")
-    assert torch.equal(logits(again, padded()), logits(model, padded()))
+    ids = padded(1)["input_ids"][:, :4]
+    with pytest.raises(UserError, match="are not kept in a StaticCache; generate without cache_implementation"):
+        model.generate(ids, cache_implementation="static", max_new_tokens=2, pad_token_id=0)
+    with bare():
+        cache = model(ids, use_cache=True).past_key_values
+    with pytest.raises(UserError, match="was filled without the side network; start with an empty one"):
+        model(ids[:, :1], past_key_values=cache)
 
 
 @pytest.mark.parametrize("kind", KINDS)

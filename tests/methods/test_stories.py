@@ -62,10 +62,13 @@ def without_cache(model, ids, mask, tokens):
     return ids
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in CLASSIFIERS])
-def test_learns_and_generates(name, blocks, adapters, tmp_path):
+RUNS = [(name, {}) for name in METHODS if name not in CLASSIFIERS] + [("side", {"network": "copy"})]
+
+
+@pytest.mark.parametrize(("name", "other"), RUNS, ids=["-".join((name, *other.values())) for name, other in RUNS])
+def test_learns_and_generates(name, other, blocks, adapters, tmp_path):
     train, held_out, data = blocks
-    fields = {"adapters": adapters} if name == "fusion" else FIELDS.get(name, {})
+    fields = {"adapters": adapters} if name == "fusion" else {**FIELDS.get(name, {}), **other}
     method = METHODS[name](**fields)
     model = load_model(STORIES, "AutoModelForCausalLM")
     method.prepare(model, Context((method,), data=data))
