@@ -12,19 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressft.anatomy import anatomy
 from compressft.errors import UserError, nearest
 from compressft.formats.folders import DEFAULT, named, read, save
 from compressft.formats.settled import Settled, continue_from, own_head, own_what_is_trained, shared_copy
 from compressft.methods import METHODS
+from compressft.mixed import mixed_forward, mixed_generate
 from compressft.model import count, restore_plain
 from compressft.modules.kinds import Extra
 from compressft.modules.linear import CompressedLinear
 from compressft.transform import Context, Transform
 
 BASE = "__base__"
-# A label that counts for nothing.
-IGNORED = -100
 
 
 class Adapted(nn.Module):
@@ -158,45 +156,23 @@ class Adapted(nn.Module):
             # By position as the tree itself counts.
             args = (named.pop("input_ids"), named.pop("attention_mask"), *args)
         kwargs |= {name: value for name, value in named.items() if value is not None}
-        return self.model(*args, **kwargs) if adapter_names is None else self._mixed(adapter_names, args, kwargs)
+        if adapter_names is None:
+            return self.model(*args, **kwargs)
+        return mixed_forward(adapter_names, self._by_name(), args, kwargs)
 
-    def _mixed(self, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        from transformers.utils import ModelOutput  # type: ignore[attr-defined]
+    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """What the active tree generates; arguments are transformers' own.
 
-        unknown = sorted(set(names) - set(self.trees) - {BASE})
-        if unknown:
-            raise UserError(f"adapter_names: {unknown[0]!r} is not there; there are {', '.join([*self.trees, BASE])}")
-        rows = len(names)
-        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        if not given or given[0].shape[0] != rows:
-            raise UserError(f"adapter_names: {rows} names for a batch of {given[0].shape[0] if given else 0} rows")
-        logits: Tensor | None = None
-        losses: list[Tensor] = []
-        weights: list[int] = []
-        for name in dict.fromkeys(names):
-            where = torch.tensor([i for i, other in enumerate(names) if other == name], device=given[0].device)
+        Args:
+            adapter_names: one name for each row ("__base__" for none): every row is continued by its own method. Gives
+                token ids (rows x sequences of each, tokens), int64.
+        """
+        if adapter_names is None:
+            return self.model.generate(*args, **kwargs)
+        return mixed_generate(adapter_names, self._by_name(), args, kwargs)
 
-            def part(value: Any, where: Tensor = where) -> Any:
-                return value[where] if isinstance(value, Tensor) and value.shape[:1] == (rows,) else value
-
-            tree = self.base_model if name == BASE else self.trees[name]
-            own: dict[str, Any] = {key: part(value) for key, value in kwargs.items()} | {"return_dict": True}
-            out = tree(*(part(value) for value in args), **own)
-            if getattr(out, "logits", None) is None:
-                raise UserError(f"adapter_names: a {type(tree).__name__} gives no logits to put together")
-            found: Tensor = out.logits
-            if logits is not None and logits.shape[1:] != found.shape[1:]:
-                raise UserError(f"adapter_names: the heads of {names[0]!r} and {name!r} give logits of other shapes")
-            whole = found.new_zeros(rows, *found.shape[1:]) if logits is None else logits
-            logits = whole.index_copy(0, where, found)
-            counted = _counted(tree, own.get("labels"))
-            if counted:
-                losses.append(out.loss)
-                weights.append(counted)
-        if not losses:
-            return ModelOutput(logits=logits)
-        total = torch.stack([loss * (weight / sum(weights)) for loss, weight in zip(losses, weights, strict=True)])
-        return ModelOutput(loss=total.sum(), logits=logits)
+    def _by_name(self) -> dict[str, Any]:
+        return {**self.trees, BASE: self.base_model}
 
     def param_groups(self) -> list[dict[str, Any]]:
         """What the active method trains, for a torch optimiser: parameters with rates or decay of its own, and others.
@@ -352,16 +328,6 @@ class Adapted(nn.Module):
         self.loaded.add(name)
         self.base_model.requires_grad_(False)
         self.set_adapter(name)
-
-
-def _counted(tree: Any, labels: Tensor | None) -> int:
-    """How many labels a mean loss is over: what the model leaves out is -100, and a language model's first token."""
-    if labels is None:
-        return 0
-    if labels.is_floating_point():
-        return labels.numel()
-    shifted = anatomy(tree).family.causal and tree.get_output_embeddings() is not None
-    return int((labels[:, 1:] if shifted and labels.dim() > 1 else labels).ne(IGNORED).sum())
 
 
 def _without_the_base(adapted: Adapted, state: dict[str, Any], prefix: str, _: Any) -> None:

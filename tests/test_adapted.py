@@ -93,6 +93,35 @@ def test_rows_train_their_own_method():
     assert all(p.grad is None for p in adapted.base_model.parameters())
 
 
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3, "num_return_sequences": 2}, {"use_cache": False}])
+def test_rows_are_continued_by_their_own_method(settings):
+    adapted = get_model(tiny("llama"), LORA, "one")
+    adapted.add_adapter("two", SMALL, seed=1)
+    for name in ("one", "two"):
+        adapted.set_adapter(name)
+        with torch.no_grad():
+            for _, tensor in trainable(adapted.model):
+                generator = torch.Generator().manual_seed(tensor.numel())
+                tensor.add_(torch.randn(tensor.shape, generator=generator) * 0.3)
+    batch, names = padded(4), ["two", "one", "__base__", "two"]
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, **settings}
+    adapted.eval()
+    alone = {name: adapted._by_name()[name].generate(**batch, **settings) for name in set(names)}
+    assert len({str(ids) for ids in alone.values()}) == 3
+    # One method's rows end early: what is behind their end is padding.
+    each = settings.get("num_return_sequences", 1)
+    ends = int(alone["one"][each, batch["input_ids"].shape[1]])
+    for end in (None, ends):
+        asked = {**settings, "eos_token_id": end}
+        got = adapted.generate(**batch, adapter_names=names, **asked)
+        for row, name in enumerate(names):
+            want = adapted._by_name()[name].generate(**{k: v[row : row + 1] for k, v in batch.items()}, **asked)
+            mine = got[row * each : (row + 1) * each]
+            assert torch.equal(mine[:, : want.shape[1]], want) and (mine[:, want.shape[1] :] == 0).all()
+    with pytest.raises(UserError, match="leave return_dict_in_generate and streamer out"):
+        adapted.generate(**batch, adapter_names=names, return_dict_in_generate=True)
+
+
 def test_prints_what_peft_prints(capsys):
     from peft import LoraConfig, get_peft_model
 
@@ -230,6 +259,10 @@ def test_generates():
         (lambda a: a.delete_adapter("x"), "'x' is not there"),
         (lambda a: a(**labelled(4), adapter_names=["one"] * 3), "3 names for a batch of 4 rows"),
         (lambda a: a(**labelled(4), adapter_names=["one", "tow", "one", "one"]), "'tow' is not there"),
+        (
+            lambda a: a(**padded(4), adapter_names=["one"] * 4, past_key_values=object()),
+            "call generate with adapter_names",
+        ),
     ],
 )
 def test_refuses(act, message):
