@@ -37,7 +37,8 @@ def mixed_forward(
     losses: list[Tensor] = []
     weights: list[int] = []
     for name, where, part in _parts(names, models, args, kwargs):
-        model, own = models[name], {key: part(value) for key, value in kwargs.items()} | {"return_dict": True}
+        model = models[name]
+        own: dict[str, Any] = {key: part(value) for key, value in kwargs.items()} | {"return_dict": True}
         out = model(*(part(value) for value in args), **own)
         if getattr(out, "logits", None) is None:
             raise UserError(f"adapter_names: a {type(model).__name__} gives no logits to put together")
