@@ -18,6 +18,7 @@ from transformers.trainer_utils import EvalPrediction
 from compressft import ranks
 from compressft.data.tasks import IGNORE, Task
 from compressft.errors import UserError
+from compressft.modules.kinds import Extra
 from compressft.precision import autocast_dtype
 from compressft.recipe import TrainConfig
 from compressft.transform import TASK_LOSS, Context, Transform
@@ -210,6 +211,14 @@ class CompressionTrainer(Trainer):
             for group in own:
                 self.optimizer.add_param_group(group)
         return self.optimizer  # type: ignore[return-value]
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """As transformers chooses them; what a method adds inside a norm, as Pfeiffer's adapters are, is no norm."""
+        decayed = super().get_decay_parameter_names(model)
+        for path, module in model.named_modules():
+            if isinstance(module, Extra):
+                decayed += [f"{path}.{name}" for name in super().get_decay_parameter_names(module)]
+        return list(dict.fromkeys(decayed))
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of similar length, in an order that depends on seed and epoch alone."""

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from compressft.data import make_task
 from compressft.errors import UserError
+from compressft.methods.adapter import Adapter
 from compressft.objectives.distill import Distill
 from compressft.precision import autocast_dtype
 from compressft.recipe import TrainConfig
@@ -90,6 +91,18 @@ def trainer(
 
 def batch_of(t: CompressionTrainer, rows: int = 16) -> dict[str, Tensor]:
     return t.data_collator(t.train_dataset[:rows])
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "llama"])
+@pytest.mark.parametrize("placement", ["houlsby", "pfeiffer", "parallel"])
+def test_adapters_decay_and_norms_and_biases_do_not(placement, family, tmp_path):
+    method = Adapter(placement=placement, size=4)
+    t = trainer(tmp_path, [method], model=tiny(family), weight_decay=0.1)
+    t.create_optimizer()
+    decayed = {id(p) for group in t.optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    weights = {name for name, p in t.model.named_parameters() if p.requires_grad and p.dim() == 2}
+    assert sum("adapter" in name or "parallel" in name for name in weights) == (8 if placement == "houlsby" else 4)
+    assert {name for name, p in t.model.named_parameters() if id(p) in decayed} == weights
 
 
 # Loss.
