@@ -17,8 +17,9 @@ from compressft.methods.layers import Layers
 from compressft.methods.scalar_mix import keeps_layers
 from compressft.model import load_model
 from compressft.modules.kinds import KINDS
+from compressft.modules.ladder import SideLadder
 from compressft.modules.side import Side as SideModule
-from compressft.modules.side import SideLadder, SideNetwork, build
+from compressft.modules.side import SideNetwork, build
 from compressft.transform import REMOVES, Context, Transform
 
 NAME = "side"
@@ -30,9 +31,9 @@ class Side(Transform):
     alpha = sigmoid(a), a learned from 0 without weight decay. B's own learning needs no backward pass: nothing in it
     keeps a graph, unless a pass learns gates there.
 
-    Fields: `network`: "copy" (S starts as B: the identity at first), "ladder" (small blocks beside each layer read B's
-    states), or a folder or hub id of another model, whose states are projected where its width is another. `size`:
-    width of the ladder; default d / 8.
+    Fields: `network`: "copy" (S starts as B: the identity at first), "ladder" (small transformer blocks, one beside
+    each layer, read B's states), or a folder or hub id of another model, whose states are projected where its width is
+    another. `size`: width of the ladder; default d / 8.
     """
 
     type: Literal["side"] = "side"

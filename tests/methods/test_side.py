@@ -79,23 +79,56 @@ def test_the_blend(family):
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_the_ladders_equations(family):
-    """s_0 = D_0 h_0, s_i = block_i(mu_i s_(i-1) + (1 - mu_i) D_i h_i), S = B + U s_L, as they are written."""
-    model, batch = shaken(prepared(KINDS["ladder"], headed(family)), "side."), batch_for(family)
+    """s_0 = D_0 h_0, s_i = rung_i(mu_i s_(i-1) + (1 - mu_i) D_i h_i), S = B + U s_L, as they are written."""
+    model, batch = shaken(prepared(Side(network="ladder", size=32), headed(family)), "side."), batch_for(family)
     h = headed(family).base_model(**batch, output_hidden_states=True).hidden_states
-    side = side_of(model)
-    s = h[0] @ side.down[0].weight.t() + side.down[0].bias
+    side, tokens = side_of(model), batch["input_ids"].shape[1]
+    seen = batch["attention_mask"].bool()[:, None, :].expand(-1, tokens, -1)
+    if family == "llama":
+        seen = (seen & torch.ones(tokens, tokens, dtype=torch.bool).tril()) | torch.eye(tokens, dtype=torch.bool)
+
+    def normed(norm, s):
+        return (s - s.mean(-1, keepdim=True)) / (
+            s.var(-1, correction=0, keepdim=True) + 1e-5
+        ).sqrt() * norm.weight + norm.bias
+
+    def linear(module, x):
+        return x @ module.weight.t() + module.bias
+
+    s = linear(side.down[0], h[0])
     for i in (1, 2):
-        mu = 1 / (1 + torch.exp(-side.mix[i - 1]))
-        s = mu * s + (1 - mu) * (h[i] @ side.down[i].weight.t() + side.down[i].bias)
-        norm, inner, outer = side.norms[i - 1], side.inner[i - 1], side.outer[i - 1]
-        ln = (s - s.mean(-1, keepdim=True)) / (s.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
-        x = (ln * norm.weight + norm.bias) @ inner.weight.t() + inner.bias
-        s = s + (x * 0.5 * (1 + torch.erf(x / 2**0.5))) @ outer.weight.t() + outer.bias
-    beside = h[2] + s @ side.up.weight.t() + side.up.bias
+        mu, rung = 1 / (1 + torch.exp(-side.mix[i - 1])), side.rungs[i - 1]
+        s = mu * s + (1 - mu) * linear(side.down[i], h[i])
+        queries, keys, values = linear(rung.attention, normed(rung.attention_norm, s)).split(32, dim=-1)
+        heads = []
+        for q, k, v in zip(*(part.split(16, dim=-1) for part in (queries, keys, values)), strict=True):
+            scores = (q @ k.transpose(1, 2) / 16**0.5).masked_fill(~seen, -torch.inf)
+            heads.append(scores.softmax(-1) @ v)
+        s = s + linear(rung.attention_out, torch.cat(heads, -1))
+        x = linear(rung.inner, normed(rung.norm, s))
+        s = s + linear(rung.outer, x * 0.5 * (1 + torch.erf(x / 2**0.5)))
+    beside = h[2] + linear(side.up, s)
     alpha = 1 / (1 + torch.exp(-side.blend))
     got = model.base_model(**batch).last_hidden_state
     torch.testing.assert_close(got, alpha * h[2] + (1 - alpha) * beside, atol=1e-4, rtol=1e-4)
     assert side_of(prepared(Side(network="ladder"), headed())).size == 32 // 8
+
+
+@torch.no_grad()
+def test_a_ladder_sees_no_padding_and_nothing_later():
+    """A row between padding on either side is the row alone, and a token knows those before it only."""
+    model = shaken(prepared(KINDS["ladder"], tiny("llama")), "side.")
+    ids = torch.randint(3, 90, (1, 6), generator=torch.Generator().manual_seed(0))
+    alone = model(ids).logits
+    torch.testing.assert_close(model(ids[:, :4]).logits, alone[:, :4])
+    padded_ids = torch.nn.functional.pad(ids, (3, 2))
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1, 0, 0]])
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    between = model(padded_ids, attention_mask=mask, position_ids=places).logits
+    assert between.isfinite().all()
+    torch.testing.assert_close(between[:, 3:9], alone, atol=1e-5, rtol=1e-5)
+    with pytest.raises(UserError, match="reads attention_mask as"):
+        model(ids, attention_mask=torch.zeros(1, 1, 6, 6))
 
 
 def test_gradient_of_alpha():
