@@ -15,7 +15,7 @@ from compressft.methods.layers import Layers
 from compressft.methods.scalar_mix import add_mix, keeps_layers, mix_of
 from compressft.modules.dtypes import like
 from compressft.modules.gate import Gate
-from compressft.modules.head import Body, ProbeHead
+from compressft.modules.head import Body, Pooling, ProbeHead, mean_of_tokens
 from compressft.modules.linear import CompressedLinear
 from compressft.modules.quantizer import Quantizer
 from compressft.transform import WEIGHTS, Context, Transform
@@ -39,6 +39,7 @@ class Probe(Transform):
     direction (default d / 2). `features`: "last", or "scalar_mix", a learned sum of all layers (method scalar_mix),
     which is not cached. `standardise`: features less their mean over their standard deviation, both over the training
     rows: of the token that the model's own head reads where nothing else stands in front of it, else of all tokens.
+    `pooling`: "own", whatever the model's own head reads, or "mean": it reads the mean over a row's tokens.
     """
 
     type: Literal["probe"] = "probe"
@@ -47,6 +48,7 @@ class Probe(Transform):
     size: int | None = Field(default=None, ge=1)
     features: Literal["last", "scalar_mix"] = "last"
     standardise: bool = False
+    pooling: Pooling = "own"
 
     @model_validator(mode="after")
     def _consistent(self) -> Probe:
@@ -61,12 +63,20 @@ class Probe(Transform):
         """Whether features are kept."""
         return self.features == "last" if self.cache is None else self.cache
 
+    @property
+    def _adds_head(self) -> bool:
+        return self.head != "linear" or self.standardise or self.pooling == "mean"
+
     def prepare(self, model: nn.Module, context: Context) -> None:
         whole: Any = model
         parts = anatomy(model)
         refuse_pairs(model, "method probe")
         if self.head == "bilstm" and parts.family.causal and whole.get_output_embeddings() is not None:
             raise UserError("method probe.head: 'bilstm' lets a language model see later tokens; use 'mlp'")
+        if self.pooling == "mean" and not _classifies_rows(model):
+            raise UserError(
+                "method probe.pooling: 'mean' gives all tokens of a row the same; leave it out for this task"
+            )
         if hasattr(parts.backbone, NAME):
             raise UserError("method probe: an earlier stage left a probe's head in the model; use another method here")
         Layers(top=0).prepare(model, context)
@@ -78,7 +88,7 @@ class Probe(Transform):
         if self.features == "scalar_mix":
             add_mix(model, True, "none").requires_grad_(True)
             frozen.live = True
-        if self.head != "linear" or self.standardise:
+        if self._adds_head:
             frozen.head = self._add_head(model, frozen, context)
         # An instance attribute shadows the class's forward: no module is renamed, so checkpoints keep their names.
         backbone.forward = frozen
@@ -92,11 +102,11 @@ class Probe(Transform):
         parts = anatomy(model)
         generator = torch.Generator().manual_seed(context.seed)
         size = self.size or (max(parts.width // 2, 1) if self.head == "bilstm" else parts.width)
-        head = ProbeHead(parts.width, self.head, size, self.standardise, generator)
+        head = ProbeHead(parts.width, self.head, size, self.standardise, self.pooling, generator)
         head.to(next(model.parameters()).device)
         # A plan's tensors have no values.
         if self.standardise and head.mean.device.type != "meta":
-            mean, deviation = self._statistics(model, frozen, context)
+            mean, deviation = self._statistics(model, frozen, head, context)
             head.mean.copy_(mean)
             head.deviation.copy_(deviation)
             if frozen.cache and len(context.transforms) > 1:
@@ -108,22 +118,26 @@ class Probe(Transform):
         return head
 
     @torch.no_grad()
-    def _statistics(self, model: nn.Module, frozen: FrozenForward, context: Context) -> tuple[Tensor, Tensor]:
+    def _statistics(
+        self, model: nn.Module, frozen: FrozenForward, head: ProbeHead, context: Context
+    ) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation per dimension over the training rows, (d,) each."""
         if context.data is None:
             raise UserError("method probe.standardise: needs training rows to look at; run it in a recipe's stage")
-        one_token = self.head == "linear" and "SequenceClassification" in type(model).__name__
+        one_token = self.head == "linear" and _classifies_rows(model)
         causal, device = anatomy(model).family.causal, next(model.parameters()).device
         total = squares = torch.zeros(())
         number = 0
         for batch in context.data.batches(len(context.data.features), ENCODED_ROWS, context.seed):
             batch = {name: value.to(device) for name, value in batch.items() if name != "labels"}
-            real = batch["attention_mask"].bool()
-            if one_token:
+            real, rows = batch["attention_mask"].bool(), frozen.features(**batch)
+            if head.pools_features:
+                rows, real = mean_of_tokens(rows, batch["attention_mask"]), real.any(1, keepdim=True)
+            elif one_token:
                 place = real.long().cumsum(1)
                 real = real & (place == (place[:, -1:] if causal else 1))
             # In double precision: a difference of large sums.
-            rows = frozen.features(**batch)[real].double().cpu()
+            rows = rows[real].double().cpu()
             total, squares, number = total + rows.sum(0), squares + rows.square().sum(0), number + len(rows)
         mean = total / number
         deviation = (squares / number - mean.square()).clamp(min=0).sqrt()
@@ -142,9 +156,13 @@ class Probe(Transform):
                     f"method 'probe' caches features that pass {other.type!r} would change; "
                     "set method.cache to false, or compress in a stage of its own"
                 )
-        if self.head != "linear" or self.standardise or self.features != "last":
+        if self._adds_head or self.features != "last":
             return keeps_layers("probe", others)
         return None
+
+
+def _classifies_rows(model: nn.Module) -> bool:
+    return "SequenceClassification" in type(model).__name__
 
 
 # Arguments that ask for more than the last hidden states.

@@ -13,6 +13,7 @@ from compressft.modules.kinds import known
 from compressft.modules.tap import Tap
 
 Body = Literal["linear", "mlp", "bilstm"]
+Pooling = Literal["own", "mean"]
 
 
 class BiLSTM(nn.Module):
@@ -90,6 +91,7 @@ class ProbeHead(Tap):
 
     `body`: "linear" nothing; "mlp" Linear - gelu - Linear, `size` wide inside; "bilstm" a `BiLSTM` of `size` in each
     direction, mapped back to d where 2 * size is another. Buffers `mean` and `deviation` (d,), with `standardise`.
+    `pooling` "mean": every token is given the mean over the row's real ones, of the features, or of the LSTM's outputs.
     """
 
     kind: ClassVar[str] = "probe_head"
@@ -99,10 +101,16 @@ class ProbeHead(Tap):
     deviation: Tensor
 
     def __init__(
-        self, width: int, body: Body, size: int, standardise: bool, generator: torch.Generator | None = None
+        self,
+        width: int,
+        body: Body,
+        size: int,
+        standardise: bool,
+        pooling: Pooling = "own",
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        self.width, self.body, self.size, self.standardise = width, body, size, standardise
+        self.width, self.body, self.size, self.standardise, self.pooling = width, body, size, standardise, pooling
         generator = generator or torch.Generator().manual_seed(0)
         if standardise:
             self.register_buffer("mean", torch.zeros(width))
@@ -114,14 +122,19 @@ class ProbeHead(Tap):
             self.outer = None if 2 * size == width else _linear(2 * size, width, generator)
 
     def describe(self) -> dict[str, Any]:
-        return {"width": self.width, "body": self.body, "size": self.size, "standardise": self.standardise}
+        return {name: getattr(self, name) for name in ("width", "body", "size", "standardise", "pooling")}
+
+    @property
+    def pools_features(self) -> bool:
+        """Whether the mean is taken before anything else."""
+        return self.pooling == "mean" and self.body != "bilstm"
 
     def top(self, states: list[Tensor], last: Tensor, inputs: dict[str, Any]) -> Tensor:
         return self(last, inputs["attention_mask"])
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """`mask` (B, T) marks paddings with 0; None: there are none."""
-        y = x
+        y = mean_of_tokens(x, mask) if self.pools_features else x
         if self.standardise:
             y = (y - self.mean) / self.deviation
         if self.body == "mlp":
@@ -130,8 +143,18 @@ class ProbeHead(Tap):
         elif self.body == "bilstm":
             real = torch.ones_like(x[..., 0], dtype=torch.int64) if mask is None else mask
             y = self.lstm(y, real)
+            if self.pooling == "mean":
+                y = mean_of_tokens(y, mask)
             y = y if self.outer is None else self.outer(y)
-        return like(x, y)[0]
+        return like(x, y)[0].expand_as(x)
+
+
+def mean_of_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
+    """(B, T, d) -> (B, 1, d), over the tokens that `mask` (B, T) does not mark with 0."""
+    if mask is None:
+        return x.mean(1, keepdim=True)
+    real = mask[..., None].to(x.dtype)
+    return (x * real).sum(1, keepdim=True) / real.sum(1, keepdim=True)
 
 
 def _linear(width: int, out: int, generator: torch.Generator) -> nn.Linear:

@@ -5,6 +5,7 @@ import torch
 from pydantic import ValidationError
 
 from compressft.anatomy import anatomy
+from compressft.checkpoint import load_compressed, save_compressed
 from compressft.errors import UserError
 from compressft.methods.probe import Probe
 from compressft.methods.scalar_mix import mix_of
@@ -132,6 +133,8 @@ def test_caching_conflicts_with_passes():
 KINDS = {
     "mlp": Probe(head="mlp", size=24),
     "bilstm": Probe(head="bilstm", size=8),
+    "mean": Probe(pooling="mean"),
+    "mean, bilstm": Probe(pooling="mean", head="bilstm", size=8),
     "mix": Probe(features="scalar_mix"),
     "mix, bilstm": Probe(head="bilstm", features="scalar_mix"),
 }
@@ -180,6 +183,38 @@ def test_where_the_head_stands(kind):
     torch.testing.assert_close(logits(model, batch), want, atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mask", [True, False])
+def test_the_models_own_head_reads_the_mean(mask, family, tmp_path):
+    """Of the tokens alone: paddings on either side change nothing."""
+    model, plain = headed(family), headed(family)
+    Probe(pooling="mean").prepare(model, Context())
+    Probe(pooling="mean").finalize(model)
+    batch = padded(3, 8, left=family == "gpt2") if mask else {"input_ids": torch.tensor([[5, 6, 7, 8]])}
+    real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+    mean = torch.stack([s[r].mean(0) for s, r in zip(plain.base_model(**batch).last_hidden_state, real, strict=True)])
+    got = model.base_model(**batch).last_hidden_state
+    torch.testing.assert_close(got, mean[:, None].expand_as(got), atol=1e-5, rtol=1e-5)
+    save_compressed(model, None, tmp_path / "model", {})
+    assert torch.equal(logits(load_compressed(tmp_path / "model"), batch), logits(model, batch))
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_standardised_means(family):
+    batch = padded(12, 9)
+    real = batch["attention_mask"].bool()
+    with torch.no_grad():
+        states = headed(family).base_model(**batch).last_hidden_state
+    means = torch.stack([s[r].mean(0) for s, r in zip(states, real, strict=True)])
+    for fields, rows in (({}, means), ({"head": "mlp"}, means), ({"head": "bilstm"}, states[real])):
+        model = headed(family)
+        Probe(standardise=True, pooling="mean", **fields).prepare(model, context_of(batch))
+        head = model.base_model.probe_head
+        torch.testing.assert_close(head.mean, rows.mean(0), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(head.deviation, rows.std(0, correction=0), atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_trainable_set_of_heads(kind, check_training):
     model = headed()
@@ -203,7 +238,8 @@ def test_heads_keep_the_encoder_in_eval_mode():
         model.train()
         states = [model.bert(**padded()).last_hidden_state[padded()["attention_mask"].bool()] for _ in range(2)]
         torch.testing.assert_close(*states, atol=1e-6, rtol=1e-5)
-        assert states[0].requires_grad and model.bert.training and model.bert.encoder.training
+        learned = kind != "mean"
+        assert states[0].requires_grad == learned and model.bert.training and model.bert.encoder.training
 
 
 @pytest.mark.parametrize("kind", ["mlp", "bilstm"])
@@ -324,6 +360,10 @@ def test_fields_that_are_refused():
     KINDS["mlp"].finalize(model)
     with pytest.raises(UserError, match="an earlier stage left a probe's head"):
         KINDS["mlp"].prepare(model, Context())
+    for other in (headed(head="token"), tiny("llama")):
+        with pytest.raises(UserError, match="leave it out for this task"):
+            Probe(pooling="mean").prepare(other, Context())
+    assert "removes hidden" in Probe(cache=False, pooling="mean").conflict([Structured(hidden=0.5)])
     assert "removes hidden" in Probe(cache=False, head="mlp").conflict([Structured(hidden=0.5)])
     assert Probe(cache=False).conflict([Structured(hidden=0.5)]) is None
 

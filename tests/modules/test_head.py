@@ -79,7 +79,7 @@ def test_standardising_and_the_mlp():
 
 def test_draws_from_its_own_generator():
     state = torch.get_rng_state()
-    one, two = (ProbeHead(6, "bilstm", 4, False, torch.Generator().manual_seed(2)) for _ in range(2))
+    one, two = (ProbeHead(6, "bilstm", 4, False, generator=torch.Generator().manual_seed(2)) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
     assert one.lstm.forwards.weight_hh_l0.abs().max() <= 0.5 and one.outer is not None
