@@ -17,13 +17,19 @@ from safetensors.torch import load_file
 from compressft import ranks
 from compressft.data import make_task
 from compressft.methods.adapter import Adapter
+from compressft.methods.diff import Diff
 from compressft.methods.full import Full
 from compressft.methods.fusion import Fusion
 from compressft.methods.head_gates import HeadGates
+from compressft.methods.layers import Layers
+from compressft.methods.lsh_attention import LshAttention
 from compressft.methods.mask import Mask
 from compressft.methods.peft import Peft
 from compressft.methods.prefix import PrefixTuning
+from compressft.methods.probe import Probe
+from compressft.methods.scalar_mix import ScalarMix
 from compressft.methods.side import Side
+from compressft.methods.task_vector import TaskVector
 from compressft.objectives.distill import Distill
 from compressft.passes.int8 import Int8
 from compressft.passes.l0 import L0
@@ -55,11 +61,22 @@ def cases(folder: Path) -> dict[str, list[Transform]]:
     adapters = tuple(str(folder / f"adapter-{i}") for i in (0, 1))
     return {
         "full": [Full()],
+        "layers": [Layers(top=1)],
+        "probe": [Probe(head="mlp", pooling="mean")],
+        "probe, bilstm": [Probe(head="bilstm", size=8, cache=False)],
+        "scalar mix": [ScalarMix()],
         "adapter": [Adapter(size=4)],
+        "pfeiffer": [Adapter(placement="pfeiffer", size=4)],
+        "invertible": [Adapter(placement="pfeiffer", size=4, invertible=True)],
+        "parallel": [Adapter(placement="parallel", size=4)],
         "prefix": [PrefixTuning(length=3, hidden=8)],
+        "flat prefix": [PrefixTuning(length=3, reparameterise=False)],
         "mask": [Mask()],
         "lora": [Peft(config={"peft_type": "LORA", "r": 4, "target_modules": "all-linear"})],
-        "side": [Side(network="ladder", size=8)],
+        "ladder": [Side(network="ladder", size=8)],
+        "side": [Side()],
+        "task vector": [TaskVector(encoding="magnitude", density=0.2)],
+        "lsh": [LshAttention(chunk=4, rounds=2)],
         "fusion": [Fusion(adapters=adapters, dropout=0.0)],
         # A mask that is a buffer collects the gradient.
         "head importance": [HeadGates(decide="importance", heads=0.5, start=0.0, end=0.7)],
@@ -71,7 +88,7 @@ def cases(folder: Path) -> dict[str, list[Transform]]:
 
 # What draws noise cannot be compared with one process; its processes are with each other.
 ACCUMULATED = [Full()]
-NOISY = {"head gates": [HeadGates()], "l0": [Full(), L0(penalty=1.0)]}
+NOISY = {"head gates": [HeadGates()], "diff": [Diff(density=0.3, end=0.7)], "l0": [Full(), L0(penalty=1.0)]}
 
 
 def trained(
