@@ -59,8 +59,8 @@ LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 SETTINGS: dict[str, Setting] = {
     "full": Setting({"type": "full"}, TUNED),
     "layers": Setting({"type": "layers", "top": 2}, (2e-4, 5e-4, 1e-3)),
-    "probe-linear": Setting({"type": "probe", "standardise": True}, SCALED),
-    "probe-mlp": Setting({"type": "probe", "head": "mlp", "standardise": True}, ADDED),
+    "probe-linear": Setting({"type": "probe", "standardise": True, "pooling": "mean"}, SCALED),
+    "probe-mlp": Setting({"type": "probe", "head": "mlp", "standardise": True, "pooling": "mean"}, ADDED),
     "scalar-mix": Setting({"type": "scalar_mix"}, SCALED),
     "adapter-houlsby": Setting({"type": "adapter", "placement": "houlsby"}, ADDED),
     "adapter-pfeiffer": Setting({"type": "adapter", "placement": "pfeiffer"}, ADDED),
@@ -132,6 +132,9 @@ def case(document: Document, task: str, method: str, rate: float, seed: int) -> 
         fields["adapters"] = [f"{{{name}}}/delta" for name in after]
     if setting.head_rate is not None:
         fields["learning_rate"] = rate
+    if asked.kind == "token-classification":
+        # Each token is read by itself.
+        fields.pop("pooling", None)
     train = {
         "epochs": asked.epochs,
         "batch_size": BATCH,
