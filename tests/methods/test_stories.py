@@ -23,6 +23,7 @@ FIELDS = {
     "task_vector": {"encoding": "sign"},
     "head_gates": {"decide": "importance", "heads": 0.2, "end": 0.6},
     "side": {"network": "ladder"},
+    "lsh_attention": {"chunk": 16, "rounds": 2},
 }
 # What classifies one text has no next token to predict.
 CLASSIFIERS = {"probe"}
@@ -62,10 +63,16 @@ def without_cache(model, ids, mask, tokens):
     return ids
 
 
-RUNS = [(name, {}) for name in METHODS if name not in CLASSIFIERS] + [("side", {"network": "copy"})]
+RUNS = [(name, {}) for name in METHODS if name not in CLASSIFIERS] + [
+    ("side", {"network": "copy"}),
+    # MAD-X's language adapter: invertible, its inverse in front of the output layer.
+    ("adapter", {"placement": "pfeiffer", "invertible": True}),
+]
 
 
-@pytest.mark.parametrize(("name", "other"), RUNS, ids=["-".join((name, *other.values())) for name, other in RUNS])
+@pytest.mark.parametrize(
+    ("name", "other"), RUNS, ids=["-".join((name, *map(str, other.values()))) for name, other in RUNS]
+)
 def test_learns_and_generates(name, other, blocks, adapters, tmp_path):
     train, held_out, data = blocks
     fields = {"adapters": adapters} if name == "fusion" else {**FIELDS.get(name, {}), **other}
