@@ -93,6 +93,33 @@ def test_the_base_never_moves(family):
 # The gates.
 
 
+@pytest.mark.parametrize("structured", [True, False])
+def test_the_penaltys_slope(structured):
+    """What closes a gate, in every gate of every matrix, is that of finite differences in fp64; w feels nothing."""
+    method = Diff(structured=structured, penalty=0.5)
+    model = prepared(method).double()
+    gates = method.param_groups(model, Context())[1]["params"]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for gate in gates:
+            gate.copy_(torch.randn(gate.shape, generator=generator, dtype=torch.float64))
+
+    def penalty():
+        return method.loss(model, {}, None, Context())["diff.penalty"]
+
+    penalty().backward()
+    assert len(gates) == (2 if structured else 1) * len(linears(model))
+    for gate in gates:
+        direction = torch.randn(gate.shape, generator=generator, dtype=torch.float64)
+        ends = []
+        with torch.no_grad():
+            for step in (1e-5, -2e-5, 1e-5):
+                gate.add_(direction, alpha=step)
+                ends.append(float(penalty()))
+        assert float((gate.grad * direction).sum()) == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-5)
+    assert all(diff.values.grad is None for diff in diffs(model))
+
+
 @pytest.mark.parametrize("alpha", [-1.0, 0.0, 0.7])
 def test_probability_to_be_open(alpha):
     diff = DiffModule(200, 300, grouped=False)

@@ -133,7 +133,9 @@ def test_penalty_and_decay():
     model = prepared(method, headed())
     with torch.no_grad():
         mix_of(model).weights.copy_(torch.tensor([1.0, 2.0, 0.0]))
-    assert method.loss(model, {}, None, Context())["scalar_mix.penalty"].item() == pytest.approx(2.5)
+    penalty = method.loss(model, {}, None, Context())["scalar_mix.penalty"]
+    penalty.backward()
+    assert penalty.item() == pytest.approx(2.5) and mix_of(model).weights.grad.tolist() == [1.0, 2.0, 0.0]
     assert ScalarMix().loss(model, {}, None, Context()) == {}
     (group,) = method.param_groups(model, Context())
     assert group["weight_decay"] == 0.0 and len(group["params"]) == 2
