@@ -16,6 +16,7 @@ from compressft.errors import UserError, nearest
 from compressft.formats.folders import DEFAULT, named, read, save
 from compressft.formats.settled import Settled, continue_from, own_head, own_what_is_trained, shared_copy
 from compressft.methods import METHODS
+from compressft.methods.mask import Mask
 from compressft.mixed import mixed_forward, mixed_generate
 from compressft.model import count, restore_plain
 from compressft.modules.kinds import Extra
@@ -44,6 +45,7 @@ class Adapted(nn.Module):
         # Loaded as they ship: there is nothing left to finalise.
         self.loaded: set[str] = set()
         self.active: str | None = None
+        self.train(base.training)
         self._register_state_dict_hook(_without_the_base)
         self.register_load_state_dict_post_hook(_ignore_the_base)
 
@@ -290,7 +292,7 @@ class Adapted(nn.Module):
         Raises:
             UserError: as `load_adapter`.
         """
-        adapted, folder = cls(base).train(base.training), Path(directory).expanduser()
+        adapted, folder = cls(base), Path(directory).expanduser()
         if name is not None:
             adapted.load_adapter(folder, name, is_trainable)
             return adapted
@@ -324,8 +326,11 @@ class Adapted(nn.Module):
                 self.delete_adapter(name)
                 raise
             return
+        if isinstance(method, Mask):
+            method.unfold(tree, self.base_model)
+        else:
+            self.loaded.add(name)
         self.trees[name], self.methods[name] = tree.train(self.training), method
-        self.loaded.add(name)
         self.base_model.requires_grad_(False)
         self.set_adapter(name)
 
@@ -358,7 +363,7 @@ def get_model(
     """
     adapted = Adapted(model)
     adapted.add_adapter(name, method, seed)
-    return adapted.train(model.training)
+    return adapted
 
 
 def as_method(value: Transform | Mapping[str, Any] | str) -> Transform:

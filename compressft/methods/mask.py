@@ -13,7 +13,7 @@ from compressft.errors import UserError
 from compressft.methods.layers import Layers
 from compressft.methods.places import Part, head_linears, linear_paths, stacks
 from compressft.model import compress_linear
-from compressft.modules.gate import ScoreGate
+from compressft.modules.gate import MaskGate, ScoreGate
 from compressft.modules.linear import CompressedLinear
 from compressft.modules.rank import keep_largest
 from compressft.transform import Context, Transform
@@ -100,6 +100,28 @@ class Mask(Transform):
             for module in model.modules()
             if isinstance(module, CompressedLinear) and self.type in module.gates
         ]
+
+    @torch.no_grad()
+    def unfold(self, model: nn.Module, base: nn.Module) -> None:
+        """Undo `finalize`: masked weights become the base's own parameters again, under masks of one bit a weight.
+
+        Many tasks share one base then, in memory as on disk. What is not the base's less some weights stays as it is,
+        and so does a Conv1D, whose weight the product wants transposed.
+        """
+        plain = dict(base.named_modules())
+        for path, module in list(model.named_modules()):
+            old: Any = getattr(plain.get(path), "weight", None)
+            if not isinstance(module, nn.Linear) or getattr(module, "transposed", False) or old is None:
+                continue
+            new = module.weight
+            if new is old or new.shape != old.shape:
+                continue
+            kept = (new != 0) | (old == 0)
+            if torch.equal(new, old * kept):
+                gate = MaskGate(*old.shape).to(old.device)
+                gate.keep(kept)
+                linear = compress_linear(model, path)
+                linear.weight, linear.gates[self.type] = old, gate
 
     def finalize(self, model: nn.Module) -> None:
         for linear, _ in self._gated(model):

@@ -79,6 +79,38 @@ def test_saved_and_loaded(bases, two, tmp_path, name):
     same(Adapted.from_pretrained(loaded(bases()), tmp_path / "again"), want)
 
 
+@pytest.mark.parametrize("preset", ["masking", "supermask"])
+@pytest.mark.parametrize("head", ["trained", "masked"])
+def test_many_masks_on_one_base(bases, tmp_path, preset, head):
+    """What a loaded mask has of its own is a bit a weight and the head; saved again or merged it is what it was."""
+    folders = [adapted_on(bases(), {"type": "mask", "preset": preset, "head": head}) for _ in range(2)]
+    for seed, adapted in enumerate(folders):
+        fit(adapted.model, [adapted.methods["default"]], [labelled(4, seed=seed)], 3, learning_rate=2e-2)
+        adapted.save_pretrained(tmp_path / str(seed))
+    base = loaded(bases())
+    again = Adapted(base)
+    for seed in (0, 1):
+        again.load_adapter(tmp_path / str(seed), str(seed))
+    shared = {tensor.data_ptr() for tensor in (*base.parameters(), *base.buffers())}
+    for seed, adapted in enumerate(folders):
+        again.set_adapter(str(seed))
+        want = adapted.settled()
+        same(again, want)
+        masked = [path for path, module in adapted.model.named_modules() if getattr(module, "gates", None)]
+        own = {n: t for n, t in again.model.state_dict().items() if t.data_ptr() not in shared}
+        extra = [n for n in own if not n.endswith((".bits", ".updates"))]
+        assert masked and sum(n.endswith(".bits") for n in own) == len(masked)
+        assert all("classifier" in n or "pooler" in n for n in extra)
+        same(again.merge_and_unload(), want)
+    again.save_pretrained(tmp_path / "again")
+    for seed in (0, 1):
+        files = [load_file(f / str(seed) / "adapter_model.safetensors") for f in (tmp_path, tmp_path / "again")]
+        assert files[0].keys() == files[1].keys()
+        assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
+    with pytest.raises(UserError, match="was loaded as it ships"):
+        again.param_groups()
+
+
 @pytest.mark.parametrize("family", ["roberta", "distilbert", "llama", "gpt2"])
 @pytest.mark.parametrize("name", ["adapter", "prefix", "mask", "parallel"])
 def test_families(bases, tmp_path, family, name):
