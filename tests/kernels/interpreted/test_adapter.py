@@ -134,11 +134,11 @@ def test_other_output_width(close, operands, width, out, norm):
 
 @pytest.mark.parametrize("norm", [False, True])
 def test_wanted(operands, norm):
-    """Every gradient alone, every one left out, and none: the same bits as all together, None for the others."""
+    """Every gradient alone, two left out, and none: the same bits as all together, None for the others."""
     o = operands(20, 33, 17, norm=norm)
     together = kernels(o, scale=-0.7)[1]
     fields = ("x", "down_weight", "down_bias", "up_weight", "up_bias", "gamma", "beta")
-    choices = [{field} for field in fields] + [set(fields) - {field} for field in fields] + [set()]
+    choices = [{field} for field in fields] + [set(fields) - {"x"}, set(fields) - {"up_weight"}, set()]
     for chosen in choices:
         got = kernels(o, scale=-0.7, wanted=Wanted(**{field: field in chosen for field in fields}))[1]
         for field, name in zip(fields, NAMES, strict=True):
