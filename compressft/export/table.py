@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compressft.anatomy import Anatomy, anatomy
+from compressft.anatomy import Anatomy, anatomy, positions
 from compressft.costs import CostTable, LayerCosts, monotone
 from compressft.errors import UserError
 from compressft.export.fold import fold
@@ -92,7 +92,8 @@ def measure_table(deployment: Deployment, batch: int, length: int, timer: Timer 
 
 def check_length(deployment: Deployment, length: int) -> None:
     """UserError where the model has fewer positions than `length`."""
-    limit = getattr(deployment.config, "max_position_embeddings", None)
+    with torch.device("meta"):
+        limit = positions(_random(deployment.architecture, deployment.config))
     if limit is not None and length > limit:
         raise UserError(f"target.length: {length} is more than the model's {limit} positions; lower it")
 

@@ -268,6 +268,8 @@ def test_a_busy_machine_does_not_slow_the_reference_down(whole, parts, want):
     assert quietest(rounds, -0.004) == pytest.approx(want)
 
 
-def test_too_long_inputs_are_refused():
-    with pytest.raises(UserError, match=r"target.length: 64 is more than the model's 40 positions"):
-        measure_table(deployment(), 1, 64, Timer())
+@pytest.mark.parametrize(("family", "limit"), [("bert", 40), ("roberta", 38), ("gpt2", 40)])
+def test_too_long_inputs_are_refused(family, limit):
+    """RoBERTa counts from behind its padding id."""
+    with pytest.raises(UserError, match=rf"target.length: {limit + 1} is more than the model's {limit} positions"):
+        measure_table(deployment(family), 1, limit + 1, Timer())
