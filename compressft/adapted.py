@@ -21,7 +21,7 @@ from compressft.mixed import mixed_forward, mixed_generate
 from compressft.model import count, restore_plain
 from compressft.modules.kinds import Extra
 from compressft.modules.linear import CompressedLinear
-from compressft.transform import Context, Transform
+from compressft.transform import Context, Transform, trainable, ungrouped
 
 BASE = "__base__"
 
@@ -184,8 +184,7 @@ class Adapted(nn.Module):
         """
         method, context = self._in_training()
         own = method.param_groups(self.model, context)
-        taken = {id(parameter) for group in own for parameter in group["params"]}
-        others = [p for p in self.model.parameters() if p.requires_grad and id(p) not in taken]
+        others = ungrouped((parameter for _, parameter in trainable(self.model)), own)
         return [*own, *([{"params": others}] if others else [])]
 
     def loss_terms(self, batch: Mapping[str, Tensor], outputs: Any) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from compressft.errors import UserError
 from compressft.modules.kinds import Extra
 from compressft.precision import autocast_dtype
 from compressft.recipe import TrainConfig
-from compressft.transform import TASK_LOSS, Context, Transform
+from compressft.transform import TASK_LOSS, Context, Transform, ungrouped
 
 
 class LengthGroupedSampler(Sampler[int]):
@@ -204,10 +204,9 @@ class CompressionTrainer(Trainer):
             own = [group for t in self.transforms for group in t.param_groups(target, self.context)]
             super().create_optimizer(model)
             assert self.optimizer is not None
-            taken = {id(parameter) for group in own for parameter in group["params"]}
             optimizer: Any = self.optimizer
             for group in optimizer.param_groups:
-                group["params"] = [p for p in group["params"] if id(p) not in taken]
+                group["params"] = ungrouped(group["params"], own)
             for group in own:
                 self.optimizer.add_param_group(group)
         return self.optimizer  # type: ignore[return-value]

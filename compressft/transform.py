@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from compressft.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
 
     import torch
@@ -173,3 +173,9 @@ class Transform(BaseModel):
 def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Named parameters that require a gradient."""
     return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def ungrouped(parameters: Iterable[nn.Parameter], groups: Sequence[Mapping[str, Any]]) -> list[nn.Parameter]:
+    """Those that are in none of these optimiser groups."""
+    taken = {id(parameter) for group in groups for parameter in group["params"]}
+    return [parameter for parameter in parameters if id(parameter) not in taken]
