@@ -16,7 +16,6 @@ from compressft.errors import UserError, nearest
 from compressft.formats.folders import DEFAULT, named, read, save
 from compressft.formats.settled import Settled, continue_from, own_head, own_what_is_trained, shared_copy
 from compressft.methods import METHODS
-from compressft.methods.mask import Mask
 from compressft.mixed import mixed_forward, mixed_generate
 from compressft.model import count, restore_plain
 from compressft.modules.kinds import Extra
@@ -325,9 +324,7 @@ class Adapted(nn.Module):
                 self.delete_adapter(name)
                 raise
             return
-        if isinstance(method, Mask):
-            method.unfold(tree, self.base_model)
-        else:
+        if not method.unfold(tree, self.base_model):
             self.loaded.add(name)
         self.trees[name], self.methods[name] = tree.train(self.training), method
         self.base_model.requires_grad_(False)

@@ -157,6 +157,13 @@ class Transform(BaseModel):
     def finalize(self, model: nn.Module) -> None:
         """Settle the model after training: from here on it is what ships."""
 
+    def unfold(self, model: nn.Module, base: nn.Module) -> bool:
+        """Undo `finalize` on a model loaded beside its `base`, where that holds more as the base's own; whether it did.
+
+        It computes the same afterwards, and `finalize` settles it again.
+        """
+        return False
+
     def task_weight(self, model: nn.Module) -> float:
         """Factor on the task's own loss now; the factors of all objectives multiply."""
         return 1.0

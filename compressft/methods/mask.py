@@ -102,8 +102,8 @@ class Mask(Transform):
         ]
 
     @torch.no_grad()
-    def unfold(self, model: nn.Module, base: nn.Module) -> None:
-        """Undo `finalize`: masked weights become the base's own parameters again, under masks of one bit a weight.
+    def unfold(self, model: nn.Module, base: nn.Module) -> bool:
+        """Masked weights become the base's own parameters again, under masks of one bit a weight.
 
         Many tasks share one base then, in memory as on disk. What is not the base's less some weights stays as it is,
         and so does a Conv1D, whose weight the product wants transposed.
@@ -122,6 +122,7 @@ class Mask(Transform):
                 gate.keep(kept)
                 linear = compress_linear(model, path)
                 linear.weight, linear.gates[self.type] = old, gate
+        return bool(self._gated(model))
 
     def finalize(self, model: nn.Module) -> None:
         for linear, _ in self._gated(model):
