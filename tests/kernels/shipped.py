@@ -162,11 +162,25 @@ def everything() -> Iterator[tuple[str, Callable[[], Any]]]:
         yield from family()
 
 
+def rows_of(entry: str) -> list[tuple[str, dict[str, Any]]]:
+    """Kernel and row of all of an entry's settings."""
+    return [(name, row) for name, rows in dispatch.TABLE[entry].items() if name != "limits" for row in rows]
+
+
+def rows_alike(entry: str, other: str) -> set[int]:
+    """Identities of the configurations of an entry whose rows another has too."""
+    there = rows_of(other)
+    return {id(row["config"]) for name, row in rows_of(entry) if (name, row) in there}
+
+
 def chosen(entry: str, share: int) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """One case of every `share` by the hash of its name, and for each row of the table the first case that uses it."""
+    """One case of every `share` by the hash of its name, and for each row of the table the first case that uses it.
+
+    What sm_89 has in common with sm_80 is compiled there.
+    """
     from compressft_kernels.launch_triton import intercepting
 
-    seen: set[int] = set()
+    seen = rows_alike(entry, "sm_80") if entry == "sm_89" else set()
     for name, run in everything():
         with rows_used(entry) as used, intercepting(lambda *_: None):
             run()
@@ -199,7 +213,8 @@ def compile_all(entry: str, share: int) -> dict[str, Any]:
     from compressft_kernels import ahead_triton
 
     capability = int(entry.removeprefix("sm_"))
-    kernels, used_at_all = [], set()
+    kernels, used_at_all = [], rows_alike(entry, "sm_80") if entry == "sm_89" else set()
+    common = rows_alike(entry, "sm_89") if entry == "sm_80" else set()
     for name, run in chosen(entry, share):
         with rows_used(entry) as used, ahead_triton.compiling(capability) as compiled:
             run()
@@ -210,7 +225,8 @@ def compile_all(entry: str, share: int) -> dict[str, Any]:
                 {
                     "case": name,
                     "kernel": kernel,
-                    "faults": facts.faults(capability),
+                    # Registers are as many there, shared memory is less.
+                    "faults": facts.faults(capability) + (facts.faults(89) if used <= common else []),
                     "dots": "tt.dot" in code.asm["ttir"],
                     "hgmma": facts.hgmma,
                     "hmma": facts.hmma,
@@ -218,6 +234,5 @@ def compile_all(entry: str, share: int) -> dict[str, Any]:
                     "narrow": facts.narrow_loads,
                 }
             )
-    rows = [(kernel, row) for kernel, rows in dispatch.TABLE[entry].items() if kernel != "limits" for row in rows]
-    unused = [(kernel, row["when"]) for kernel, row in rows if id(row["config"]) not in used_at_all]
+    unused = [(kernel, row["when"]) for kernel, row in rows_of(entry) if id(row["config"]) not in used_at_all]
     return {"kernels": kernels, "unused": unused}

@@ -13,6 +13,8 @@ SMALL_GRADIENT = {"BLOCK_T": 16, "BLOCK_N": 32, "BLOCK_K": 64, "GROUP": 2, "num_
 
 # T, N, K: one tile, tails in every direction, more tiles than programs, one row
 SHAPES = [(1, 1, 1), (17, 65, 63), (65, 17, 130), (130, 130, 65), (1, 130, 17)]
+# Every shape is exact in float64; the others round, wherever tiles end.
+SHAPES_AND_DTYPES = [(s, d) for d in DTYPES for s in SHAPES if d == torch.float64 or s in SHAPES[1:3]]
 
 
 def masks(random, size, dtype):
@@ -30,8 +32,7 @@ def masked(weight, gate, threshold):
     return effective(weight.double(), [], gate, threshold, tuple(weight.shape), torch.float64)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "dtype"), SHAPES_AND_DTYPES)
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("mask", ["none", "scores", "all", "nothing", "bits"])
 def test_product(random, poison, close, dtype, shape, turned, mask):
@@ -78,8 +79,7 @@ def test_strided_and_broadcast_operands(random, poison, close, dtype):
             close(y, tensor.double() @ (kept if turned else kept.t()), dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [*SHAPES, (0, 17, 33)])
+@pytest.mark.parametrize(("shape", "dtype"), [*SHAPES_AND_DTYPES, ((0, 17, 33), torch.float64)])
 @pytest.mark.parametrize("mask", ["scores", "nothing", "bits"])
 @pytest.mark.parametrize("programs", [1, 64])
 def test_gradients(random, poison, close, dtype, shape, mask, programs):
