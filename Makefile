@@ -22,7 +22,7 @@ demo: setup
 	$(BIN)/compressft run banking77-edge --output runs/demo
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -q -n logical --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -n logical --dist loadfile
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

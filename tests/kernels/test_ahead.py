@@ -18,8 +18,8 @@ import shipped
 print(json.dumps(shipped.compile_all(sys.argv[2], int(sys.argv[3]))))
 """
 TABLE = json.loads((HERE.parents[1] / "kernels" / "compressft_kernels" / "table.json").read_text(encoding="utf-8"))
-# One case of so many besides those that cover the table's rows (1: all).
-SHARE = int(os.environ.get("COMPRESSFT_AHEAD_SHARE", "1500"))
+# One case of so many besides those that cover the table's rows, exact float32 among them.
+SHARES = {"sm_90": 400, "sm_80": 800, "sm_89": 1600}
 # The longest first.
 ENTRIES = sorted((name for name in TABLE if name.startswith("sm_")), reverse=True)
 
@@ -27,7 +27,7 @@ ENTRIES = sorted((name for name in TABLE if name.startswith("sm_")), reverse=Tru
 def compiled(entry):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(HERE.parents[1] / "kernels")
-    command = [sys.executable, "-c", SCRIPT, str(HERE), entry, str(SHARE)]
+    command = [sys.executable, "-c", SCRIPT, str(HERE), entry, str(SHARES[entry])]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-4000:]
     return json.loads(run.stdout.splitlines()[-1])
