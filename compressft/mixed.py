@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from compressft.anatomy import anatomy
+from compressft.data.tasks import IGNORE
 from compressft.errors import UserError
-
-# A label that counts for nothing.
-IGNORED = -100
 
 
 def mixed_forward(
@@ -125,4 +123,4 @@ def _counted(model: Any, labels: Tensor | None) -> int:
     if labels.is_floating_point():
         return labels.numel()
     shifted = anatomy(model).family.causal and model.get_output_embeddings() is not None
-    return int((labels[:, 1:] if shifted and labels.dim() > 1 else labels).ne(IGNORED).sum())
+    return int((labels[:, 1:] if shifted and labels.dim() > 1 else labels).ne(IGNORE).sum())

@@ -173,14 +173,16 @@ def rows_alike(entry: str, other: str) -> set[int]:
     return {id(row["config"]) for name, row in rows_of(entry) if (name, row) in there}
 
 
-def chosen(entry: str, share: int) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """One case of every `share` by the hash of its name, and for each row of the table the first case that uses it.
+def compiled_elsewhere(entry: str) -> set[int]:
+    """What sm_89 has in common with sm_80 is compiled there."""
+    return rows_alike(entry, "sm_80") if entry == "sm_89" else set()
 
-    What sm_89 has in common with sm_80 is compiled there.
-    """
+
+def chosen(entry: str, share: int) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """One case of every `share` by the hash of its name, and for each row of the table the first case that uses it."""
     from compressft_kernels.launch_triton import intercepting
 
-    seen = rows_alike(entry, "sm_80") if entry == "sm_89" else set()
+    seen = compiled_elsewhere(entry)
     for name, run in everything():
         with rows_used(entry) as used, intercepting(lambda *_: None):
             run()
@@ -213,7 +215,7 @@ def compile_all(entry: str, share: int) -> dict[str, Any]:
     from compressft_kernels import ahead_triton
 
     capability = int(entry.removeprefix("sm_"))
-    kernels, used_at_all = [], rows_alike(entry, "sm_80") if entry == "sm_89" else set()
+    kernels, used_at_all = [], compiled_elsewhere(entry)
     common = rows_alike(entry, "sm_89") if entry == "sm_80" else set()
     for name, run in chosen(entry, share):
         with rows_used(entry) as used, ahead_triton.compiling(capability) as compiled:
