@@ -6,9 +6,11 @@ Louizos, Welling & Kingma (2018), section 2.2: a sigmoid of logistic noise, stre
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # Movement pruning's L0 variant and CoFi; other papers use others.
 TEMPERATURE = 2.0 / 3.0
@@ -27,6 +29,43 @@ def sample(log_alpha: Tensor, temperature: float = TEMPERATURE, low: float = LOW
     return _stretch(torch.sigmoid((torch.logit(u) + log_alpha) / temperature), low, high)
 
 
+def gated(
+    values: Tensor, log_alpha: Tensor, temperature: float = TEMPERATURE, low: float = LOW, high: float = HIGH
+) -> Tensor:
+    """values * sample(log_alpha), the same numbers from the same noise, for whole weight matrices.
+
+    Both of one shape, differentiable once. The backward pass keeps `values` and the gates, and nothing in between.
+    """
+    return _Gated.apply(values, log_alpha, temperature, low, high)  # type: ignore[no-any-return]
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, log_alpha: Tensor, temperature: float, low: float, high: float) -> Tensor:
+        z = torch.empty_like(log_alpha).uniform_(EDGE, 1.0 - EDGE).logit_().add_(log_alpha)
+        if temperature != 1.0:
+            z.div_(temperature)
+        z.sigmoid_().mul_(high - low).add_(low).clamp_(0.0, 1.0)
+        ctx.save_for_backward(values, z)
+        ctx.constants = temperature, low, high
+        return values * z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        values, z = ctx.saved_tensors
+        temperature, low, high = ctx.constants
+        wanted = ctx.needs_input_grad
+        to_values = (grad * z).to(values.dtype) if wanted[0] else None
+        if not wanted[1]:
+            return to_values, None, None, None, None
+        # s (1 - s) = (z - low) (high - z) / (high - low)^2 with z = low + (high - low) s; nothing where z was clipped.
+        slope = torch.rsub(z, high + low).mul_(z).sub_(low * high).div_((high - low) * temperature)
+        # A third of the time of comparisons and `masked_fill_`.
+        torch.ops.aten.hardtanh_backward.grad_input(slope, z, 0.0, 1.0, grad_input=slope)
+        return to_values, slope.mul_(grad).mul_(values), None, None, None
+
+
 def deterministic(log_alpha: Tensor, low: float = LOW, high: float = HIGH, temperature: float = 1.0) -> Tensor:
     """The gates without noise: clip(low + (high - low) * sigmoid(log_alpha / temperature)), equation 13 for 1.0."""
     return _stretch(torch.sigmoid(log_alpha / temperature), low, high)
@@ -36,7 +75,8 @@ def open_probability(
     log_alpha: Tensor, temperature: float = TEMPERATURE, low: float = LOW, high: float = HIGH
 ) -> Tensor:
     """P(sample > 0) = sigmoid(log_alpha - temperature * ln(-low / high)), equation 12: what an L0 penalty adds up."""
-    return torch.sigmoid(log_alpha - temperature * math.log(-low / high))
+    shift = temperature * math.log(-low / high)
+    return torch.sigmoid(log_alpha - shift if shift else log_alpha)
 
 
 def _stretch(s: Tensor, low: float, high: float) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from compressft_kernels import pack_mask, unpack_mask
 from torch import Tensor, nn
 
-from compressft.modules.concrete import deterministic, open_probability, sample
+from compressft.modules.concrete import deterministic, gated, open_probability, sample
 
 # Guo, Rush & Kim (2021): a temperature of 1, and a stretch so wide that an even gate is open half of the time.
 TEMPERATURE = 1.0
@@ -43,19 +43,15 @@ class Diff(nn.Module):
     def forward(self) -> Tensor:
         if self.fixed:
             return self.values * unpack_mask(self.bits, self.values.shape[1])
-        z = self._gate(self.log_alpha)
-        return (z if self.group is None else z * self._gate(self.group)) * self.values
-
-    def _gate(self, log_alpha: Tensor) -> Tensor:
-        if self.training:
-            return sample(log_alpha, TEMPERATURE, LOW, HIGH)
-        return deterministic(log_alpha, LOW, HIGH, TEMPERATURE)
+        if not self.training:
+            return self.settled()
+        product = gated(self.values, self.log_alpha, TEMPERATURE, LOW, HIGH)
+        return product if self.group is None else product * sample(self.group, TEMPERATURE, LOW, HIGH)
 
     def penalty(self) -> Tensor:
         """Sum of the gates' probabilities to be open, a differentiable scalar; the group's counts as one entry's."""
         return torch.stack([open_probability(a, TEMPERATURE, LOW, HIGH).sum() for a in self.gate_parameters]).sum()
 
-    @torch.no_grad()
     def settled(self) -> Tensor:
         """z * w without noise, (out, in)."""
         z = deterministic(self.log_alpha, LOW, HIGH, TEMPERATURE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from compressft.modules.concrete import deterministic, open_probability, sample
+from compressft.modules.concrete import deterministic, gated, open_probability
 from compressft.modules.gate import Gate
 
 
@@ -22,8 +22,9 @@ class L0Gate(Gate):
         self.settled = False
 
     def forward(self, weight: Tensor) -> Tensor:
-        noisy = self.training and not self.settled
-        return weight * (sample(self.scores) if noisy else deterministic(self.scores))
+        if self.training and not self.settled:
+            return gated(weight, self.scores)
+        return weight * deterministic(self.scores)
 
     def settle(self, on: bool = True) -> None:
         """End (or go on with) noise and learning."""

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from compressft.modules.concrete import deterministic, open_probability, sample
+from compressft.modules.concrete import deterministic, gated, open_probability, sample
 from compressft.modules.l0 import L0Gate
 
 
@@ -46,6 +46,32 @@ def test_samples_are_reproducible_and_differentiable():
     first.sum().backward()
     inside = (first > 0) & (first < 1)
     assert (x.grad[inside] > 0).all() and (x.grad[~inside] == 0).all() and inside.any() and (~inside).any()
+
+
+@pytest.mark.parametrize(("temperature", "low", "high"), [(2 / 3, -0.1, 1.1), (1.0, -1.5, 1.5)])
+def test_gated_is_values_times_sample_with_the_same_slopes(temperature, low, high):
+    """Where gates are clipped, too: a third of these are."""
+    torch.manual_seed(1)
+    log_alpha = torch.linspace(-4, 4, 600, dtype=torch.float64).reshape(20, 30).requires_grad_()
+    values = torch.randn(20, 30, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(20, 30, dtype=torch.float64)
+    torch.manual_seed(2)
+    z = sample(log_alpha, temperature, low, high)
+    assert int((z == 0).sum()) > 100 and int((z == 1).sum()) > 50
+    want = values * z
+    slopes = torch.autograd.grad(want, (values, log_alpha), grad)
+    torch.manual_seed(2)
+    got = gated(values, log_alpha, temperature, low, high)
+    assert torch.equal(got, want)
+    torch.testing.assert_close(torch.autograd.grad(got, (values, log_alpha), grad), slopes)
+
+
+def test_gated_keeps_nothing_but_values_and_gates():
+    values, log_alpha = torch.randn(20, 30, requires_grad=True), torch.zeros(20, 30, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        gated(values, log_alpha)
+    assert len(kept) == 2 and any(tensor.data_ptr() == values.data_ptr() for tensor in kept)
 
 
 def test_gate_is_random_in_training_and_deterministic_otherwise():
