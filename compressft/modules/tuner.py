@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from compressft.modules.kinds import Extra, known
+from compressft.modules.low_rank import low_rank
 
 if TYPE_CHECKING:
     from compressft.modules.linear import CompressedLinear
@@ -86,7 +87,8 @@ class PeftTuner(Extra):
 
     def product(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), base and bias included."""
-        return self.tuner(x)
+        product = low_rank(self.tuner, x)
+        return self.tuner(x) if product is None else product(x)
 
     def forward(self) -> Tensor:
         """W_eff - W, (out, in), fp32."""
