@@ -1,4 +1,4 @@
-"""Training speed and memory of our adapters, prefixes and LoRA beside those of `peft` and `adapters`, in one run.
+"""Training speed and memory of our adapters, prefixes, LoRA and DoRA beside those of `peft` and `adapters`, in one run.
 
 Contestants of a family train the same parameters of the same model on the same batch with the same optimiser, each in
 a process of its own; they take their steps in turns. The `adapters` package has an environment of its own, because it
@@ -73,6 +73,11 @@ def families(theirs: Path) -> dict[str, dict[str, Contestant]]:
             "compressft peft": ours(type="peft", config={"peft_type": "LORA", **LORA}),
             "peft LORA": peft(peft_type="LORA", **LORA),
             "adapters lora": library("LoRAConfig", r=RANK, alpha=2 * RANK),
+        },
+        # The `adapters` package has none.
+        "DoRA": {
+            "compressft peft": ours(type="peft", config={"peft_type": "LORA", "use_dora": True, **LORA}),
+            "peft LORA, use_dora": peft(peft_type="LORA", use_dora=True, **LORA),
         },
     }
 
