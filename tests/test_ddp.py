@@ -40,8 +40,10 @@ from compressft.run import run
 from compressft.trainer import CompressionTrainer
 from compressft.transform import Context, Transform
 from tests.methods.added import save_adapter
+from tests.methods.test_pairs import CASES as PAIR_CASES
+from tests.methods.test_pairs import started
 from tests.test_trainer import Pads, features
-from tests.tiny import tiny
+from tests.tiny import PAIRS, pair_batch, tiny
 from tests.tiny_folder import rows_of, save_tiny, write_jsonl
 
 STEPS, ROWS, RATE = 6, 48, 1e-3
@@ -86,8 +88,9 @@ def cases(folder: Path) -> dict[str, list[Transform]]:
     }
 
 
-# What draws noise cannot be compared with one process; its processes are with each other.
 ACCUMULATED = [Full()]
+ENCODER_DECODERS = [(family, name) for family in PAIRS for name in PAIR_CASES]
+# What draws noise cannot be compared with one process; its processes are with each other.
 NOISY = {"head gates": [HeadGates()], "diff": [Diff(density=0.3, end=0.7)], "l0": [Full(), L0(penalty=1.0)]}
 
 
@@ -121,7 +124,28 @@ def trained(
 
 
 def state(trainer: CompressionTrainer) -> State:
-    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    return copied(trainer.model)
+
+
+def copied(model: Any) -> State:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def pair_trained(family: str, name: str, steps: int = STEPS) -> Any:
+    """An encoder-decoder trained on this process's share of a batch; no task of the command line has them."""
+    model, method = started(name, family), PAIR_CASES[name]
+    ranks.alike(model)
+    share = slice(ranks.number(), None, ranks.count())
+    batch = {key: rows[share].contiguous() for key, rows in pair_batch().items()}
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE)
+    model.train()
+    for step in range(steps):
+        model(**batch).loss.backward()
+        ranks.average_gradients(model)
+        optimiser.step()
+        optimiser.zero_grad()
+        method.after_step(model, (step + 1) / steps)
+    return model
 
 
 def recipe_for(folder: Path, batch_size: int, **changes: Any) -> Path:
@@ -161,6 +185,8 @@ def work(folder: Path) -> None:
         found["terms"][name] = trainer.drain_terms()
     accumulated = trained(ACCUMULATED, mine, batch_size=2, accumulation=2)
     torch.save(state(accumulated), mine.with_name(f"{mine.name}-accumulated.pt"))
+    for family, name in ENCODER_DECODERS:
+        torch.save(copied(pair_trained(family, name)), mine.with_name(f"{mine.name}-{family}-{name}.pt"))
     report = run(load_recipe(recipe_for(folder, 4)), folder / "run-2")
     found["quality"] = report["quality"]
     (folder / f"found-{ranks.number()}.json").write_text(json.dumps(found))
@@ -220,6 +246,15 @@ def test_two_processes_train_what_one_does(name, folder, found, tmp_path):
 def test_accumulated_batches_are_averaged_once(folder, tmp_path):
     alone, start = (trained(ACCUMULATED, tmp_path, 4, accumulation=2, steps=steps) for steps in (STEPS, 0))
     assert_close(torch.load(folder / "process-0-accumulated.pt", weights_only=True), state(alone), state(start))
+
+
+@pytest.mark.parametrize(("family", "name"), ENCODER_DECODERS)
+def test_encoder_decoders(family, name, folder):
+    both = [torch.load(folder / f"process-{i}-{family}-{name}.pt", weights_only=True) for i in (0, 1)]
+    assert all(torch.equal(both[0][key], both[1][key]) for key in both[0])
+    alone, start = (copied(pair_trained(family, name, steps)) for steps in (STEPS, 0))
+    assert any(not torch.equal(alone[key], start[key]) for key in start)
+    assert_close(both[0], alone, start)
 
 
 @pytest.mark.parametrize("name", [*NAMES, *NOISY])
