@@ -31,16 +31,16 @@ class LowRank(NamedTuple):
         if self.magnitude is None:
             return y
         bias = self.base.bias
-        # In the output's precision, the small difference from 1 keeps more of its digits than the factor would.
-        change = (self.magnitude / self._norm() - 1.0).to(y.dtype)
+        # In bf16 the small difference from 1 keeps more of its digits than the factor would.
+        norms = _row_norms(self.base.weight, self.down, self.up, self.scale)
+        change = (self.magnitude / norms - 1.0).to(y.dtype)
         return torch.addcmul(y, y if bias is None else y - bias.to(y.dtype), change)
 
-    @torch.no_grad()
-    def _norm(self) -> Tensor:
-        """||W + scale * up @ down|| of each row, (out,)."""
-        with torch.autocast(self.down.device.type, enabled=False):
-            weight = torch.addmm(self.base.weight, self.up, self.down, alpha=self.scale)
-            return torch.linalg.vector_norm(weight, dim=1)
+
+def _row_norms(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """||W + scale * up @ down|| of each row, (out,), a constant for autograd."""
+    with torch.no_grad(), torch.autocast(down.device.type, enabled=False):
+        return torch.linalg.vector_norm(torch.addmm(weight, up, down, alpha=scale), dim=1)
 
 
 def low_rank(tuner: Any, x: Tensor) -> LowRank | None:
