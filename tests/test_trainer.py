@@ -284,6 +284,24 @@ def test_epochs_see_every_row_once_in_another_order(tmp_path):
     assert sorted(epochs[0]) == sorted(epochs[1]) == [5 + i for i in range(20)]
 
 
+def test_evaluation_pads_as_little_as_it_can(tmp_path):
+    """Longest rows first; every one once, and with the figures of rows in any other order."""
+    model, rows = tiny("bert"), features(12, seed=3)
+    config = TrainConfig(precision="fp32", save="no", max_steps=1, batch_size=4, eval_batch_size=4)
+    task = make_task("sequence-classification", Pads(), 16, NAMES)
+    widths, found = [], []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    for order in (rows, rows[::-1]):
+        found.append(CompressionTrainer(model, task, config, Context(), rows, order, tmp_path).evaluate())
+    lengths = sorted((len(row["input_ids"]) for row in rows), reverse=True)
+    assert widths == [lengths[i] for i in (0, 4, 8)] * 2 and lengths[0] > lengths[8]
+    assert found[0]["eval_loss"] == pytest.approx(found[1]["eval_loss"])
+    logits = model(**task.collate(rows)).logits.detach().numpy()
+    assert found[0]["eval_accuracy"] == task.score(logits, task.collate(rows)["labels"].numpy())["accuracy"]
+
+
 # Precision.
 
 

@@ -63,7 +63,9 @@ def export(recipe: Recipe, root: Path, splits: Splits, console: Console) -> dict
     report = describe_run(recipe, root, model, baseline)
     split = splits.report_split
     quality = {"metric": task.metric, "split": split, "baseline": None, "torch": None, "onnx": None}
-    if baseline is not None:
+    # A run of one stage without passes ships its baseline: no need to evaluate it twice.
+    dense_ships = baseline is not None and baseline.name == recipe.stages[-1].name
+    if baseline is not None and not dense_ships:
         dense = load_compressed(baseline, verify=False)
         # Its vocabulary may be larger than that of the model that ships.
         own = make_task(recipe.task, load_tokenizer(str(baseline)), recipe.data.max_length, manifest["labels"])
@@ -71,6 +73,7 @@ def export(recipe: Recipe, root: Path, splits: Splits, console: Console) -> dict
         quality["baseline"] = metric(own, model_logits(dense, own, features), features)
     if not recipe.export.enabled:
         quality["torch"] = metric(task, model_logits(model, task, encoded[split]), encoded[split])
+        quality["baseline"] = quality["torch"] if dense_ships else quality["baseline"]
         return {**report, "quality": quality}
     checks: list[Check] = []
 
@@ -87,6 +90,7 @@ def export(recipe: Recipe, root: Path, splits: Splits, console: Console) -> dict
     write_atomically(root / "onnx", write_and_prove)
     chosen = [check for check in checks if check.split == split]
     quality |= {"torch": chosen[0].torch, "onnx": min((c.onnx for c in chosen), key=_badness(task))}
+    quality["baseline"] = quality["torch"] if dense_ships else quality["baseline"]
     agreements = [c.label_agreement for c in chosen if c.label_agreement is not None]
     report["parity"] = {
         "split": split,

@@ -12,6 +12,8 @@ import pytest
 import yaml
 
 from compressft import cli
+from compressft.evaluate import evaluate
+from compressft.export.verify import model_logits
 from compressft.recipe import parse_recipe
 from compressft.run import run
 from tests.tiny_folder import document, rows_of, save_tiny, write_jsonl
@@ -63,6 +65,27 @@ def test_run_without_export(trained):
     assert report["parity"] is None and report["latency_ms"] == []
     # Without a test split the figures are validation's; without a dense stage there is no baseline.
     assert report["quality"]["split"] == "validation" and report["quality"]["baseline"] is None
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_baseline_that_ships_is_evaluated_once(stages, tmp_path, monkeypatch):
+    data = write_jsonl(tmp_path / "rows.jsonl", rows_of(40))
+    train = {"max_steps": 2, "batch_size": 8, "save": "no", "precision": "fp32", "learning_rate": 1e-2}
+    plans = [{"name": "dense", "train": train}, {"name": "small", "passes": [{"type": "int8"}], "train": train}]
+    recipe = document(save_tiny(tmp_path / "base"), data, stages=plans[:stages], export={"enabled": False})
+    recipe["data"]["test"] = str(write_jsonl(tmp_path / "test.jsonl", rows_of(30)))
+    evaluated = []
+
+    def counted(model, task, features, batch=32):
+        evaluated.append(len(features))
+        return model_logits(model, task, features, batch)
+
+    monkeypatch.setattr("compressft.export.flow.model_logits", counted)
+    quality = run(parse_recipe(recipe), tmp_path / "run")["quality"]
+    assert len(evaluated) == stages
+    dense, ships = (tmp_path / "run" / name for name in ("stages/dense", "model"))
+    for folder, name in ((dense, "baseline"), (ships, "torch")):
+        assert quality[name] == evaluate(folder, recipe["data"]["test"])["accuracy"]
 
 
 def test_export_of_a_trained_run(copy, trained, export):
