@@ -79,6 +79,12 @@ SETTINGS: dict[str, Setting] = {
     "task-vector": Setting({"type": "task_vector", "encoding": "magnitude", "density": 0.05}, TUNED),
     "head-gates": Setting({"type": "head_gates", "decide": "importance", "heads": 0.33}, TUNED),
 }
+# What tells where an adapter's score comes from: name -> its fields, and the method whose learning rate it has (sst2).
+VARIANTS: dict[str, tuple[Mapping[str, Any], str]] = {
+    "adapter-pfeiffer-96": ({"type": "adapter", "placement": "pfeiffer", "size": 96}, "adapter-pfeiffer"),
+    "adapter-houlsby-24": ({"type": "adapter", "placement": "houlsby", "size": 24}, "adapter-houlsby"),
+}
+VARIED = "sst2"
 # What a fusion listens to: the adapters of these tasks.
 FUSED, FUSED_TASKS = "adapter-pfeiffer", ("sst2", "banking77", "rte")
 
@@ -124,7 +130,8 @@ Document = Mapping[str, Any]
 
 def case(document: Document, task: str, method: str, rate: float, seed: int) -> Case:
     """One run. A fusion stands on runs of adapters at the rates that `document` says were chosen."""
-    setting, asked = SETTINGS[method], TASKS[task]
+    setting = Setting(VARIANTS[method][0], ()) if method in VARIANTS else SETTINGS[method]
+    asked = TASKS[task]
     fields, after = dict(setting.method), ()
     if method == "fusion":
         sources = [first_case(document, source, FUSED) for source in FUSED_TASKS]
@@ -226,6 +233,12 @@ def seeded(document: Document, task: str, method: str) -> list[Case]:
     return [first, *(case(document, task, method, first.facts["rate"], seed) for seed in range(1, seeds))]
 
 
+def varied(document: Document, name: str) -> list[Case]:
+    """A variant's runs, one for each seed; none while its learning rate is not chosen."""
+    rate = chosen(document, VARIED, VARIANTS[name][1])
+    return [] if rate is None else [case(document, VARIED, name, rate, seed) for seed in range(SEEDS)]
+
+
 def study(task: str, method: str, only_choose: bool, path: Path, console: Console) -> None:
     """Run what is missing of one method on one task, and what that stands on; write the choice down."""
     stands_on: list[Case] = []
@@ -300,9 +313,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", type=Path, default=RESULTS, help="where results are kept")
     options = parser.parse_args(arguments)
     console, asked = Console(stderr=True), set(options.names)
-    unknown = sorted(asked - set(TASKS) - set(SETTINGS) - {f"{task}-{method}" for task in TASKS for method in SETTINGS})
+    both = {f"{task}-{method}" for task in TASKS for method in SETTINGS}
+    unknown = sorted(asked - set(TASKS) - set(SETTINGS) - both - set(VARIANTS))
     if unknown:
-        known = f"tasks: {', '.join(TASKS)}; methods: {', '.join(SETTINGS)}"
+        known = f"tasks: {', '.join(TASKS)}; methods: {', '.join([*SETTINGS, *VARIANTS])}"
         parser.error(f"{unknown[0]!r} is no task, method or TASK-METHOD; {known}")
     data_folder()
     if not options.speed:
@@ -311,6 +325,12 @@ def main(arguments: list[str]) -> int:
                 if not asked or asked & {task, method, f"{task}-{method}"}:
                     study(task, method, options.choose, options.json, console)
                     write(options.json)
+        for name, (_, method) in VARIANTS.items():
+            if name in asked or not (asked or options.choose):
+                _choose(VARIED, method, options.json, console)
+                for one in varied(results(options.json), name):
+                    _attempt(one, (), options.json, console)
+                write(options.json)
     if options.speed or not (asked or options.choose):
         methods = [method for method in SETTINGS if method in asked] or list(SETTINGS)
         rounds, steps, threads = options.rounds, options.steps, options.threads
@@ -323,15 +343,20 @@ def main(arguments: list[str]) -> int:
 def write(path: Path) -> None:
     """The tables beside the figures."""
     document = results(path)
+    wanted = {
+        (task, method): seeded(document, task, method)
+        for task in TASKS
+        for method in SETTINGS
+        if chosen(document, task, method) is not None
+    }
+    wanted |= {(VARIED, name): varied(document, name) for name in VARIANTS}
     finished = {}
-    for task in TASKS:
-        for method in SETTINGS:
-            if chosen(document, task, method) is not None:
-                runs = [record(document, one) for one in seeded(document, task, method)]
-                if all(run is not None and "error" not in run for run in runs):
-                    finished[task, method] = runs
+    for key, cases in wanted.items():
+        runs = [record(document, one) for one in cases]
+        if runs and all(run is not None and "error" not in run for run in runs):
+            finished[key] = runs
     masked = {method: masked_weights(method) for method in {name for _, name in finished} & set(MASKS)}
-    table = render(document, finished, tuple(TASKS), tuple(SETTINGS), masked)
+    table = render(document, finished, tuple(TASKS), tuple(SETTINGS), masked, {VARIED: tuple(VARIANTS)})
     path.with_suffix(".md").write_text(table, encoding="utf-8")
 
 

@@ -26,12 +26,14 @@ def render(
     tasks: Sequence[str],
     methods: Sequence[str],
     masked: Mapping[str, int],
+    variants: Mapping[str, Sequence[str]],
 ) -> str:
     """All tables.
 
     Args:
-        finished: (task, method) -> its runs at the chosen learning rate, one for each seed.
+        finished: (task, method or variant) -> its runs at the chosen learning rate, one for each seed.
         masked: how many weights of a classifier each kind of mask decides on.
+        variants: adapters with another width, by the task that they are trained on.
     """
     sections = [
         "# Methods",
@@ -47,6 +49,7 @@ def render(
         "## What papers claim",
         "Points are differences from full fine-tuning, ± their standard error over the seeds.",
         "\n".join(f"- {line}" for line in claims(finished, tasks, masked)),
+        *_widths(finished, variants),
         "## What it costs",
         _costs(document, finished, tasks[0], methods),
         "## Learning rates",
@@ -140,6 +143,26 @@ def _prefix(finished: Runs) -> str:
         f"A prefix reaches more than {100 * PREFIX_SHARE:g} % of full fine-tuning's accuracy on sst2 (Li & Liang 2021)",
         holds,
     )
+
+
+def _widths(finished: Runs, variants: Mapping[str, Sequence[str]]) -> list[str]:
+    """What width and place of an adapter do, where that has run."""
+    sections = []
+    for task, names in variants.items():
+        ran = [name for name in (*ADAPTERS, *names) if (task, name) in finished]
+        if not set(names) & set(ran):
+            continue
+        by_size = sorted(ran, key=lambda name: finished[task, name][0]["parameters"]["trainable"])
+        rows = [
+            [name, f"{100 * _share(finished[task, name][0]):.2f} %", _several(finished[task, name])] for name in by_size
+        ]
+        sections += [
+            f"## Width and place of an adapter ({task})",
+            _table(["method", "share of the parameters", "test score"], rows)
+            + "\n\nA number at the end is the width; the others have their papers' default. A variant has the "
+            "learning rate that was chosen for its placement.",
+        ]
+    return sections
 
 
 def _share(run: Mapping[str, Any]) -> float:

@@ -301,6 +301,25 @@ def said(**changes):
     return claims(runs, (*JUDGED, "rte"), dict.fromkeys(("mask", "supermask"), 8000))
 
 
+def test_variants_have_the_rate_of_their_placement_and_a_table(pretended):
+    path, *_ = pretended
+    assert methods.varied(methods.results(path), "adapter-houlsby-24") == []
+    study("sst2", "adapter-houlsby", path)
+    runs = methods.varied(methods.results(path), "adapter-houlsby-24")
+    assert [one.name for one in runs] == [f"sst2-adapter-houlsby-24-0.001{seed}" for seed in ("", "-seed1", "-seed2")]
+    stage = parse_recipe(dict(runs[2].recipe)).stages[0]
+    assert (stage.method.model_dump()["size"], stage.train.learning_rate) == (24, 1e-3)
+    assert "Width and place" not in path.with_suffix(".md").read_text()
+    update = {one.name: {"key": one.key, **ran(0.25, 0.1, trained=500)} for one in runs}
+    methods.update(path, lambda document: document["cases"].update(update))
+    methods.write(path)
+    table = path.with_suffix(".md").read_text().partition("## Width and place of an adapter (sst2)")[2]
+    assert table.index("| adapter-houlsby-24 | 2.50 % | 25.00 ± 0.00 % |") < table.index(
+        "| adapter-houlsby | 5.00 % | 50.00"
+    )
+    assert "adapter-pfeiffer" not in table.partition("##")[0]
+
+
 def test_claims_that_hold_are_met():
     lines = said()
     assert len(lines) == 3 and all("**met**" in line for line in lines)
