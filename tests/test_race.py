@@ -85,7 +85,7 @@ def test_saved_storages_count_once_and_parameters_not_at_all():
 
 def test_families_compare_ours_with_theirs():
     found = peers.families(Path("python-of-theirs"))
-    assert set(found) == {"Pfeiffer adapter", "Houlsby adapter", "Prefix", "LoRA"}
+    assert set(found) == {"Pfeiffer adapter", "Houlsby adapter", "Prefix", "LoRA", "DoRA"}
     for contestants in found.values():
         ours, *theirs = contestants.values()
         assert ours.package == "compressft" and theirs
