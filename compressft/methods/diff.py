@@ -71,6 +71,7 @@ class Diff(Transform):
         for diff in diffs:
             diff.follow()
 
+    @torch.no_grad()
     def _cut(self, diffs: list[DiffModule]) -> None:
         sizes = [diff.settled().abs() for diff in diffs]
         number = round(self.density * sum(size.numel() for size in sizes))

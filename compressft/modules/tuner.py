@@ -63,8 +63,8 @@ class PeftTuner(Extra):
 
     The part is read off the layer itself: its outputs for the unit vectors, less the base's weight. That holds for
     every tuner that is affine in its input; plain LoRA gives B A directly. LoRA's and DoRA's products are computed in
-    fewer passes than PEFT makes (`modules.low_rank`). Dropout on the tuner's input acts where it
-    computes the product, not where gates or quantizers need the weight.
+    fewer passes than PEFT makes (`modules.low_rank`). Dropout on the tuner's input acts where it computes the product,
+    not where gates or quantizers need the weight.
     """
 
     kind: ClassVar[str] = "peft_tuner"
