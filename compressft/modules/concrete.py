@@ -21,12 +21,11 @@ EDGE = 1e-6
 
 
 def sample(log_alpha: Tensor, temperature: float = TEMPERATURE, low: float = LOW, high: float = HIGH) -> Tensor:
-    """One gate per `log_alpha`, differentiable in it; shape and dtype as `log_alpha`, noise from the global generator.
+    """One gate per `log_alpha`, differentiable once; shape and dtype as `log_alpha`, noise from the global generator.
 
     Equations 10 and 11 of the paper: clip(low + (high - low) * sigmoid((logit(u) + log_alpha) / temperature)).
     """
-    u = torch.empty_like(log_alpha).uniform_(EDGE, 1.0 - EDGE)
-    return _stretch(torch.sigmoid((torch.logit(u) + log_alpha) / temperature), low, high)
+    return gated(torch.ones_like(log_alpha), log_alpha, temperature, low, high)
 
 
 def gated(
