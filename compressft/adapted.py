@@ -317,11 +317,13 @@ class Adapted(nn.Module):
         if method is None:
             raise UserError(f"{directory}: does not say which method made it; give the run directory")
         if is_trainable:
+            before = self.active
             self.add_adapter(name, method)
             try:
                 continue_from(self.trees[name], tree, self.base_model, method)
             except UserError:
                 self.delete_adapter(name)
+                self.active = before
                 raise
             return
         if not method.unfold(tree, self.base_model):

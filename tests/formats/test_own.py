@@ -193,6 +193,10 @@ def test_trained_on(bases, two, tmp_path):
     with pytest.raises(UserError, match="method mask ships as something else than it trains"):
         model.load_adapter(tmp_path / "mask", "default", is_trainable=True)
     assert not model.trees and model.active is None
+    model.add_adapter("mine", SMALL)
+    with pytest.raises(UserError, match="method mask ships"):
+        model.load_adapter(tmp_path / "mask", "default", is_trainable=True)
+    assert list(model.trees) == ["mine"] and model.active == "mine"
 
 
 def test_what_is_stored_is_small(bases, tmp_path):
