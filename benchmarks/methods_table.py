@@ -38,12 +38,12 @@ def render(
     sections = [
         "# Methods",
         "`python -m benchmarks methods`; MiniLM-L6, six epochs (banking77: twelve, wnut17: four) in batches of 16. "
-        "sst2 and banking77: about 2,000 training rows, three seeds (mean ± standard deviation); rte (GLUE's "
-        "validation rows as its test) and wnut17 (span F1): all rows, one seed. The learning rate is the best on "
-        "validation rows among those tried with seed 0; where that was the least or the greatest, up to two further "
-        "ones were tried. bf16 autocast, as everywhere where a CPU multiplies bf16. A dash has not run yet. "
-        "`lsh_attention` is not here: it changes what attention is, so a pretrained model has to learn anew to "
-        "attend.",
+        "sst2 and banking77: about 2,000 training rows, three seeds (mean ± standard deviation); rte (GLUE's 277 "
+        "validation rows as its test: a standard error of 3 points) and wnut17 (span F1): all rows, one seed. The "
+        "learning rate is the best on validation rows among those tried with seed 0; where that was the least or the "
+        "greatest, up to two further ones were tried. bf16 autocast, as everywhere where a CPU multiplies bf16. A "
+        "dash has not run yet. `lsh_attention` is not here: it changes what attention is, so a pretrained model has "
+        "to learn anew to attend.",
         "## Test score",
         _table(["method", *tasks], [[m, *(_several(finished.get((t, m))) for t in tasks)] for m in methods]),
         "## What papers claim",
