@@ -164,13 +164,19 @@ def case(document: Document, task: str, method: str, rate: float, seed: int) -> 
     return Case(name, group, recipe, after, facts={"task": task, "method": method, "rate": rate, "seed": seed})
 
 
-def neighbours(rates: Sequence[float]) -> tuple[float, float]:
-    """The rates below and above, on the ladder that these stand on."""
+def ladder_of(rates: Sequence[float]) -> list[float]:
+    """All rates of the ladder that these stand on, in order."""
     for mantissas in LADDERS:
         ladder = [float(f"{mantissa}e{exponent}") for exponent in range(-9, 2) for mantissa in mantissas]
         if set(rates) <= set(ladder):
-            return ladder[ladder.index(min(rates)) - 1], ladder[ladder.index(max(rates)) + 1]
+            return ladder
     raise ValueError(f"{tuple(rates)} are on no ladder")
+
+
+def neighbours(rates: Sequence[float]) -> tuple[float, float]:
+    """The rates below and above, on the ladder that these stand on."""
+    ladder = ladder_of(rates)
+    return ladder[ladder.index(min(rates)) - 1], ladder[ladder.index(max(rates)) + 1]
 
 
 def grid(document: Document, task: str, method: str) -> list[Case]:
@@ -202,8 +208,8 @@ def validation(run: Mapping[str, Any]) -> float:
     return -1.0 if "error" in run else run["validation"][-1][run["quality"]["metric"]]
 
 
-def chosen(document: Document, task: str, method: str) -> float | None:
-    """The rate with the best validation score; None while one of them has not run.
+def best(document: Document, task: str, method: str) -> float | None:
+    """The rate with the best validation score in the grid; None while one of them has not run.
 
     Of equal ones the lowest.
     """
@@ -214,6 +220,29 @@ def chosen(document: Document, task: str, method: str) -> float | None:
     if len(scores) < len(cases) or max(scores) < 0:
         return None
     return cases[scores.index(max(scores))].facts["rate"]
+
+
+def descent(document: Document, task: str, method: str) -> list[float]:
+    """The best rate and, where it is another task's, up to two lower ones while nothing is learned with it here.
+
+    That is a validation score of 0, or a run that diverged. Empty while the grid has not run.
+    """
+    rate = best(document, task, method)
+    rates = [] if rate is None else [rate]
+    if TASKS[task].rates_of is None:
+        return rates
+    ladder = ladder_of(SETTINGS[method].rates)
+    while rates and len(rates) <= FURTHER:
+        run = record(document, case(document, task, method, rates[-1], 0))
+        if run is None or validation(run) > 0:
+            break
+        rates.append(ladder[ladder.index(rates[-1]) - 1])
+    return rates
+
+
+def chosen(document: Document, task: str, method: str) -> float | None:
+    """The rate whose runs count; None while the grid has not run."""
+    return next(reversed(descent(document, task, method)), None)
 
 
 def first_case(document: Document, task: str, method: str) -> Case:
@@ -249,9 +278,12 @@ def study(task: str, method: str, only_choose: bool, path: Path, console: Consol
             _choose(source, FUSED, path, console)
             stands_on.append(first_case(results(path), source, FUSED))
     _choose(task, method, path, console, stands_on)
-    if not only_choose and chosen(results(path), task, method) is not None:
-        for one in seeded(results(path), task, method):
-            _attempt(one, stands_on, path, console)
+    if only_choose or chosen(results(path), task, method) is None:
+        return
+    # A run may change the choice.
+    while missing := [one for one in seeded(results(path), task, method) if record(results(path), one) is None]:
+        _attempt(missing[0], stands_on, path, console)
+    _write_choice(task, method, path)
 
 
 def _attempt(one: Case, stands_on: Sequence[Case], path: Path, console: Console) -> Mapping[str, Any]:
@@ -270,10 +302,15 @@ def _attempt(one: Case, stands_on: Sequence[Case], path: Path, console: Console)
 def _choose(task: str, method: str, path: Path, console: Console, stands_on: Sequence[Case] = ()) -> None:
     while missing := [one for one in grid(results(path), task, method) if record(results(path), one) is None]:
         _attempt(missing[0], stands_on, path, console)
+    _write_choice(task, method, path)
+
+
+def _write_choice(task: str, method: str, path: Path) -> None:
     document = results(path)
     scores = {f"{one.facts['rate']:g}": validation(record(document, one)) for one in grid(document, task, method)}
-    rate = chosen(document, task, method)
+    *failed, rate = descent(document, task, method) or [None]
     found = {"learning_rate": rate, "chosen_on": TASKS[task].rates_of or task, "validation": scores}
+    found |= {"learned_nothing": failed} if failed else {}
     update(path, lambda document: document.setdefault("chosen", {}).update({f"{task}-{method}": found}))
 
 

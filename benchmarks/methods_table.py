@@ -214,10 +214,14 @@ def _rates(document: Mapping[str, Any], tasks: Sequence[str], methods: Sequence[
             else:
                 rate = "none" if found["learning_rate"] is None else f"{found['learning_rate']:g}"
                 tried = [f"{one}: {_validation(score)}" for one, score in found["validation"].items()]
-                own = found["chosen_on"] == task
-                row.append(f"{rate} ({', '.join(tried)})" if own else f"{rate}, {found['chosen_on']}'s")
+                own, failed = found["chosen_on"] == task, found.get("learned_nothing", ())
+                origin = f", for {failed[0]:g}," if failed else ","
+                row.append(f"{rate} ({', '.join(tried)})" if own else f"{rate}{origin} {found['chosen_on']}'s")
         rows.append(row)
-    return _table(["method", *tasks], rows) + "\n\nIn brackets, validation scores of those that were tried."
+    return _table(["method", *tasks], rows) + (
+        "\n\nIn brackets, validation scores of those that were tried. Where another task's rate scores 0 on "
+        "validation, up to two lower ones are tried in its place."
+    )
 
 
 def _validation(score: float) -> str:

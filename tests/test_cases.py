@@ -211,6 +211,18 @@ def test_small_tasks_take_the_choice_of_another_and_run_once():
     assert [run.facts["task"] for run in methods.grid(document, "wnut17", "lora")] == ["banking77"] * 4
 
 
+def test_a_choice_of_another_with_which_nothing_is_learned_gives_way(pretended):
+    """Twice at most; seeds and tables follow."""
+    path, order, diverging = pretended
+    diverging.add("wnut17-lora-0.001")
+    found, table = study("wnut17", "lora", path)
+    assert order[-3:] == ["wnut17-lora-0.001", "wnut17-lora-0.0003", "wnut17-lora-0.0001"]
+    assert (found["learning_rate"], found["learned_nothing"]) == (1e-4, [1e-3, 3e-4])
+    assert "0.0001, for 0.001, banking77's |" in table
+    (one,) = methods.seeded(methods.results(path), "wnut17", "lora")
+    assert one.name == "wnut17-lora-0.0001"
+
+
 def test_fusion_reads_the_adapters_at_their_chosen_rates():
     document = graded(0)
     one = methods.seeded(document, "sst2", "fusion")[0]
