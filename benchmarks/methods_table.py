@@ -180,7 +180,9 @@ def _costs(document: Mapping[str, Any], finished: Runs, task: str, methods: Sequ
             trained, delta = runs[0]["parameters"]["trainable"], mean(run["size_bytes"]["delta"] for run in runs)
             row = [method, f"{trained:,}", f"{100 * _share(runs[0]):.2f} %", _megabytes(delta)]
             if full:
-                row[-1] += f", {100 * (1 - delta / mean(run['size_bytes']['delta'] for run in full)):.1f} % less"
+                saved = round(100 * (1 - delta / mean(run["size_bytes"]["delta"] for run in full)), 1)
+                # Adding zero takes the sign off a negative one.
+                row[-1] += f", {saved + 0.0:.1f} % less"
         found = measured.get(method)
         row += ["-"] * 3 if not found else _beside(found)
         rows.append(row)
