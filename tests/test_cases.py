@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from benchmarks import cases as engine
-from benchmarks import methods
+from benchmarks import methods, methods_choice
 from benchmarks.__main__ import main as benchmark
 from benchmarks.cases import Case, run_cases
 from benchmarks.compression import cases
@@ -183,12 +183,12 @@ def test_a_grid_grows_by_two_rates_at_most():
 
 def test_every_grid_stands_on_a_ladder():
     for setting in methods.SETTINGS.values():
-        below, above = methods.neighbours(setting.rates)
+        below, above = methods_choice.neighbours(setting.rates)
         assert below < min(setting.rates) and max(setting.rates) < above
-    assert methods.neighbours((1e-3, 3e-3)) == (3e-4, 1e-2)
-    assert methods.neighbours((5e-5, 1e-4, 2e-4)) == (2e-5, 5e-4)
+    assert methods_choice.neighbours((1e-3, 3e-3)) == (3e-4, 1e-2)
+    assert methods_choice.neighbours((5e-5, 1e-4, 2e-4)) == (2e-5, 5e-4)
     with pytest.raises(ValueError, match="on no ladder"):
-        methods.neighbours((4e-4,))
+        methods_choice.neighbours((4e-4,))
 
 
 def test_nothing_is_chosen_before_the_grid_has_run():
