@@ -97,8 +97,8 @@ def render(document: dict[str, Any]) -> str:
     lines = [
         "# The grid of the int8 weights",
         "",
-        "`python -m benchmarks arithmetic`; MiniLM-L6, int8 beside distillation, accuracy on the test split in percent: "
-        f"mean of {len(SEEDS)} seeds, in brackets each, and the standard error of the difference to 8 bits.",
+        "`python -m benchmarks arithmetic`; MiniLM-L6, int8 beside distillation, accuracy on the test split in "
+        f"percent: mean of {len(SEEDS)} seeds, in brackets each, and the standard error of the difference to 8 bits.",
         "",
         f"| task | dense | {' | '.join(GRIDS)} |",
         "| --- | ---: |" + " ---: |" * len(GRIDS),

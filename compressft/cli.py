@@ -108,8 +108,11 @@ def evaluate(
     if as_json:
         print(json.dumps(result))
         return
+    note = result.pop("note", None)
     for name, value in result.items():
         out.print(f"{name:12} {value:.4f}" if isinstance(value, float) else f"{name:12} {value}")
+    if note:
+        err.print(f"note: {note}", soft_wrap=True)
 
 
 @app.command()
