@@ -17,6 +17,7 @@ from rich.table import Table
 
 from compressft import __version__
 from compressft.errors import Interrupted, UserError, VerificationError
+from compressft.waiting import sleep_while_waiting
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -260,6 +261,7 @@ def env() -> None:
 
 def main() -> None:
     """Entry point: turns exceptions into one line and an exit code."""
+    sleep_while_waiting()
     # Where peft is installed, transformers imports bitsandbytes, which recommends a hub package that nothing here uses.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:

@@ -136,7 +136,8 @@ def test_a_run_of_a_version_with_one_grid_is_named(copy, export, tmp_path):
     assert [row["kernels"] for row in report["verification"]] == ["exact"] * 2 + ["default"] * 2
     assert "without VNNI" in (copy / "report" / "report.md").read_text()
     shipped = evaluate(copy / "onnx", rows)
-    assert not shipped["portable"] and shipped["note"] == scored["note"]
+    # q, k and v are one product there.
+    assert not shipped["portable"] and "of 11 integer products" in shipped["note"]
 
 
 def test_missed_tolerance_fails_the_export(copy, trained, export):
