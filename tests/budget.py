@@ -75,4 +75,6 @@ class Budget:
         if self.judged():
             for folder in self.over(1):
                 fails = "FAILED: " if folder in self.over(FAILS) else ""
-                terminalreporter.write_line(f"{fails}{folder} has a budget of {BUDGET.get(folder, 0)} (tests/budget.py)")
+                terminalreporter.write_line(
+                    f"{fails}{folder} has {BUDGET.get(folder, 0)} CPU seconds (tests/budget.py)"
+                )

@@ -4,6 +4,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import pytest
 import torch
 
 from tests.budget import Budget
@@ -15,6 +16,13 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser):
     parser.addoption("--all", action="store_true", help="run every case of every product")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from tests.workers import ByCost
+
+    return ByCost(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 def pytest_configure(config):

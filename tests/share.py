@@ -1,4 +1,8 @@
-"""Which cases `make test` runs: of a product every value once, drawn by the tree's hash. `--all` runs the product."""
+"""Which cases `make test` runs: of a product of names every one once, drawn by the tree's hash. `--all` runs all.
+
+Names (families, methods, passes, kinds) multiply as registries grow. Numbers, shapes and dtypes do not, and cost little:
+they stay whole.
+"""
 
 from __future__ import annotations
 
@@ -44,11 +48,10 @@ def drawn(number: int, among: Iterable[Any], always: Sequence[Any] = ()) -> list
 
 
 def values(item: pytest.Function) -> frozenset[Value]:
-    """What a case has of each parameter; families stand for their structure."""
-    spec = item.callspec
+    """What a case has of each parameter; families stand for their structure, and what is no name for itself alone."""
     return frozenset(
-        (name, STRUCTURE.get(value, value) if isinstance(value, str) else f"#{spec.indices[name]}")
-        for name, value in spec.params.items()
+        (name, STRUCTURE.get(value, value) if isinstance(value, str | bool) else item.nodeid)
+        for name, value in item.callspec.params.items()
     )
 
 
