@@ -1,7 +1,7 @@
 """Which cases `make test` runs: of a product of names every one once, drawn by the tree's hash. `--all` runs all.
 
-Names (families, methods, passes, kinds) multiply as registries grow. Numbers, shapes and dtypes do not, and cost little:
-they stay whole.
+Names (families, methods, passes, kinds) multiply as registries grow. Numbers, shapes and dtypes do not, and cost
+little: they stay whole.
 """
 
 from __future__ import annotations
