@@ -1,4 +1,4 @@
-"""The share of cases: every name is in it once, its size is that of the longest list, and a tree draws the same again."""
+"""The share of cases: every name is in it once, as many as the longest list has, and a tree draws the same again."""
 
 import itertools
 from types import SimpleNamespace
