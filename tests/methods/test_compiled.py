@@ -92,9 +92,13 @@ def test_inductor(cases):
     assert_same([cases["pfeiffer"]], 1e-4, backend="inductor", fullgraph=True)
 
 
-def test_beside_passes(cases):
-    """Int8 looks at counters and ranges, which no graph holds."""
+def test_beside_a_pass(cases):
     assert_same([cases["pfeiffer"], Movement(sparsity=0.5, start=0.0, end=0.6)], backend="eager", fullgraph=True)
+
+
+@pytest.mark.full
+def test_beside_int8(cases):
+    """It looks at counters and ranges, which no graph holds."""
     assert_same([cases["pfeiffer"], Int8()], backend="eager")
 
 
