@@ -20,7 +20,7 @@ METHODS: dict[str, dict[str, Any]] = {
     # Two saved adapters of the very model, which the test brings.
     "fusion": {"dropout": 0.0},
     "side": {},
-    "scalar_mix": {"normalise": "row"},
+    "scalar_mix": {},
     "prefix": {"length": 3, "hidden": 8},
     "peft": {"config": {"peft_type": "LORA", "r": 4, "target_modules": "all-linear"}},
     "mask": {},
