@@ -77,6 +77,10 @@ def test_a_tree_draws_the_same_again(monkeypatch):
 def test_folders_over_their_budget(monkeypatch):
     monkeypatch.setattr(budget, "BUDGET", {"tests/a": 10, "tests/b": 10})
     found = budget.Budget(None)
-    found.seconds.update({"tests/a": 15.0, "tests/b": 25.0, "tests/new": 1.0})
+    found.seconds.update({"tests/a": 15.0, "tests/b": 25.0, "tests/c": 9.0, "tests/new": 2.5 * budget.OTHER})
     assert found.over(1) == ["tests/a", "tests/b", "tests/new"]
     assert found.over(2) == ["tests/b", "tests/new"]
+
+
+def test_the_budgets_are_ten_minutes_of_two_cores():
+    assert sum(budget.BUDGET.values()) <= 20 * 60
