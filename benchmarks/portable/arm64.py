@@ -63,12 +63,15 @@ class Place:
     version: str
 
     def command(self, model: str) -> tuple[str, ...]:
-        """The interpreter on that processor; it sees our /proc/cpuinfo, which wants a mount of its own."""
+        """The interpreter on that processor."""
+        python = self.folder / "root" / "usr" / "bin" / f"python{PYTHON}"
+        return (*self.mounted(), self.emulator, "-cpu", model, str(python))
+
+    def mounted(self) -> tuple[str, ...]:
+        """What runs the command behind it with our /proc/cpuinfo, in a mount namespace of its own."""
         own = () if os.geteuid() == 0 else ("--map-root-user",)
         script = 'mount --bind "$0" /proc/cpuinfo && exec "$@"'
-        python = self.folder / "root" / "usr" / "bin" / f"python{PYTHON}"
-        cpuinfo = str(self.folder / "cpuinfo")
-        return ("unshare", *own, "--mount", "sh", "-c", script, cpuinfo, self.emulator, "-cpu", model, str(python))
+        return ("unshare", *own, "--mount", "sh", "-c", script, str(self.folder / "cpuinfo"))
 
     def environment(self) -> Mapping[str, str]:
         """Where it finds its loader and its packages."""
@@ -89,10 +92,7 @@ def prepare(folder: Path) -> Place:
         _debian(place.folder)
         _wheels(place.folder / "site")
         (place.folder / "cpuinfo").write_text(CPUINFO, encoding="ascii")
-    done(
-        [*place.command("max")[:6], str(place.folder / "cpuinfo"), "true"],
-        "the right to mount (root, or user namespaces)",
-    )
+    done([*place.mounted(), "true"], "the right to mount (root, or user namespaces)")
     return place
 
 

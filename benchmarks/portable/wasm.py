@@ -18,7 +18,7 @@ def prepare(folder: Path) -> tuple[tuple[str, ...], str]:
     Raises:
         Lack: Node, npm or the package.
     """
-    node, place = installed("node", of="Node.js"), folder / f"wasm-{VERSION}"
+    node, place = installed("node", of="Node.js"), (folder / f"wasm-{VERSION}").resolve()
     install_package(place, "onnxruntime-web", VERSION)
     return (node, str(SCRIPT), str(place)), VERSION
 
