@@ -31,7 +31,7 @@ class Int8Linear(nn.Module):
         quantizer = linear.quantizer
         assert isinstance(quantizer, Int8Quantizer)
         self.dynamic = quantizer.ranges == "dynamic"
-        scale = weight_scale(linear.weight, quantizer.weight_bits)
+        scale = quantizer.weight_scale(linear.weight)
         self.register_buffer("weight", quantise_weight(linear.weight.detach(), scale).to(torch.int8).t().contiguous())
         self.register_buffer("weight_scale", scale)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().clone())

@@ -11,14 +11,20 @@ import numpy as np
 from compressft.data.tasks import Task
 
 
-def open_session(path: str | Path, threads: int | None = None) -> Any:
-    """An `onnxruntime.InferenceSession` on the CPU."""
+def open_session(path: str | Path, threads: int | None = None, exact: bool = False) -> Any:
+    """An `onnxruntime.InferenceSession` on the CPU.
+
+    Args:
+        exact: take kernels that add u8 x s8 products in 32 bits also where the processor has faster ones that saturate.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     # Several live sessions would spin against each other; measuring has a process of its own.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if exact:
+        options.add_session_config_entry("session.x64quantprecision", "1")
     if threads:
         options.intra_op_num_threads = threads
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -1,9 +1,9 @@
 """Fake quantisation in onnxruntime's own arithmetic: u8 activations, s8 weights symmetric per channel.
 
 Formulas: ONNX QuantizeLinear / DynamicQuantizeLinear (u8, range extended to contain 0, scale = (max - min) / 255,
-zero point = round(-min / scale), round half to even) and weights with scale = max|w| / 127. The training forward
+zero point = round(-min / scale), round half to even) and weights on the grid of `portable_scale`. The training forward
 multiplies the *integers*: both factors are exact in bf16 (|n| <= 256) and their sums are exact in fp32 below 2^24, so
-training computes what the integer kernel of the exported graph computes.
+training computes what the integer kernel of the exported graph computes, on every processor.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from compressft.modules.last_input import last_input
 
 QMAX = 255.0
-# Largest weight integer by `weight_bits`. Seven bits keep 255 * 63 * 2 below 2^15: x86 CPUs without VNNI add pairs of
-# u8 x s8 products in saturating 16 bits.
+# Largest weight integer by `weight_bits`.
 WMAX = {8: 127.0, 7: 63.0}
+# Largest sum of two adjacent weights before they are rounded, which may add a half to each: 255 * 128 is below 2^15.
+PAIR_MAX = 127.0
 
 
 def activation_scale(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,12 +35,36 @@ def activation_scale(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
 
 def weight_scale(weight: Tensor, bits: int = 8) -> Tensor:
     """Per-row scale max|w| / 127 (63 for 7 bits) of a (rows, columns) weight, fp32, shape (rows,); 1 for zeros."""
-    peak = weight.detach().abs().amax(dim=1).float()
-    return torch.where(peak > 0, peak / WMAX[bits], torch.ones_like(peak))
+    return _scale(weight.detach().abs().amax(dim=1), WMAX[bits])
+
+
+def portable_scale(weight: Tensor, columns: Tensor | None = None) -> Tensor:
+    """Per-row scale of a (rows, columns) weight, fp32 (rows,), with which no pair of u8 x s8 products passes 16 bits.
+
+    x86 processors without VNNI add the products of columns 2k and 2k + 1 in saturating 16 bits (vpmaddubsw). So it is
+    not the largest weight that becomes 127 but the largest sum of such a pair, of weights with one sign; of two signs
+    the larger weight alone bounds the sum. It is at most twice as coarse as `weight_scale`, a half more is usual.
+
+    Args:
+        columns: factors (columns,), 0 for those that will be gone: what is left of them becomes adjacent.
+    """
+    weight = weight.detach()
+    if columns is not None:
+        # Those that stay come first, in their order: no waiting for a device to count them.
+        weight = weight[:, torch.argsort(columns == 0, stable=True)]
+    if weight.shape[1] % 2:
+        weight = F.pad(weight, (0, 1))
+    pairs = weight[:, 0::2] + weight[:, 1::2]
+    return _scale(torch.maximum(weight.abs().amax(dim=1), pairs.abs().amax(dim=1)), PAIR_MAX)
+
+
+def _scale(peak: Tensor, largest: float) -> Tensor:
+    peak = peak.float()
+    return torch.where(peak > 0, peak / largest, torch.ones_like(peak))
 
 
 def quantise_weight(weight: Tensor, scale: Tensor) -> Tensor:
-    """Integers (as floats of the weight's dtype) in [-127, 127] for `weight_scale`'s scales."""
+    """Integers (as floats of the weight's dtype) in [-127, 127] for the rows' scales."""
     return (weight / scale.to(weight.dtype)[:, None]).round_()
 
 
@@ -82,11 +108,10 @@ class _QuantisedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, low, high, x_scale, zero_point, dtype, bits, rate):
+    def forward(ctx, x, weight, bias, low, high, x_scale, zero_point, dtype, w_scale, rate):
         key = (float(x_scale), float(zero_point)) if x.device.type == "cpu" else None
         marked = last_input.value(x, key, lambda: quantise_input(x, x_scale, zero_point))
         levels = last_input.value(x, (key, dtype), lambda: centred(marked, zero_point, dtype))
-        w_scale = weight_scale(weight, bits)
         q_weight = quantise_weight(weight, w_scale)
         if rate < 1.0:
             smooth = torch.rand(weight.shape, device=weight.device) >= rate
@@ -153,7 +178,7 @@ def quantised_linear(
     bias: Tensor | None,
     x_scale: Tensor,
     zero_point: Tensor,
-    bits: int = 8,
+    w_scale: Tensor | None = None,
     rate: float = 1.0,
     ends: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
@@ -164,7 +189,7 @@ def quantised_linear(
         weight: (out, in), quantised here with one symmetric scale per row.
         bias: (out,) or None, kept in fp32.
         x_scale, zero_point: fp32 scalars of the input's range (`activation_scale`).
-        bits: of the weights, 8 or 7.
+        w_scale: of the weight's rows, fp32 (out,); None: `portable_scale`.
         rate: share of the weights, drawn anew at each call, that is rounded (Fan et al. 2020, "Training with
             quantization noise", section 4.1).
         ends: low and high of the range, where they are to get a gradient.
@@ -175,4 +200,5 @@ def quantised_linear(
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     low, high = ends if ends is not None else (None, None)
-    return _QuantisedLinear.apply(x, weight, bias, low, high, x_scale, zero_point, dtype, bits, rate)  # type: ignore[return-value]
+    w_scale = portable_scale(weight) if w_scale is None else w_scale
+    return _QuantisedLinear.apply(x, weight, bias, low, high, x_scale, zero_point, dtype, w_scale, rate)  # type: ignore[return-value]

@@ -18,12 +18,13 @@ from compressft.modules.int4 import (
     round_inputs,
     straight_through,
 )
-from compressft.modules.int8 import activation_scale, quantised_linear
+from compressft.modules.int8 import activation_scale, portable_scale, quantised_linear, weight_scale
 from compressft.modules.kinds import Extra, known
 from compressft.modules.last_input import last_input
 
 Ranges = Literal["static", "dynamic", "learned"]
 Format = Literal["operators", "qdq"]
+Processors = Literal["any", "vnni"]
 # Batches whose minima and maxima a learned range starts from.
 FIRST_BATCHES = 16
 
@@ -66,6 +67,10 @@ class Int8Quantizer(Quantizer):
     range as an exponential average of per-batch minima and maxima (the first batch is copied); "learned" makes its two
     ends parameters, which start from the average over the first 16 batches and get a gradient afterwards; "dynamic"
     takes each input tensor's own range. Unless dynamic, a layer that has seen no batch yet stays in floating point.
+
+    `target` "any" puts 8-bit weights on the grid of `portable_scale`, right on every processor; "vnni" takes all of
+    [-127, 127], whose sums pass 16 bits on x86 processors with AVX2 or AVX-512 and without VNNI. `weight_bits` 7 is
+    right everywhere.
     """
 
     kind: ClassVar[str] = "int8"
@@ -74,13 +79,19 @@ class Int8Quantizer(Quantizer):
     batches: Tensor
 
     def __init__(
-        self, ranges: Ranges = "static", momentum: float = 0.99, weight_bits: int = 8, format: Format = "operators"
+        self,
+        ranges: Ranges = "static",
+        momentum: float = 0.99,
+        weight_bits: int = 8,
+        format: Format = "operators",
+        target: Processors = "any",
     ) -> None:
         super().__init__()
         self.ranges = ranges
         self.momentum = momentum
         self.weight_bits = weight_bits
         self.format = format
+        self.target = target
         self.observing = True
         for name in ("low", "high"):
             if ranges == "learned":
@@ -117,7 +128,14 @@ class Int8Quantizer(Quantizer):
         rate = self.rate if self.training else 1.0
         learns = self.ranges == "learned" and self.training and self.observing and int(self.batches) > FIRST_BATCHES
         ends = (self.low, self.high) if learns else None
-        return quantised_linear(x, weight, bias, scale, zero_point, self.weight_bits, rate, ends)
+        return quantised_linear(x, weight, bias, scale, zero_point, self.weight_scale(weight, columns), rate, ends)
+
+    @torch.no_grad()
+    def weight_scale(self, weight: Tensor, columns: Tensor | None = None) -> Tensor:
+        """Scales (out,) of a weight's rows; `columns` as in `observe`."""
+        if self.weight_bits == 8 and self.target == "any":
+            return portable_scale(weight, columns)
+        return weight_scale(weight, self.weight_bits)
 
     @torch.no_grad()
     def scale(self, x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -131,11 +149,13 @@ class Int8Quantizer(Quantizer):
             "momentum": self.momentum,
             "weight_bits": self.weight_bits,
             "format": self.format,
+            "target": self.target,
         }
 
     @classmethod
     def rebuild(cls, old: nn.Module | None, entry: dict[str, Any]) -> Int8Quantizer:
-        arguments = dict(entry)
+        # Folders that do not say it were written when there was one grid.
+        arguments = {"target": "vnni", **entry}
         if "dynamic" in arguments:
             # As folders say it that were written before there was a third way.
             arguments["ranges"] = "dynamic" if arguments.pop("dynamic") else "static"

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 from torch import nn
 
 from compressft.model import compress_linear
-from compressft.modules.quantizer import Format, Int8Quantizer, Ranges
+from compressft.modules.quantizer import Format, Int8Quantizer, Processors, Ranges
 from compressft.passes.quantised import (
     PARTS,
     TableBlock,
@@ -38,9 +38,12 @@ class Int8(Transform):
     for other runtimes: portable, slower in onnxruntime.
 
     `start`: progress from which values are quantised. `noise`: progress until which only a random share of the weights
-    is rounded, growing linearly from 0 at `start` (Fan et al. 2020); 0 rounds all at once. `weight_bits` 7 halves the
-    weights' integers: x86 CPUs without VNNI (AVX2 alone) add u8 x s8 products in saturating 16 bits, so that an 8-bit
-    model may give other results there; verification sees this only on such a machine.
+    is rounded, growing linearly from 0 at `start` (Fan et al. 2020); 0 rounds all at once.
+
+    `target`: x86 processors without VNNI add u8 x s8 products by pairs in saturating 16 bits. "any" scales each output
+    channel so that the sum of no pair can leave them (`modules.int8.portable_scale`), and the file gives the same
+    answers on every processor; "vnni" takes the whole of [-127, 127] and is wrong on those: the report and `evaluate`
+    say by how much. `weight_bits` 7 halves the integers instead: whatever is added in pairs, in any order.
 
     `embeddings`: "int8" per row, "int4" in blocks of `embedding_block` (32: 0.63 bytes a value, 128: 0.53) for the
     tokens and int8 for positions and types, or "none".
@@ -58,6 +61,7 @@ class Int8(Transform):
     range_learning_rate: float = Field(default=1e-3, gt=0)
     noise: float = Field(default=0.0, ge=0, le=1)
     weight_bits: Literal[7, 8] = 8
+    target: Processors = "any"
     embeddings: Tables | bool = "int8"
     embedding_block: TableBlock = 32
     exclude: tuple[str, ...] = ()
@@ -71,7 +75,7 @@ class Int8(Transform):
         check_exclude(model, "pass int8.exclude", self.exclude, PARTS)
         for path in quantised_linears(model, self.exclude):
             layer = compress_linear(model, path)
-            new = Int8Quantizer(self.ranges, self.momentum, self.weight_bits, self.format)
+            new = Int8Quantizer(self.ranges, self.momentum, self.weight_bits, self.format, self.target)
             layer.quantizer = new.to(layer.weight.device)
         compress_tables(model, self.embeddings, self.embedding_block, self.exclude)  # type: ignore[arg-type]
 
