@@ -190,7 +190,7 @@ def answered(path: Path, batches: Sequence[Mapping[str, Any]], place: Place) -> 
             [*place.ready.command, str(job), str(answer)], capture_output=True, text=True, env=environment
         )
         if run.returncode or not answer.is_file():
-            said = (run.stderr or run.stdout).strip().splitlines()
+            said = [line for line in run.stderr.strip().splitlines() if "warning: TCG" not in line]
             raise RuntimeError(said[-1] if said else f"ended with exit code {run.returncode}")
         return json.loads(answer.read_text(encoding="utf-8"))
 
