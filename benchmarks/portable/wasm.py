@@ -31,5 +31,7 @@ def install_package(place: Path, name: str, version: str) -> None:
     npm = installed("npm", of="Node.js")
     place.mkdir(parents=True, exist_ok=True)
     (place / "package.json").write_text("{}", encoding="utf-8")
-    command = [npm, "install", "--no-audit", "--no-fund", "--silent", "--prefix", str(place), f"{name}@{version}"]
+    # onnxruntime-node's script would fetch CUDA libraries; what runs on a CPU is in the package.
+    flags = ["--no-audit", "--no-fund", "--loglevel=error", "--ignore-scripts"]
+    command = [npm, "install", *flags, "--prefix", str(place), f"{name}@{version}"]
     done(command, f"npm's {name} {version}")
