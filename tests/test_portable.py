@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from benchmarks.portable import files, machines, run
+from benchmarks.portable import elsewhere, files, machines, run
 from benchmarks.portable.compare import by_row, compare
 from benchmarks.portable.lack import Lack, done, installed
 from benchmarks.portable.machines import Machine, Ready, processor
@@ -233,3 +233,18 @@ def test_the_script_imports_nothing_that_an_emulated_machine_lacks():
     code = f"import sys; sys.path.insert(0, {str(SCORE.parent)!r}); import score; print('torch' in sys.modules)"
     done_ = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done_.stdout.strip() == "False", done_.stderr
+
+
+def test_other_packages_are_compared_where_they_see_the_same_tokens():
+    question = elsewhere.Asked(("a", "b"), ([1, 2], [1, 2, 3]), ([1.0, 0.0], [0.0, 1.0]), 3)
+    answer = {"versions": "x 1", "ids": [[1, 2], [1, 2, 4]], "logits": [[0.75, 0.0], [0.0, 9.0]]}
+    assert elsewhere.outcome(answer, question) == (
+        "opens (x 1); 1 of 2 texts become the same tokens (1 that is cut does not), 2 of 2 labels are torch's, "
+        "largest logit difference 0.25"
+    )
+
+
+def test_a_package_that_fails_says_so_without_our_paths(tmp_path):
+    complain = f"import sys; sys.exit('FileError: no {tmp_path}/onnx/model')"
+    with pytest.raises(RuntimeError, match=r"^FileError: no onnx/model$"):
+        elsewhere.answered([sys.executable, "-c", complain], tmp_path / "onnx", elsewhere.Asked((), (), (), 3))

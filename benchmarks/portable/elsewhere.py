@@ -98,16 +98,20 @@ def answered(command: Sequence[str], model: Path, question: Asked) -> dict[str, 
         done = subprocess.run([*command, str(job), str(answer)], capture_output=True, text=True)
         if not answer.is_file():
             said = [line for line in (done.stderr or done.stdout).splitlines() if "Error" in line]
-            raise RuntimeError(said[-1].strip() if said else f"ended with exit code {done.returncode}")
+            line = said[-1].strip() if said else f"ended with exit code {done.returncode}"
+            raise RuntimeError(line.replace(str(model.resolve()), model.name))
         return json.loads(answer.read_text(encoding="utf-8"))
 
 
 def outcome(answer: dict[str, Any], question: Asked) -> str:
-    """One line of it."""
+    """One line of it; the difference is that of texts that become the same tokens."""
     want, got = np.array(question.logits, np.float32), np.array(answer["logits"], np.float32)
-    texts = sum(list(one) == list(other) for one, other in zip(answer["ids"], question.ids, strict=True))
+    pairs = list(zip(answer["ids"], question.ids, strict=True))
+    same = np.array([list(one) == list(other) for one, other in pairs])
+    # transformers.js cuts a long text behind its last token, so that it loses its [SEP].
+    cut = sum(list(one) != list(other) and len(other) == question.max_length for one, other in pairs)
     labels, number = int((want.argmax(-1) == got.argmax(-1)).sum()), len(want)
-    return (
-        f"opens ({answer['versions']}); {texts} of {number} texts become the same tokens, {labels} of {number} labels "
-        f"are torch's, largest logit difference {np.abs(want - got).max():.2g}"
-    )
+    tokens = f"{same.sum()} of {number} texts become the same tokens{f' ({cut} that is cut does not)' if cut else ''}"
+    error = np.abs(want - got)[same].max() if same.any() else float("nan")
+    labelled = f"{labels} of {number} labels are torch's, largest logit difference {error:.2g}"
+    return f"opens ({answer['versions']}); {tokens}, {labelled}"
