@@ -6,6 +6,7 @@ from importlib import import_module
 
 from benchmarks.registry import BENCHMARKS
 from compressft.errors import UserError
+from compressft.waiting import sleep_while_waiting
 
 
 def main() -> int:
@@ -14,6 +15,7 @@ def main() -> int:
         for name, (_, shows) in BENCHMARKS.items():
             print(f"{name:12} {shows}")
         return 0 if len(sys.argv) < 2 else 2
+    sleep_while_waiting()
     # As in `compressft`: it recommends a hub package that nothing here uses.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:

@@ -11,10 +11,15 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import torch
 from rich.console import Console
+from torch import nn
 
 from benchmarks.arithmetic_speed import speed
 from benchmarks.cases import Case, prepared, results, run_cases, update
+from compressft.checkpoint import load_compressed
+from compressft.modules.int8 import quantise_weight, weight_scale
+from compressft.modules.quantizer import Int8Quantizer
 
 RESULTS = Path(__file__).parent / "results" / "arithmetic.json"
 SUITE = "arithmetic"
@@ -83,12 +88,33 @@ def main(arguments: list[str]) -> int:
     run_cases(SUITE, everything, wanted, RESULTS, console)
     if not options.parts or "speed" in options.parts:
         trained = prepared(SUITE, next(c for c in everything if c.name == "banking77-portable-0"), everything, console)
-        rows = speed(trained / "model")
-        update(RESULTS, lambda document: document.update(speed=rows))
+        dense = prepared(SUITE, next(c for c in everything if c.name == "banking77-teacher"), everything, console)
+        rows, steps = speed(trained / "model"), coarseness(dense / "model")
+        update(RESULTS, lambda document: document.update(speed=rows, coarseness=steps))
     text = render(results(RESULTS))
     RESULTS.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)
     return 0
+
+
+def coarseness(folder: Path) -> dict[str, dict[str, float]]:
+    """By grid: the rows' mean step over that of 8 bits, and the mean relative error of a matrix that is rounded."""
+    weights = [
+        layer.weight.detach()
+        for name, layer in load_compressed(folder).named_modules()
+        if isinstance(layer, nn.Linear) and "classifier" not in name
+    ]
+    found = {}
+    for grid, fields in GRIDS.items():
+        quantizer = Int8Quantizer(**fields)
+        scales = [quantizer.weight_scale(weight) for weight in weights]
+        ratios = torch.cat([scale / weight_scale(weight) for scale, weight in zip(scales, weights, strict=True)])
+        errors = [
+            float((quantise_weight(weight, scale) * scale[:, None] - weight).norm() / weight.norm())
+            for scale, weight in zip(scales, weights, strict=True)
+        ]
+        found[grid] = {"step": float(ratios.mean()), "error": mean(errors)}
+    return found
 
 
 def render(document: dict[str, Any]) -> str:
@@ -97,8 +123,8 @@ def render(document: dict[str, Any]) -> str:
     lines = [
         "# The grid of the int8 weights",
         "",
-        "`python -m benchmarks arithmetic`; MiniLM-L6, int8 beside distillation, accuracy on the test split in percent: "
-        f"mean of {len(SEEDS)} seeds, in brackets each, and the standard error of the difference to 8 bits.",
+        "`python -m benchmarks arithmetic`; MiniLM-L6, int8 beside distillation, accuracy on the test split in "
+        f"percent: mean of {len(SEEDS)} seeds, in brackets each, and the standard error of the difference to 8 bits.",
         "",
         f"| task | dense | {' | '.join(GRIDS)} |",
         "| --- | ---: |" + " ---: |" * len(GRIDS),
@@ -109,6 +135,20 @@ def render(document: dict[str, Any]) -> str:
         cells = [_cell(scores[grid], scores["8 bits"] if grid != "8 bits" else None) for grid in GRIDS]
         base = f"{100 * dense['quality']['torch']:.2f}" if dense else "-"
         lines.append(f"| {task} | {base} | {' | '.join(cells)} |")
+    if document.get("coarseness"):
+        grids = document["coarseness"]
+        steps = " | ".join(f"{one['step']:.2f}" for one in grids.values())
+        errors = " | ".join(f"{one['error']:.2%}" for one in grids.values())
+        lines += [
+            "",
+            "How coarse the grids are on the dense model's weights: a row's step, and the relative error of rounding a "
+            "matrix once, without training:",
+            "",
+            f"| | {' | '.join(grids)} |",
+            "| --- |" + " ---: |" * len(grids),
+            f"| step, times that of 8 bits | {steps} |",
+            f"| relative error | {errors} |",
+        ]
     if document.get("speed"):
         rows = document["speed"]
         lines += [

@@ -1,7 +1,10 @@
 """One row per benchmark: name -> (module, what it shows)."""
 
 BENCHMARKS: dict[str, tuple[str, str]] = {
-    "arithmetic": ("benchmarks.arithmetic", "accuracy and milliseconds of the grids that int8 weights can be rounded to"),
+    "arithmetic": (
+        "benchmarks.arithmetic",
+        "accuracy and milliseconds of the grids that int8 weights can be rounded to",
+    ),
     "compression": (
         "benchmarks.compression",
         "accuracy, bytes and milliseconds of pruned, quantised, distilled models",

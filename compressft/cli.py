@@ -17,6 +17,7 @@ from rich.table import Table
 
 from compressft import __version__
 from compressft.errors import Interrupted, UserError, VerificationError
+from compressft.waiting import sleep_while_waiting
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -108,8 +109,11 @@ def evaluate(
     if as_json:
         print(json.dumps(result))
         return
+    note = result.pop("note", None)
     for name, value in result.items():
         out.print(f"{name:12} {value:.4f}" if isinstance(value, float) else f"{name:12} {value}")
+    if note:
+        err.print(f"note: {note}", soft_wrap=True)
 
 
 @app.command()
@@ -257,6 +261,7 @@ def env() -> None:
 
 def main() -> None:
     """Entry point: turns exceptions into one line and an exit code."""
+    sleep_while_waiting()
     # Where peft is installed, transformers imports bitsandbytes, which recommends a hub package that nothing here uses.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:

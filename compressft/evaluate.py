@@ -22,11 +22,13 @@ def evaluate(source: str | Path, data: str | Path, batch: int = 32) -> dict[str,
         data: JSONL, CSV or Parquet with the columns of the recipe.
 
     Returns:
-        {"runtime", "rows", metric name: value, ...}.
+        {"runtime", "rows", metric name: value, ..., "portable"}; the last says whether the ONNX file that this is or
+        becomes gives the same answers on every processor, and "note" where it does not.
 
     Raises:
         UserError: nothing of ours at `source`, or a wrong file, column or label.
     """
+    from compressft.export.portable import model_portability, portability
     from compressft.export.session import open_session, session_logits
     from compressft.export.verify import model_logits, stacked
 
@@ -50,8 +52,12 @@ def evaluate(source: str | Path, data: str | Path, batch: int = 32) -> dict[str,
     features = task.encode(rows)
     if manifest["kind"] == "onnx":
         file = path if path.suffix == ".onnx" else folder / "model.onnx"
+        proof = portability(file)
         runtime, logits = "onnxruntime", session_logits(open_session(file), task, features, batch)
     else:
-        load = load_delta if manifest["kind"] == "delta" else load_compressed
-        runtime, logits = "torch", model_logits(load(folder), task, features, batch)
-    return {"runtime": runtime, "rows": len(rows), **task.score(*stacked(task, logits, features))}
+        model = (load_delta if manifest["kind"] == "delta" else load_compressed)(folder)
+        proof = model_portability(model)
+        runtime, logits = "torch", model_logits(model, task, features, batch)
+    result = {"runtime": runtime, "rows": len(rows), **task.score(*stacked(task, logits, features))}
+    note = proof.warning()
+    return {**result, "portable": proof.portable, **({"note": note} if note else {})}

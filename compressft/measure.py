@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from compressft import __version__
+from compressft.waiting import as_found
 
 Shape = tuple[int, int]
 
@@ -84,7 +85,7 @@ def latencies(
 def child_environment() -> dict[str, str]:
     # The child must find the same compressft, also from a source tree that is not installed.
     paths = [p for p in sys.path if p]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONWARNINGS": "ignore"}
+    return {**as_found(os.environ), "PYTHONPATH": os.pathsep.join(paths), "PYTHONWARNINGS": "ignore"}
 
 
 def sample_inputs(names: Sequence[str], batch: int, length: int) -> dict[str, Any]:

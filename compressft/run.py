@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,8 @@ def ship(
     save_delta(model, task.tokenizer, base_tensors(recipe.model, type(model).__name__), folder.root / "delta", info)
     report = complete(export(recipe, folder.root, splits, console), recipe, stages)
     write_report(report, load_metrics(folder.metrics), folder.root / "report")
+    # The teachers' answers, hundreds of megabytes, that only a resumed training would read.
+    shutil.rmtree(folder.root / "cache", ignore_errors=True)
     return report
 
 

@@ -12,14 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from compressft.anatomy import anatomy
+from compressft.export.session import open_session
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 
 
-def diverging_layer(path: Path, model: nn.Module, batch: Mapping[str, Tensor], limit: float = 0.05) -> str:
+def diverging_layer(
+    path: Path, model: nn.Module, batch: Mapping[str, Tensor], limit: float = 0.05, exact: bool = False
+) -> str:
     """Run one batch through both with every layer's output exposed.
 
     Args:
+        exact: as in `open_session`.
         limit: relative error (of the layer output's standard deviation) from which a layer counts as diverged.
 
     Returns:
@@ -34,7 +38,7 @@ def diverging_layer(path: Path, model: nn.Module, batch: Mapping[str, Tensor], l
     finally:
         for hook in hooks:
             hook.remove()
-    actual = _layer_outputs(path, [layer.name for layer in layers], batch)
+    actual = _layer_outputs(path, [layer.name for layer in layers], batch, exact)
     for layer in layers:
         if layer.name not in actual:
             return f"layer {layer.name} has no node of its own in the graph"
@@ -56,9 +60,8 @@ def _keeper(store: dict[str, np.ndarray], name: str) -> Any:
     return hook
 
 
-def _layer_outputs(path: Path, names: list[str], batch: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+def _layer_outputs(path: Path, names: list[str], batch: Mapping[str, Tensor], exact: bool) -> dict[str, np.ndarray]:
     import onnx
-    import onnxruntime
 
     model = onnx.load(str(path))
     last: dict[str, str] = {}
@@ -69,9 +72,7 @@ def _layer_outputs(path: Path, names: list[str], batch: Mapping[str, Tensor]) ->
                 last[name] = node.output[0]
     for output in last.values():
         model.graph.output.append(onnx.helper.make_empty_tensor_value_info(output))
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = open_session(model.SerializeToString(), exact=exact)
     wanted = {value.name for value in session.get_inputs()}
     feed = {name: tensor.numpy() for name, tensor in batch.items() if name in wanted}
     results: Any = session.run(list(last.values()), feed)

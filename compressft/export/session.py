@@ -11,10 +11,11 @@ import numpy as np
 from compressft.data.tasks import Task
 
 
-def open_session(path: str | Path, threads: int | None = None, exact: bool = False) -> Any:
+def open_session(model: str | Path | bytes, threads: int | None = None, exact: bool = False) -> Any:
     """An `onnxruntime.InferenceSession` on the CPU.
 
     Args:
+        model: a file, or its content.
         exact: take kernels that add u8 x s8 products in 32 bits also where the processor has faster ones that saturate.
     """
     import onnxruntime
@@ -27,7 +28,8 @@ def open_session(path: str | Path, threads: int | None = None, exact: bool = Fal
         options.add_session_config_entry("session.x64quantprecision", "1")
     if threads:
         options.intra_op_num_threads = threads
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    source = model if isinstance(model, bytes) else str(model)
+    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
 def session_logits(session: Any, task: Task, features: Sequence[Mapping[str, Any]], batch: int) -> list[np.ndarray]:

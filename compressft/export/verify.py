@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,14 +12,21 @@ import torch
 from torch import nn
 
 from compressft.data.tasks import Task
-from compressft.export.session import batches_by_length, scatter, session_logits
+from compressft.export.session import batches_by_length, open_session, scatter, session_logits
+
+KERNELS = ("exact", "default")
 
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison of the file with the trained model; `failure` says what was missed."""
+    """One comparison of the file with the trained model; `failure` says what was missed.
+
+    `kernels`: "exact" adds u8 x s8 products in 32 bits, which is what training computed and what most processors do;
+    "default" is what a session on this machine does when it is not told otherwise.
+    """
 
     split: str
+    kernels: str
     batch: int
     rows: int
     max_abs_error: float
@@ -63,16 +71,19 @@ def stacked(
     return np.stack([np.pad(row, ((0, width - len(row)), (0, 0))) for row in rows]), labels
 
 
-def compare(
-    split: str,
-    batch: int,
-    task: Task,
-    features: Sequence[Mapping[str, Any]],
-    trained: Sequence[np.ndarray],
-    exported: Sequence[np.ndarray],
-    limits: Any,
-) -> Check:
+@dataclass(frozen=True)
+class Ran:
+    """What was run: a split's name and rows, in batches of a size, by kernels ("default" or "exact")."""
+
+    split: str
+    features: Sequence[Mapping[str, Any]]
+    batch: int
+    kernels: str = "default"
+
+
+def compare(ran: Ran, task: Task, trained: Sequence[np.ndarray], exported: Sequence[np.ndarray], limits: Any) -> Check:
     """Compare logits row by row against a recipe's export limits."""
+    features = ran.features
     error = max(float(np.abs(a - b).max()) for a, b in zip(trained, exported, strict=True))
     agreement = None
     if task.type != "regression":
@@ -90,22 +101,25 @@ def compare(
         failure = f"{task.metric} {scores[1]:.4f} is {worse} than {scores[0]:.4f}"
     elif limits.max_abs_error is not None and error > limits.max_abs_error:
         failure = f"logit error {error:.3g} is above export.max_abs_error {limits.max_abs_error}"
-    return Check(split, batch, len(features), error, agreement, scores[0], scores[1], failure)
+    return Check(ran.split, ran.kernels, ran.batch, len(features), error, agreement, scores[0], scores[1], failure)
 
 
 def verify(
-    session: Any,
-    model: nn.Module,
-    task: Task,
-    splits: Mapping[str, Sequence[Mapping[str, Any]]],
-    batch: int,
-    limits: Any,
+    file: Path, model: nn.Module, task: Task, splits: Mapping[str, Sequence[Mapping[str, Any]]], limits: Any
 ) -> list[Check]:
-    """Every split, at batch 1 and in padded batches."""
+    """Every split, with exact and with default kernels, at batch 1 and in padded batches.
+
+    Args:
+        limits: a recipe's `export`.
+    """
+    trained = {name: model_logits(model, task, features) for name, features in splits.items()}
     checks = []
-    for name, features in splits.items():
-        trained = model_logits(model, task, features)
-        for size in (1, batch):
-            exported = session_logits(session, task, features, size)
-            checks.append(compare(name, size, task, features, trained, exported, limits))
+    for kernels in KERNELS:
+        # One live session at a time: several would spin against each other.
+        session = open_session(file, exact=kernels == "exact")
+        for name, features in splits.items():
+            for size in (1, limits.batch):
+                exported = session_logits(session, task, features, size)
+                checks.append(compare(Ran(name, features, size, kernels), task, trained[name], exported, limits))
+        del session
     return checks

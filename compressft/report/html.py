@@ -3,7 +3,7 @@
 from compressft.report import numbers
 from compressft.report.figures import Picture
 from compressft.report.markdown import measured_on
-from compressft.report.summary import Summary, layer_rows, part, sentence, summarise
+from compressft.report.summary import Summary, layer_rows, part, portable_sentence, sentence, summarise
 from compressft.report.template import PAGE
 
 
@@ -24,7 +24,7 @@ def render_html(report: dict, pictures: list[Picture]) -> str:
         tables=[table for table in _tables(report, summary) if table["rows"]],
         recipe=report.get("recipe"),
         recipe_hash=report.get("recipe_hash"),
-        notes=[str(note) for note in report.get("notes") or []],
+        notes=[str(note) for note in (portable_sentence(report), *(report.get("notes") or [])) if note],
         missing=numbers.MISSING,
     )
 
@@ -87,13 +87,14 @@ def _tables(report: dict, summary: Summary) -> list[dict]:
         ),
         _table(
             "Verification of the exported file",
-            ["split", "batch", "rows", "largest difference", "same label", "torch", "ONNX"],
+            ["split", "kernels", "batch", "rows", "largest difference", "same label", "torch", "ONNX"],
             [
-                [row.get("split"), row.get("batch"), numbers.whole(row.get("rows")),
+                [row.get("split"), row.get("kernels") or "default", row.get("batch"), numbers.whole(row.get("rows")),
                  numbers.error(row.get("max_abs_error")), numbers.percent(row.get("label_agreement")),
                  numbers.score(summary.metric, row.get("torch")), numbers.score(summary.metric, row.get("onnx"))]
                 for row in report.get("verification") or []
             ],
+            text_columns=2,
         ),
         _table("Stages", ["stage", "time", "steps", "ex/s", "validation", "best"], _stages(report)),
         _table("Training", ["", ""], _training(report)),

@@ -1,7 +1,7 @@
 """report.md: the report as text, fit for the body of a model card (no picture links, so that it can be moved)."""
 
 from compressft.report import numbers
-from compressft.report.summary import Summary, layer_rows, part, sentence, summarise
+from compressft.report.summary import Summary, layer_rows, part, portable_sentence, sentence, summarise
 
 # What the first output means, per task; anything else gets the neutral line.
 _READING = {
@@ -71,7 +71,8 @@ def _latency(report: dict, summary: Summary) -> str:
 
 def _verification(report: dict, summary: Summary) -> str:
     rows = [
-        [str(row.get("split")), str(row.get("batch")), numbers.whole(row.get("rows")),
+        [str(row.get("split")), str(row.get("kernels") or "default"), str(row.get("batch")),
+         numbers.whole(row.get("rows")),
          numbers.error(row.get("max_abs_error")), numbers.percent(row.get("label_agreement")),
          numbers.score(summary.metric, row.get("torch")), numbers.score(summary.metric, row.get("onnx"))]
         for row in report.get("verification") or []
@@ -79,8 +80,10 @@ def _verification(report: dict, summary: Summary) -> str:
     if not rows:
         return f"Verification: {numbers.MISSING}."
     title = numbers.metric_title(summary.metric)
-    header = ["split", "batch", "rows", "largest difference", "same label", f"{title}, torch", f"{title}, ONNX"]
-    return _table(header, rows, text_columns=1)
+    header = ["split", "kernels", "batch", "rows", "largest difference", "same label", f"{title}, torch",
+              f"{title}, ONNX"]  # fmt: skip
+    said = portable_sentence(report)
+    return _table(header, rows, text_columns=2) + (f"\n\n{_inline(said)}" if said else "")
 
 
 def _use(report: dict, summary: Summary) -> str:

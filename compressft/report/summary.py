@@ -85,6 +85,17 @@ def sentence(report: dict, summary: Summary) -> str:
     return f"{subject} {_join(facts)}."
 
 
+def portable_sentence(report: dict) -> str | None:
+    """That the file's integer sums are the same on every processor, and why; notes say where they are not."""
+    sums = part(report, "pair_sums")
+    if not report.get("portable") or not sums.get("products"):
+        return None
+    return (
+        f"The same integer sums on every processor: no pair of products passes {numbers.whole(sums.get('largest'))}, "
+        f"and 16 bits hold {numbers.whole(sums.get('limit'))}."
+    )
+
+
 def part(report: dict, key: str) -> dict:
     """A section of the report; empty when it is absent or null."""
     return report.get(key) or {}

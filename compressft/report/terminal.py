@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from compressft.report import numbers
-from compressft.report.summary import Summary, part, summarise
+from compressft.report.summary import Summary, part, portable_sentence, summarise
 
 
 def terminal_table(report: dict) -> RenderableType:
@@ -58,6 +58,8 @@ def _lines(report: dict) -> list[Padding]:
     lines = [f"parity: largest output difference torch to ONNX {numbers.error(parity.get('max_abs_error'))}"]
     if agreement is not None:
         lines.append(f"parity: same label for {numbers.percent(agreement)} of {parity.get('split') or 'test'} rows")
+    if portable_sentence(report):
+        lines.append("portable: the same integer sums on every processor")
     lines.append(f"training: {numbers.duration(training.get('seconds'))}")
     for key, write in (
         ("examples_per_second", lambda value: numbers.rate(value, "examples")),

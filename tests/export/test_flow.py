@@ -107,6 +107,7 @@ def test_export_of_a_trained_run(copy, trained, export):
     assert after["quality"]["torch"] == before["quality"]["torch"] == after["quality"]["onnx"]
     assert {(row["batch"], row["length"]) for row in after["latency_ms"]} == {(2, 8), (2, 16)}
     assert len(after["latency_ms"]) == 6
+    assert after["portable"] and after["pair_sums"]["largest"] <= after["pair_sums"]["limit"]
     (note,) = after["notes"]
     assert note.startswith("target.latency_ms: 1e-06 was asked for at 2x16, ")
     # The uncompressed model is measured although the run has none.
@@ -117,10 +118,32 @@ def test_export_of_a_trained_run(copy, trained, export):
     assert not list(copy.glob("tmp*"))
 
 
+def test_a_run_of_a_version_with_one_grid_is_named(copy, export, tmp_path):
+    """Its weights go on meaning what was trained; the outcome is the same on processors that saturate."""
+    manifest = json.loads((copy / "model" / "compressft.json").read_text())
+    entries = [one for one in manifest["modules"].values() if one["kind"] == "int8"]
+    assert entries and {one.pop("target") for one in entries} == {"any"}
+    (copy / "model" / "compressft.json").unlink()
+    (copy / "model" / "compressft.json").write_text(json.dumps(manifest))
+    rows = write_jsonl(tmp_path / "rows.jsonl", rows_of(30))
+    scored = evaluate(copy, rows)
+    assert not scored["portable"] and "AVX2" in scored["note"]
+    code, stderr = export(copy, "enabled=true")
+    assert code == 0, stderr
+    report = read_report(copy)
+    assert report["portable"] is False and report["pair_sums"]["beyond"]
+    assert [note for note in report["notes"] if note.startswith("not portable")]
+    assert [row["kernels"] for row in report["verification"]] == ["exact"] * 2 + ["default"] * 2
+    assert "without VNNI" in (copy / "report" / "report.md").read_text()
+    shipped = evaluate(copy / "onnx", rows)
+    # q, k and v are one product there.
+    assert not shipped["portable"] and "of 11 integer products" in shipped["note"]
+
+
 def test_missed_tolerance_fails_the_export(copy, trained, export):
     """Exit code 1, one line, no file left where somebody could take it for the verified one, an old report kept."""
     code, stderr = export(copy, "enabled=true", "max_abs_error=1.0e-30")
     assert code == 1 and "not verified: export: logit error" in stderr and "Traceback" not in stderr
-    assert "(validation, batch 1)" in stderr and str(copy / "onnx.failed") in stderr
+    assert "(validation, batch 1, exact kernels)" in stderr and str(copy / "onnx.failed") in stderr
     assert not (copy / "onnx").exists() and (copy / "onnx.failed" / "model.onnx").is_file()
     assert read_report(copy) == read_report(trained)

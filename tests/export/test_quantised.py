@@ -113,7 +113,11 @@ def by_hand(name, layer, x):
     weight, x = layer.weight.detach().double(), x.double()
     form, *rest = name.split("-")
     if form == "int8":
-        peak = weight.abs().amax(1, keepdim=True).clamp(min=1e-30) / (127 if rest[1] == "8" else 63)
+        peak = weight.abs().amax(1, keepdim=True).clamp(min=1e-30) / 63
+        if rest[1] == "8":
+            pairs = torch.nn.functional.pad(weight, (0, weight.shape[1] % 2)).unflatten(1, (-1, 2))
+            sums = torch.stack([pairs.clamp(min=0).sum(-1), -pairs.clamp(max=0).sum(-1)])
+            peak = sums.amax((0, 2))[:, None].clamp(min=1e-30) / 127
         weight = torch.round(weight / peak) * peak
         low, high = (x.min(), x.max()) if rest[0] == "dynamic" else (layer.quantizer.low, layer.quantizer.high)
         step = (float(high) - float(low)) / 255

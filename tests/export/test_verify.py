@@ -10,11 +10,10 @@ from onnx import numpy_helper
 from compressft.data import make_task
 from compressft.export.flow import blame
 from compressft.export.locate import diverging_layer
-from compressft.export.session import open_session
-from compressft.export.verify import compare, model_logits, stacked, verify
+from compressft.export.verify import Ran, compare, model_logits, stacked, verify
 from compressft.recipe import ExportConfig
 
-LIMITS = ExportConfig()
+LIMITS = ExportConfig(batch=5)
 
 
 def spoil(source, target, part: str) -> None:
@@ -36,8 +35,10 @@ def batch_of(model):
 def test_right_file_passes(exported, fused):
     model = exported("int8")
     path = model.fused if fused else model.path
-    checks = verify(open_session(path), model.model, model.task, {"test": model.features}, 5, LIMITS)
-    assert [(c.split, c.batch, c.rows, c.failure) for c in checks] == [("test", 1, 12, None), ("test", 5, 12, None)]
+    checks = verify(path, model.model, model.task, {"test": model.features}, LIMITS)
+    ran = [(kernels, batch) for kernels in ("exact", "default") for batch in (1, 5)]
+    assert [(c.kernels, c.batch) for c in checks] == ran
+    assert all((c.split, c.rows, c.failure) == ("test", 12, None) for c in checks)
     assert all(c.label_agreement == 1.0 and c.torch == c.onnx for c in checks)
     assert "failure" not in checks[0].row()
     assert "all 2 layers agree" in diverging_layer(path, model.model, batch_of(model))
@@ -59,7 +60,7 @@ def test_wrong_file_is_caught_and_located(exported, tmp_path, part, fused, named
     model = exported("int8")
     path = tmp_path / "model.onnx"
     spoil(model.fused if fused else model.path, path, part)
-    checks = verify(open_session(path), model.model, model.task, {"test": model.features}, 5, LIMITS)
+    checks = verify(path, model.model, model.task, {"test": model.features}, LIMITS)
     assert all(check.failure for check in checks)
     assert named in diverging_layer(path, model.model, batch_of(model))
 
@@ -71,11 +72,15 @@ def test_wrong_file_is_put_aside(exported, tmp_path):
         (tmp_path / "onnx").mkdir()
         path = tmp_path / "onnx" / "model.onnx"
         spoil(model.path, path, "layer.1.output.dense")
-        check = verify(open_session(path), model.model, model.task, {"test": model.features}, 5, LIMITS)[0]
+        check = verify(path, model.model, model.task, {"test": model.features}, LIMITS)[0]
         message = blame(
             path.parent, path.parent.with_name("onnx.failed"), model.model, model.task, {"test": model.features}, check
         )
-        assert "bert.encoder.layer.1" in message and "(test, batch 1)" in message and "onnx.failed" in message
+        assert (
+            "bert.encoder.layer.1" in message
+            and "(test, batch 1, exact kernels)" in message
+            and "onnx.failed" in message
+        )
         assert [p.name for p in tmp_path.iterdir()] == ["onnx.failed"]
 
 
@@ -85,7 +90,7 @@ def test_wrong_file_is_put_aside(exported, tmp_path):
 def outcome(trained, exported, limits=LIMITS, task="sequence-classification", labels=(0, 1, 0, 1)):
     made = make_task(task, SimpleNamespace(pad_token_id=0), 8, ["a", "b"] if task != "regression" else ())
     features = [{"input_ids": [1], "attention_mask": [1], "labels": label} for label in labels]
-    return compare("test", 1, made, features, list(np.array(trained)), list(np.array(exported)), limits)
+    return compare(Ran("test", features, 1), made, list(np.array(trained)), list(np.array(exported)), limits)
 
 
 RIGHT = [[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0]]
