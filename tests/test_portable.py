@@ -52,7 +52,7 @@ def rows(**changes):
         "sizes": (1, 1, 8),
         "members": ((0,), (1,), (1, 0)),
         "batches": ({}, {}, {}),
-        "torch": {"1": [[1.0, 0.0], [0.0, 1.0]], "8": [[1.0, 0.0], [0.0, 1.0]]},
+        "torch": {"1": [[1.0, 0.0], [0.0, 1.0]], "8": [[1.0, 0.25], [0.0, 1.0]]},
     }
     return Rows(**{**fields, **changes})
 
@@ -132,8 +132,8 @@ def test_a_cell_below_the_limit_is_bold_and_named():
         "tiny on haswell: it broke",
     ]
     text = render(document)
-    assert "| demo | 2 of 2 | **99.00 %**, 0.5 | 100.00 %, 0.5 |" in text
-    assert "| tiny | 2 of 2 | fails |  |" in text
+    assert "| demo | 2 of 2 | 0.25 | **99.00 %**, 0.5 | 100.00 %, 0.5 |" in text
+    assert "| tiny | 2 of 2 | 0.25 | fails |  |" in text
     assert "| wasm | WebAssembly | lacks node (Node.js) | |" in text
     assert "| haswell | shows | 1.2 | yes, saturating |" in text
 

@@ -141,6 +141,8 @@ def prepared(wanted: Sequence[Machine], options: argparse.Namespace, console: Co
 def _try(file: files.File, run: Path, places: Sequence[Place], options: argparse.Namespace, console: Console) -> None:
     """One file on every machine, each cell written as soon as it is there."""
     rows = rows_of(run, options.rows, FOLDER)
+    about = {file.name: entry(file, rows)}
+    update(options.json, lambda found: _start(found, options.rows)["files"].update(about))
     for place in places:
         key = cell_key(rows, place)
         kept = results(options.json).get("cells", {}).get(key)
@@ -218,7 +220,9 @@ def _replaced(cell: Mapping[str, Any], by: Mapping[str, Any]) -> bool:
 
 def entry(file: files.File, rows: Rows) -> dict[str, Any]:
     """What the document says of a file."""
-    by_torch = next(iter(rows.torch.values()))
-    labels = np.concatenate([np.atleast_2d(np.array(row, np.float32)) for row in by_torch]).argmax(-1)
+    alone, batched = (
+        np.concatenate([np.atleast_2d(np.array(row, np.float32)) for row in answers]) for answers in rows.torch.values()
+    )
+    labels, itself = alone.argmax(-1), float(np.abs(alone - batched).max())
     found = {"shows": file.shows, "sha256": rows.sha256, "bytes": rows.bytes, "task": rows.kind, "split": rows.split}
-    return {**found, "labels": len(labels), "distinct": len(np.unique(labels))}
+    return {**found, "labels": len(labels), "distinct": len(np.unique(labels)), "itself": itself}

@@ -66,14 +66,24 @@ def render(document: Document) -> str:
         f"rows of the test split, each by itself and in padded batches of 8; the worse of both. At least "
         f"{100 * LIMIT:.1f} % is asked for.",
         "",
-        "| file | labels | " + " | ".join(shown) + " |",
-        "| --- | ---: |" + " ---: |" * len(shown),
+        "| file | labels | torch itself | " + " | ".join(shown) + " |",
+        "| --- | ---: | ---: |" + " ---: |" * len(shown),
     ]
     for name, file in files.items():
         cells = [cell(of(document, name, machine)) for machine in shown]
-        lines.append(f"| {name} | {file['distinct']} of {file['labels']} | " + " | ".join(cells) + " |")
+        lines.append(
+            f"| {name} | {file['distinct']} of {file['labels']} | {file['itself']:.2g} | " + " | ".join(cells) + " |"
+        )
     missed = below(document)
-    lines += ["", f"labels: different ones that torch gives, of how many answers. Files: {_listed(files)}.", ""]
+    lines += [
+        "",
+        "labels: different ones that torch gives, of how many answers. torch itself: how far its own logits of a row "
+        "alone and in a batch are apart, at most: what one rounding does that falls the other way (with dynamic "
+        "ranges, what another range does).",
+        "",
+        f"Files: {_listed(files)}.",
+        "",
+    ]
     lines += [f"Below {100 * LIMIT:.1f} %:" if missed else f"No cell is below {100 * LIMIT:.1f} %.", ""]
     lines += [*(f"- {line}" for line in missed), *([""] if missed else []), *_machines(machines)]
     if document.get("elsewhere"):
