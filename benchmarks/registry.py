@@ -14,4 +14,5 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "ops": ("benchmarks.ops", "correctness, time and memory of the kernels' operators beside every peer there is"),
     "parity": ("benchmarks.parity.run", "logits of converted adapters beside the `adapters` and `peft` packages"),
     "peers": ("benchmarks.peers", "training speed and memory beside the `peft` and `adapters` packages"),
+    "portable": ("benchmarks.portable.run", "labels and largest error of files that ship, on emulated processors too"),
 }

@@ -1,0 +1,1 @@
+"""One file, every processor: what the files that ship compute on machines that are not here."""
