@@ -1,7 +1,7 @@
 """Which cases `make test` runs: of a product of names every one once, drawn by the tree's hash. `--all` runs all.
 
-Names (families, methods, passes, kinds) multiply as registries grow. Numbers, shapes and dtypes do not, and cost
-little: they stay whole.
+Names (families, methods, passes, kinds) multiply as registries grow, and dtypes multiply with every case of a kernel.
+Numbers and shapes do not, and cost little: they stay whole.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 # Families of one structure are alike in everything that the code looks at: one row of `families.py`.
@@ -50,7 +51,7 @@ def drawn(number: int, among: Iterable[Any], always: Sequence[Any] = ()) -> list
 def values(item: pytest.Function) -> frozenset[Value]:
     """What a case has of each parameter; families stand for their structure, and what is no name for itself alone."""
     return frozenset(
-        (name, STRUCTURE.get(value, value) if isinstance(value, str | bool) else item.nodeid)
+        (name, STRUCTURE.get(value, value) if isinstance(value, str | bool | torch.dtype) else item.nodeid)
         for name, value in item.callspec.params.items()
     )
 

@@ -356,7 +356,7 @@ class Killed(BaseException):
     """What no handler of a run catches."""
 
 
-@pytest.mark.parametrize("name", drawn(4, METHODS))
+@pytest.mark.parametrize("name", drawn(3, METHODS))
 def test_every_method_goes_on_where_it_was_killed(name, base, tmp_path, monkeypatch):
     """Stopped behind a random step by what nobody handles, without a chance to save."""
     recipe = load_recipe(write_method(base, name))

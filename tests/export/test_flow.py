@@ -119,6 +119,7 @@ def test_export_of_a_trained_run(copy, trained, export):
     assert not list(copy.glob("tmp*"))
 
 
+@pytest.mark.full
 def test_a_run_of_a_version_with_one_grid_is_named(copy, export, tmp_path):
     """Its weights go on meaning what was trained; the outcome is the same on processors that saturate."""
     manifest = json.loads((copy / "model" / "compressft.json").read_text())

@@ -108,6 +108,7 @@ def quantised(ranges="dynamic", **fields):
     return model
 
 
+@pytest.mark.full
 def test_standard_operators_are_proved_too(tmp_path):
     model = quantised("static", format="qdq")
     inputs = {k: v for k, v in labelled().items() if k != "labels"}

@@ -25,6 +25,7 @@ from compressft.modules.quantizer import Int4Quantizer, Int8Quantizer
 from compressft.passes.int4 import Int4
 from compressft.passes.int8 import Int8
 from compressft.transform import Context
+from tests.share import drawn
 from tests.tiny import batch_for, logits, tiny
 
 WIDTHS = (64, 100, 33)
@@ -234,7 +235,7 @@ def check(model, path, family, limit):
     return onnx.load(str(path))
 
 
-@pytest.mark.parametrize(("family", "embeddings"), [("bert", "int8"), ("gpt2", "int4")])
+@pytest.mark.parametrize(("family", "embeddings"), drawn(1, [("bert", "int8"), ("gpt2", "int4")]))
 def test_qdq_models_are_standard_onnx(family, embeddings, tmp_path):
     model = settled(Int8(format="qdq", ranges="learned", embeddings=embeddings), family)
     graph = check(model, tmp_path / "m.onnx", family, limit=0.05)

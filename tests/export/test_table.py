@@ -185,6 +185,7 @@ def test_a_last_layer_for_one_token_has_costs_of_its_own():
     assert table.cost([large]) == pytest.approx(0.25 + 1.2)
 
 
+@pytest.mark.full
 def test_the_measured_last_layer_costs_less(tmp_path):
     """Really timed: at 64 tokens one token's FFN takes a fraction of all tokens'."""
     model = tiny("bert", hidden_size=128, intermediate_size=1024, max_position_embeddings=128, vocab_size=600)
@@ -235,6 +236,7 @@ def test_every_family_has_a_sample_model(family):
     assert max(s["ffn"] for s in present) == 64 and len({s["ffn"] for s in present}) == POINTS
 
 
+@pytest.mark.full
 def test_measuring_leaves_the_runs_random_numbers_alone(tmp_path):
     one = deployment("qwen3", int8=False)
     torch.manual_seed(3)

@@ -673,6 +673,7 @@ def test_standard_operators_alone(tmp_path):
     assert (run(session, batch) - want).abs().max() < 0.05 * want.std()
 
 
+@pytest.mark.full
 def test_layers_with_a_prefix_keep_the_general_node(tmp_path):
     """QAttention has no place for it."""
     model = prepared(MLP, num_hidden_layers=3)
