@@ -1,10 +1,10 @@
-# Two commands for a fresh machine: `make demo` and `make test`. Both set up `.venv` through `make setup`.
+# For a fresh machine: `make demo`, `make test`, `make test-all`. All set up `.venv` through `make setup`.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test test-all lint clean
 
 setup: $(VENV)/.setup
 
@@ -21,8 +21,17 @@ $(VENV)/.test: $(VENV)/.setup
 demo: setup
 	$(BIN)/compressft run banking77-edge --output runs/demo
 
-test: $(VENV)/.test
+# Compiled tests are kept, and no child's threads wait busily. One process per core.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive \
 	$(BIN)/python -m pytest -q -n logical --dist loadfile
+
+# A share of every product of cases.
+test: $(VENV)/.test
+	$(PYTEST)
+
+# Every case, those of `make test` too.
+test-all: $(VENV)/.test
+	$(PYTEST) --all
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

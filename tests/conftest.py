@@ -1,11 +1,30 @@
-"""For every test: no model hub, and two torch threads."""
+"""For every test: no model hub, one torch thread, the share of cases that runs, and its CPU seconds."""
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import pytest
 import torch
 
+from tests.budget import Budget
 from tests.command_line import call  # noqa: F401 - a fixture for all
+from tests.share import Share
 
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="run every case of every product")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from tests.workers import ByCost
+
+    return ByCost(config, log) if config.getoption("dist") == "loadfile" else None
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(Share())
+    config.pluginmanager.register(Budget(config))

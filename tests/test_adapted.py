@@ -12,6 +12,7 @@ from compressft.errors import UserError
 from compressft.methods import METHODS
 from compressft.methods.adapter import Adapter
 from compressft.transform import Context, trainable
+from tests.share import drawn
 from tests.tiny import fit, labelled, logits, padded, tiny
 
 LORA = {"type": "peft", "config": {"peft_type": "LORA", "r": 4}}
@@ -210,7 +211,7 @@ METHODS_HERE = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS_HERE)
+@pytest.mark.parametrize("name", drawn(3, METHODS_HERE))
 def test_on_a_base_in_bf16(name):
     """Trained in it, and what is made of it stays in it."""
     adapted = get_model(tiny().bfloat16(), METHODS_HERE[name])

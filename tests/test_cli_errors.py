@@ -78,18 +78,18 @@ def test_process_refuses_an_unknown_recipe(tmp_path):
     assert contents(tmp_path) == {}
 
 
-def test_process_refuses_a_missing_data_file(tmp_path, recipe):
+def test_a_missing_data_file_leaves_nothing_behind(tmp_path, recipe, call):
     path = recipe()
     before = contents(tmp_path)
-    message = said(process("run", path, "--output", "out", "--set", "data.train=rows.json", cwd=tmp_path))
+    message = said(call("run", path, "--output", "out", "--set", "data.train=rows.json"))
     assert "'rows.json' does not exist (did you mean 'rows.jsonl'?)" in message
     assert contents(tmp_path) == before
 
 
-def test_process_refuses_a_directory_below_a_file(tmp_path, recipe):
+def test_a_directory_below_a_file_leaves_nothing_behind(tmp_path, recipe, call):
     path = recipe()
     before = contents(tmp_path)
-    message = said(process("run", path, "--output", tmp_path / "rows.jsonl" / "out", cwd=tmp_path))
+    message = said(call("run", path, "--output", tmp_path / "rows.jsonl" / "out"))
     assert message.startswith(f"--output '{tmp_path / 'rows.jsonl' / 'out'}': cannot be written to: ")
     assert contents(tmp_path) == before
 

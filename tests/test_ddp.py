@@ -16,20 +16,14 @@ from safetensors.torch import load_file
 
 from compressft import ranks
 from compressft.data import make_task
+from compressft.methods import METHODS
 from compressft.methods.adapter import Adapter
 from compressft.methods.diff import Diff
 from compressft.methods.full import Full
-from compressft.methods.fusion import Fusion
 from compressft.methods.head_gates import HeadGates
-from compressft.methods.layers import Layers
-from compressft.methods.lsh_attention import LshAttention
-from compressft.methods.mask import Mask
-from compressft.methods.peft import Peft
 from compressft.methods.prefix import PrefixTuning
 from compressft.methods.probe import Probe
-from compressft.methods.scalar_mix import ScalarMix
 from compressft.methods.side import Side
-from compressft.methods.task_vector import TaskVector
 from compressft.objectives.distill import Distill
 from compressft.passes.int8 import Int8
 from compressft.passes.l0 import L0
@@ -42,6 +36,8 @@ from compressft.transform import Context, Transform
 from tests.methods.added import save_adapter
 from tests.methods.test_pairs import CASES as PAIR_CASES
 from tests.methods.test_pairs import started
+from tests.settings import made
+from tests.share import drawn
 from tests.test_trainer import Pads, features
 from tests.tiny import PAIRS, pair_batch, tiny
 from tests.tiny_folder import rows_of, save_tiny, write_jsonl
@@ -62,35 +58,24 @@ def cases(folder: Path) -> dict[str, list[Transform]]:
     """What is trained, by name."""
     adapters = tuple(str(folder / f"adapter-{i}") for i in (0, 1))
     return {
-        "full": [Full()],
-        "layers": [Layers(top=1)],
-        "probe": [Probe(head="mlp", pooling="mean")],
-        "probe, bilstm": [Probe(head="bilstm", size=8, cache=False)],
-        "scalar mix": [ScalarMix()],
-        "adapter": [Adapter(size=4)],
+        **{name: [made(name, adapters)] for name in METHODS if name not in DRAWS_NOISE},
+        "mlp probe": [Probe(head="mlp", pooling="mean")],
+        "bilstm probe": [Probe(head="bilstm", size=8, cache=False)],
         "pfeiffer": [Adapter(placement="pfeiffer", size=4)],
         "invertible": [Adapter(placement="pfeiffer", size=4, invertible=True)],
         "parallel": [Adapter(placement="parallel", size=4)],
-        "prefix": [PrefixTuning(length=3, hidden=8)],
         "flat prefix": [PrefixTuning(length=3, reparameterise=False)],
-        "mask": [Mask()],
-        "lora": [Peft(config={"peft_type": "LORA", "r": 4, "target_modules": "all-linear"})],
         "ladder": [Side(network="ladder", size=8)],
-        "side": [Side()],
-        "task vector": [TaskVector(encoding="magnitude", density=0.2)],
-        "lsh": [LshAttention(chunk=4, rounds=2)],
-        "fusion": [Fusion(adapters=adapters, dropout=0.0)],
-        # A mask that is a buffer collects the gradient.
-        "head importance": [HeadGates(decide="importance", heads=0.5, start=0.0, end=0.7)],
         # The teacher is wider: a projection that the loss alone reads.
         "passes": [Full(), Distill(teacher="wide", hidden=1.0), MOVEMENT, STRUCTURED, Int8()],
         "learned ranges": [Adapter(size=4), MOVEMENT, Int8(ranges="learned", momentum=0.9)],
     }
 
 
+# Compared across processes below; their noise is not one process's.
+DRAWS_NOISE = {"diff"}
 ACCUMULATED = [Full()]
 ENCODER_DECODERS = [(family, name) for family in PAIRS for name in PAIR_CASES]
-# What draws noise cannot be compared with one process; its processes are with each other.
 NOISY = {"head gates": [HeadGates()], "diff": [Diff(density=0.3, end=0.7)], "l0": [Full(), L0(penalty=1.0)]}
 
 
@@ -173,11 +158,13 @@ def recipe_for(folder: Path, batch_size: int, **changes: Any) -> Path:
 
 
 def work(folder: Path) -> None:
-    """What each of the two processes does."""
+    """What each of the two processes does: all that was asked for, from one launch."""
     ranks.start()
     mine = folder / f"process-{ranks.number()}"
     found: dict[str, Any] = {"count": ranks.count(), "differing": {}, "tokens": {}, "terms": {}}
-    for name, transforms in {**cases(folder), **NOISY}.items():
+    asked = json.loads((folder / "asked.json").read_text())
+    for name in asked["methods"]:
+        transforms = {**cases(folder), **NOISY}[name]
         trainer = trained(transforms, mine, batch_size=4)
         torch.save(state(trainer), mine.with_name(f"{mine.name}-{name}.pt"))
         found["differing"][name] = ranks.differing(trainer.model)
@@ -185,21 +172,32 @@ def work(folder: Path) -> None:
         found["terms"][name] = trainer.drain_terms()
     accumulated = trained(ACCUMULATED, mine, batch_size=2, accumulation=2)
     torch.save(state(accumulated), mine.with_name(f"{mine.name}-accumulated.pt"))
-    for family, name in ENCODER_DECODERS:
+    for family, name in asked["encoder-decoders"]:
         torch.save(copied(pair_trained(family, name)), mine.with_name(f"{mine.name}-{family}-{name}.pt"))
     report = run(load_recipe(recipe_for(folder, 4)), folder / "run-2")
     found["quality"] = report["quality"]
     (folder / f"found-{ranks.number()}.json").write_text(json.dumps(found))
 
 
+def asked_for(items: list[pytest.Item]) -> dict[str, list[Any]]:
+    """What this module's selected tests look at."""
+    found = [item.callspec.params for item in items if item.path == Path(__file__) and hasattr(item, "callspec")]
+    names = dict.fromkeys(one["name"] for one in found if "family" not in one)
+    return {
+        "methods": list(names),
+        "encoder-decoders": [[one["family"], one["name"]] for one in found if "family" in one],
+    }
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(tmp_path_factory, request) -> Path:
     """Where two processes have left what they found."""
     folder = tmp_path_factory.mktemp("ddp")
     for i in (0, 1):
         save_adapter(folder / f"adapter-{i}", quiet, seed=i + 1)
     save_tiny(folder / "base", **QUIET)
     write_jsonl(folder / "train.jsonl", rows_of(60))
+    (folder / "asked.json").write_text(json.dumps(asked_for(request.session.items)))
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, str(folder)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"},
@@ -228,7 +226,9 @@ def assert_close(got: State, want: State, start: State, limit: float = 1e-3) -> 
             assert (got[name] - value).norm() <= limit * moved + 1e-6, name
 
 
-NAMES = list(cases(Path()))
+# A buffer that collects a gradient; a loss with parameters of its own, counters and ranges; an optimiser of their own.
+ALWAYS = ("head_gates", "passes", "learned ranges")
+NAMES = drawn(2, cases(Path()), ALWAYS)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -248,7 +248,7 @@ def test_accumulated_batches_are_averaged_once(folder, tmp_path):
     assert_close(torch.load(folder / "process-0-accumulated.pt", weights_only=True), state(alone), state(start))
 
 
-@pytest.mark.parametrize(("family", "name"), ENCODER_DECODERS)
+@pytest.mark.parametrize(("family", "name"), drawn(1, ENCODER_DECODERS))
 def test_encoder_decoders(family, name, folder):
     both = [torch.load(folder / f"process-{i}-{family}-{name}.pt", weights_only=True) for i in (0, 1)]
     assert all(torch.equal(both[0][key], both[1][key]) for key in both[0])
@@ -257,7 +257,7 @@ def test_encoder_decoders(family, name, folder):
     assert_close(both[0], alone, start)
 
 
-@pytest.mark.parametrize("name", [*NAMES, *NOISY])
+@pytest.mark.parametrize("name", [*NAMES, *drawn(1, NOISY)])
 def test_all_processes_have_the_same_bits(name, folder, found):
     both = [torch.load(folder / f"process-{i}-{name}.pt", weights_only=True) for i in (0, 1)]
     assert all(torch.equal(both[0][key], both[1][key]) for key in both[0])

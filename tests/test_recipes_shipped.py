@@ -13,6 +13,7 @@ from compressft.methods import METHODS
 from compressft.plan import plan
 from compressft.recipe import Recipe, load_recipe, smoke
 from compressft.run import run
+from tests.share import drawn
 from tests.tiny_folder import save_tiny, write_jsonl
 
 NAMES = sorted(shipped_recipes())
@@ -84,7 +85,7 @@ def test_recipes_that_need_the_hub_say_so():
         assert ("hub" in recipe.description or "rte-adapter" in recipe.description) == bool(recipe.data.dataset), name
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "rte-fusion"])
+@pytest.mark.parametrize("name", drawn(6, [name for name in NAMES if name != "rte-fusion"]))
 def test_every_recipe_plans(name, there):
     recipe = local(name, "data.limit=40")
     stages = plan(recipe).stages
@@ -92,6 +93,7 @@ def test_every_recipe_plans(name, there):
     assert all(stage["trainable"] > 0 and stage["steps"] > 0 for stage in stages)
 
 
+@pytest.mark.full
 def test_fusion_listens_to_the_adapters_that_its_description_names(there):
     sizes = [finished(name)["size_bytes"]["delta"] for name in ("sst2-adapter", "rte-adapter")]
     assert plan(local("rte-fusion")).stages[0]["trainable"] > 0
@@ -99,7 +101,7 @@ def test_fusion_listens_to_the_adapters_that_its_description_names(there):
     assert finished("rte-fusion")["size_bytes"]["delta"] > max(sizes)
 
 
-@pytest.mark.parametrize("name", ["banking77-probe", "banking77-mask", "wikitext2-lora"])
+@pytest.mark.parametrize("name", drawn(1, ["banking77-probe", "banking77-mask", "wikitext2-lora"]))
 def test_smoke(name, there):
     report = finished(name)
     assert report["parameters"]["trainable"] > 0

@@ -24,11 +24,12 @@ from compressft import cli
 from compressft.folder import RunFolder
 from compressft.methods import METHODS
 from compressft.model import load_model
-from compressft.precision import computes_in_bf16
 from compressft.recipe import load_recipe
 from compressft.run import run
 from compressft.trainer import CompressionTrainer
+from tests import settings
 from tests.methods.added import save_adapter
+from tests.share import drawn
 from tests.tiny_folder import rows_of, save_tiny, write_jsonl
 
 EVERY, TEACHER, STUDENT = 3, 6, 14
@@ -205,7 +206,7 @@ def test_killed_and_resumed(recipe, reference, tmp_path):
     assert_same(tmp_path / "run", reference)
 
 
-@pytest.mark.skipif(not computes_in_bf16("cpu"), reason="this CPU does not multiply bf16")
+@pytest.mark.full
 def test_killed_and_resumed_in_bf16(base, tmp_path):
     recipe = write_recipe(base, "bf16")
     kill_and_resume(recipe, tmp_path / "run", ["checkpoints/step-3", "checkpoints/step-15"])
@@ -315,15 +316,8 @@ def test_resume_wants_the_same_recipe(interrupted, recipe, command):
 
 # Methods.
 
-FIELDS = {
-    "layers": {"top": 1},
-    "adapter": {"size": 4},
-    "prefix": {"length": 3, "hidden": 8},
-    "diff": {"density": 0.1, "end": 0.5},
-    "task_vector": {"encoding": "int8"},
-    "head_gates": {"end": 0.6},
-    "lsh_attention": {"chunk": 4, "rounds": 2},
-}
+# Gates that draw noise.
+FIELDS = {**settings.METHODS, "head_gates": {"end": 0.6}}
 
 
 def fields_of(name: str, base: Path) -> dict[str, Any]:
@@ -336,7 +330,7 @@ def fields_of(name: str, base: Path) -> dict[str, Any]:
             if not folder.exists():
                 save_adapter(folder, lambda: load_classifier(base), seed=i)
         return {"adapters": [str(folder) for folder in folders]}
-    return FIELDS.get(name, {})
+    return FIELDS[name]
 
 
 def load_classifier(base: Path) -> Any:
@@ -362,7 +356,7 @@ class Killed(BaseException):
     """What no handler of a run catches."""
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", drawn(4, METHODS))
 def test_every_method_goes_on_where_it_was_killed(name, base, tmp_path, monkeypatch):
     """Stopped behind a random step by what nobody handles, without a chance to save."""
     recipe = load_recipe(write_method(base, name))

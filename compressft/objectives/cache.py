@@ -7,7 +7,6 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ from compressft.errors import UserError
 from compressft.objectives.teacher import Answer
 
 KEY_BYTES = 32
+# Files of answers that are kept open.
+MOST_OPEN = 256
 
 
 class AnswerCache:
@@ -45,6 +46,7 @@ class AnswerCache:
         self.dtype = dtype
         # example -> (file, row, first token, token after the last)
         self._places: dict[bytes, tuple[Path, int, int, int]] = {}
+        self._files: dict[Path, Any] = {}
         for path in self.folder.glob(".*.tmp"):
             path.unlink()
         for path in sorted(self.folder.glob("*.safetensors")):
@@ -104,32 +106,33 @@ class AnswerCache:
             self._places[key.numpy().tobytes()] = (path, row, start, end)
 
     def _read(self, keys: Sequence[bytes], masks: Tensor) -> Answer:
-        from safetensors import safe_open
-
         device, masks = masks.device, masks.cpu()
-        wanted: dict[Path, list[int]] = defaultdict(list)
-        for row, key in enumerate(keys):
-            wanted[self._places[key][0]].append(row)
-        whole: dict[str, Tensor] = {}
-        for path, rows in wanted.items():
-            with safe_open(path, "pt") as file:
-                for name in file.keys():  # noqa: SIM118 - it is no mapping
-                    if name in ("keys", "lengths"):
-                        continue
-                    values: Any = file.get_slice(name)
-                    width = values.get_shape()[1]
-                    per_token = name != "logits"
-                    shape = (*masks.shape, width) if per_token else (len(masks), width)
-                    target = whole.setdefault(name, torch.zeros(shape))
-                    for row in rows:
-                        _, position, start, end = self._places[keys[row]]
-                        if per_token:
-                            target[row, masks[row]] = values[start:end].float()
-                        else:
-                            target[row] = values[position : position + 1][0].float()
-        placed = {name: value.to(device) for name, value in whole.items()}
+        places = [self._places[key] for key in keys]
+        files = [self._file(path) for path, *_ in places]
+        placed: dict[str, Tensor] = {}
+        for name in sorted(set(files[0].keys()) - {"keys", "lengths"}):
+            per_token = name != "logits"
+            spans = [(start, end) if per_token else (row, row + 1) for _, row, start, end in places]
+            # Opened files and rows side by side: what is read is put into its place once.
+            parts = [file.get_slice(name)[start:end] for file, (start, end) in zip(files, spans, strict=True)]
+            values = torch.cat(parts).float()
+            if per_token:
+                whole = torch.zeros(*masks.shape, values.shape[1])
+                whole[masks] = values
+                values = whole
+            placed[name] = values.to(device)
         hidden = {int(name.split(".")[1]): v for name, v in placed.items() if name.startswith("hidden.")}
         return Answer(placed.get("logits", placed.get("token_logits")), hidden)
+
+    def _file(self, path: Path) -> Any:
+        """The file, open: a batch reads from as many as it has rows."""
+        from safetensors import safe_open
+
+        if path not in self._files:
+            while len(self._files) >= MOST_OPEN:
+                self._files.pop(next(iter(self._files)))
+            self._files[path] = safe_open(path, "pt")
+        return self._files[path]
 
 
 def _keys(inputs: Mapping[str, Tensor], masks: Tensor) -> list[bytes]:

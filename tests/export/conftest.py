@@ -152,6 +152,15 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+# Their graphs have the operators of others.
+ALIKE = ("houlsby", "regression", "mistral")
+
+
+def kinds(*names: str) -> list[Any]:
+    """Values for `parametrize`; an export takes seconds, so those alike are in the full run alone."""
+    return [pytest.param(name, marks=pytest.mark.full) if name in ALIKE else name for name in names]
+
+
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory):
     """Kind -> Exported; each is written once, when it is first asked for."""

@@ -88,6 +88,7 @@ def test_a_baseline_that_ships_is_evaluated_once(stages, tmp_path, monkeypatch):
         assert quality[name] == evaluate(folder, recipe["data"]["test"])["accuracy"]
 
 
+@pytest.mark.full
 def test_export_of_a_trained_run(copy, trained, export):
     # As if it had been asked for more speed than there is.
     recipe = yaml.safe_load((copy / "recipe.yaml").read_text())

@@ -12,10 +12,11 @@ from compressft.modules.embedding import CompressedEmbedding
 from compressft.modules.linear import CompressedLinear
 from compressft.passes.int8 import Int8
 from compressft.transform import Context
+from tests.export.conftest import kinds
 from tests.tiny import batch_for, tiny
 
 
-@pytest.mark.parametrize("kind", ["int8", "pruned", "houlsby", "pfeiffer", "dynamic", "llama", "gpt2"])
+@pytest.mark.parametrize("kind", kinds("int8", "pruned", "houlsby", "pfeiffer", "dynamic", "llama", "gpt2"))
 def test_nothing_of_training_is_left(exported, kind):
     model = exported(kind).model
     before = {name: (type(m), m.training) for name, m in model.named_modules()}

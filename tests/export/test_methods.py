@@ -14,9 +14,10 @@ from compressft.methods.scalar_mix import ScalarMix
 from tests.methods.added import check_export, headed, rows_for, save_adapter
 from tests.methods.test_methods import CASES
 from tests.passes.sparse import Run
+from tests.share import drawn
 from tests.tiny import logits
 
-NAMES = ("lora", "mask", "diff", "task vector", "parallel", "side", "ladder", "prefix")
+NAMES = ("peft", "mask", "diff", "task_vector", "parallel", "side", "ladder", "prefix")
 METHODS = {name: CASES[name] for name in NAMES}
 METHODS |= {
     "ia3": Peft(config={"peft_type": "IA3"}),
@@ -39,7 +40,7 @@ def saved(tmp_path_factory):
     return tuple(save_adapter(folder / str(i), base, seed=i) for i in (0, 1))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", drawn(2, METHODS, ("prefix", "mix, bilstm")))
 def test_file_equals_the_trained_model(name, saved, tmp_path):
     method = METHODS[name]
     if method is Fusion:

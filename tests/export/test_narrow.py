@@ -10,6 +10,7 @@ from compressft.passes.int8 import Int8
 from compressft.passes.structured import Structured
 from compressft.transform import Context
 from tests.export.conftest import Exported, Pads, rows_for
+from tests.share import drawn
 from tests.tiny import fit, tiny
 
 QUIET = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -19,7 +20,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", drawn(1, CASES))
 def test_file_equals_model(case, tmp_path):
     family, kind, int8, changes = CASES[case]
     task = make_task(kind, Pads(), 16, ["a", "b", "c"] if kind != "causal-lm" else [])

@@ -6,10 +6,11 @@ import onnxruntime
 import pytest
 
 from compressft.export.verify import model_logits
+from tests.export.conftest import kinds
 
 LAYERS = 2
-KINDS = ("int8", "dense", "pruned", "houlsby", "pfeiffer", "tokens", "regression", "llama", "mistral", "gpt2")
-INT8 = ("int8", "houlsby", "pfeiffer", "tokens", "regression")
+KINDS = kinds("int8", "dense", "pruned", "houlsby", "pfeiffer", "tokens", "regression", "llama", "mistral", "gpt2")
+INT8 = kinds("int8", "houlsby", "pfeiffer", "tokens", "regression")
 
 
 @pytest.mark.parametrize("kind", KINDS)

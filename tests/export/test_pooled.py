@@ -15,6 +15,7 @@ from compressft.export.fold import fold
 from compressft.export.fuse import fuse_qattention
 from compressft.export.onnx import save, to_graph
 from compressft.export.pooled import compute_first_token, computes_first_token
+from tests.export.conftest import kinds
 from tests.tiny import padded, tiny
 
 # XLM-RoBERTa and CamemBERT are RoBERTa's graph.
@@ -22,10 +23,15 @@ FIRST = ["bert", "roberta", "electra", "distilbert"]
 
 
 def graphs(model, inputs, monkeypatch):
-    """The graph as it is written, and without the rewriting."""
-    found = [to_graph(fold(model), dict(inputs))]
-    monkeypatch.setattr(exporting, "compute_first_token", lambda graph: 0)
-    return [*found, to_graph(fold(model), dict(inputs))]
+    """The graph as it is written, and without the rewriting, of one export."""
+    plain = []
+
+    def keep(graph):
+        plain.append(onnx_ir.from_proto(onnx_ir.to_proto(graph)))
+        return compute_first_token(graph)
+
+    monkeypatch.setattr(exporting, "compute_first_token", keep)
+    return [to_graph(fold(model), dict(inputs)), *plain]
 
 
 def session(graph, path):
@@ -66,7 +72,7 @@ def test_the_last_layer_computes_what_the_head_reads(family, tmp_path, monkeypat
     same_logits(graph, plain, padded(), tmp_path, 1e-5)
 
 
-@pytest.mark.parametrize("kind", ["int8", "pruned", "houlsby", "pfeiffer"])
+@pytest.mark.parametrize("kind", kinds("int8", "pruned", "houlsby", "pfeiffer"))
 def test_compressed_models_too(exported, kind):
     model = onnx_ir.load(str(exported(kind).path))
     assert computes_first_token(model)
@@ -178,17 +184,15 @@ def test_another_token_is_left_alone(tmp_path):
     assert compute_first_token(by_hand(nodes, [("zero", np.array(1))])) == 0
 
 
-def test_one_slice_serves_all_readers():
+def test_one_slice_serves_all_readers(tmp_path):
     """The last layer's residual and its query read the same hidden states."""
-    graph = to_graph(fold(tiny("bert")), padded())
+    inputs = padded()
+    model = tiny("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    graph = to_graph(fold(model), dict(inputs))
     slices = [n for n in graph.graph if n.op_type == "Slice" and n.outputs[0].name.endswith(".first_token")]
     assert len(slices) == 1 and len(slices[0].outputs[0].uses()) == 2
-
-
-def test_torch_still_agrees(tmp_path):
-    model = tiny("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).eval()
-    inputs = padded()
-    opened = session(to_graph(fold(model), dict(inputs)), tmp_path / "model.onnx")
+    # And torch's logits are still the file's.
+    opened = session(graph, tmp_path / "model.onnx")
     with torch.no_grad():
         want = model(**inputs).logits.numpy()
     feed = {value.name: inputs[value.name].numpy() for value in opened.get_inputs()}

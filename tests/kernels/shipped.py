@@ -210,14 +210,26 @@ def rows_used(entry: str) -> Iterator[set[int]]:
         dispatch.configuration = choose
 
 
-def compile_all(entry: str, share: int) -> dict[str, Any]:
-    """The gates' facts of every chosen case, and the rows of the table that no case uses."""
+def compile_all(entry: str, share: int, some: int | None = None, draw: str = "") -> dict[str, Any]:
+    """The gates' facts of every chosen case, and the rows of the table that no case uses.
+
+    Args:
+        some: compile so many cases, drawn by the hash of `draw` and their names; of the others see what they use.
+    """
     from compressft_kernels import ahead_triton
+    from compressft_kernels.launch_triton import intercepting
 
     capability = int(entry.removeprefix("sm_"))
     kernels, used_at_all = [], compiled_elsewhere(entry)
     common = rows_alike(entry, "sm_89") if entry == "sm_80" else set()
-    for name, run in chosen(entry, share):
+    cases = list(chosen(entry, share))
+    drawn = sorted((name for name, _ in cases), key=lambda name: zlib.crc32(f"{draw} {name}".encode()))[:some]
+    for name, run in cases:
+        if name not in drawn:
+            with rows_used(entry) as used, intercepting(lambda *_: None):
+                run()
+            used_at_all |= used
+            continue
         with rows_used(entry) as used, ahead_triton.compiling(capability) as compiled:
             run()
         used_at_all |= used

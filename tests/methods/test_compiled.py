@@ -13,6 +13,7 @@ from compressft.passes.movement import Movement
 from compressft.transform import Context, Transform, trainable
 from tests.methods.added import save_adapter
 from tests.methods.test_methods import CASES
+from tests.share import drawn
 from tests.tiny import labelled, logits, tiny
 
 # What dynamo's own tracing of our autograd functions and between two graphs warns of.
@@ -25,10 +26,9 @@ QUIET = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_h
 SPLIT = {name for name in CASES if "probe" in name}
 # Settings that are traced as others are.
 ALIKE = {"full, frozen embeddings", "mask, masked head", "supermask", "head importance, frozen"}
-# One of each kind of module of ours through autograd's tracing too, and one through the compiler itself.
-TRACED = ("pfeiffer", "prefix", "mask", "diff", "lsh attention")
-BACKENDS = [(name, "eager") for name in [*CASES, "fusion"] if name not in {*ALIKE, *TRACED}]
-BACKENDS += [(name, "aot_eager") for name in TRACED]
+NAMES = [name for name in [*CASES, "fusion"] if name not in ALIKE]
+# One of each kind of module of ours: behind a norm, in attention, gates, deltas, another attention, a tuner.
+KINDS = ("pfeiffer", "prefix", "mask", "diff", "lsh_attention", "peft")
 
 
 def quiet() -> torch.nn.Module:
@@ -76,19 +76,29 @@ def assert_same(transforms, tolerance: float = 1e-6, **compiler) -> None:
         torch.testing.assert_close(got[1][name], gradient, atol=tolerance, rtol=10 * tolerance, msg=name)
 
 
-@pytest.mark.parametrize(("name", "backend"), BACKENDS, ids=[f"{name}-{backend}" for name, backend in BACKENDS])
-def test_one_graph_with_eager_gradients(name, backend, cases):
-    assert_same([cases[name]], backend=backend, fullgraph=name not in SPLIT)
+@pytest.mark.parametrize("name", drawn(0, NAMES, KINDS))
+def test_one_graph_with_eager_gradients(name, cases):
+    assert_same([cases[name]], backend="eager", fullgraph=name not in SPLIT)
 
 
+@pytest.mark.parametrize("name", drawn(1, KINDS))
+def test_one_graph_through_autograds_tracing(name, cases):
+    assert_same([cases[name]], backend="aot_eager", fullgraph=True)
+
+
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.* is deprecated:DeprecationWarning")
 def test_inductor(cases):
     assert_same([cases["pfeiffer"]], 1e-4, backend="inductor", fullgraph=True)
 
 
-def test_beside_passes(cases):
-    """Int8 looks at counters and ranges, which no graph holds."""
+def test_beside_a_pass(cases):
     assert_same([cases["pfeiffer"], Movement(sparsity=0.5, start=0.0, end=0.6)], backend="eager", fullgraph=True)
+
+
+@pytest.mark.full
+def test_beside_int8(cases):
+    """It looks at counters and ranges, which no graph holds."""
     assert_same([cases["pfeiffer"], Int8()], backend="eager")
 
 

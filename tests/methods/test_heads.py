@@ -6,6 +6,7 @@ from compressft.methods.fusion import Fusion
 from tests.methods.added import check_autocast, headed, save_adapter
 from tests.methods.test_methods import CASES, HEAD
 from tests.methods.universal import check_checkpointing, check_learns
+from tests.share import drawn
 from tests.tiny import tiny
 
 NAMES = [*CASES, "fusion"]
@@ -29,7 +30,7 @@ def method_for(name, head, saved):
 
 
 @pytest.mark.parametrize("head", ["token", "regression"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", drawn(6, NAMES))
 def test_learns(name, head, saved):
     check_learns(method_for(name, head, saved), head, alone=name not in HEAD)
 

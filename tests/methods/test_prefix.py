@@ -33,6 +33,7 @@ from compressft.passes.ziplm import ZipLM
 from compressft.shrink import shrink
 from compressft.transform import Context, TrainingData, trainable
 from tests.methods.universal import check_resume
+from tests.share import drawn
 from tests.tiny import (
     PAIRS,
     SHAPE,
@@ -637,7 +638,7 @@ def run(session, batch):
     return out[batch["attention_mask"].bool()] if out.dim() == 3 else out
 
 
-@pytest.mark.parametrize("family", ["bert", "qwen2", "gpt2"])
+@pytest.mark.parametrize("family", drawn(1, ["bert", "qwen2", "gpt2"]))
 def test_exported_file_equals_the_model(family, tmp_path):
     model, batch = settled(MLP, family), batch_for(family)
     graph, _, session = written(model, tmp_path, batch=batch)
@@ -661,6 +662,7 @@ def quantised(model, eight):
     return model, {name: value for name, value in labelled().items() if name != "labels"}
 
 
+@pytest.mark.full
 def test_standard_operators_alone(tmp_path):
     """Attention is written out there, the prefix with it."""
     model = prepared(MLP, "gpt2", architecture=CLASSIFIERS["gpt2"])

@@ -10,6 +10,7 @@ from compressft.methods import METHODS
 from compressft.model import load_model, load_tokenizer
 from compressft.transform import Context, TrainingData
 from tests.methods.added import save_adapter
+from tests.share import drawn
 from tests.tiny import fit
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -63,17 +64,16 @@ def without_cache(model, ids, mask, tokens):
     return ids
 
 
-RUNS = [(name, {}) for name in METHODS if name not in CLASSIFIERS] + [
-    ("side", {"network": "copy"}),
+RUNS = {name: (name, {}) for name in METHODS if name not in CLASSIFIERS} | {
+    "side, copy": ("side", {"network": "copy"}),
     # MAD-X's language adapter: invertible, its inverse in front of the output layer.
-    ("adapter", {"placement": "pfeiffer", "invertible": True}),
-]
+    "adapter, invertible": ("adapter", {"placement": "pfeiffer", "invertible": True}),
+}
 
 
-@pytest.mark.parametrize(
-    ("name", "other"), RUNS, ids=["-".join((name, *map(str, other.values()))) for name, other in RUNS]
-)
-def test_learns_and_generates(name, other, blocks, adapters, tmp_path):
+@pytest.mark.parametrize("case", drawn(2, RUNS, ("prefix",)))
+def test_learns_and_generates(case, blocks, adapters, tmp_path):
+    name, other = RUNS[case]
     train, held_out, data = blocks
     fields = {"adapters": adapters} if name == "fusion" else {**FIELDS.get(name, {}), **other}
     method = METHODS[name](**fields)
