@@ -120,12 +120,12 @@ def machines() -> tuple[Machine, ...]:
         Machine("haswell", "x86-64 with AVX2, no VNNI (emulated Haswell)", _emulated("Haswell")),
         Machine("nehalem", "x86-64 with SSE4.2 (emulated Nehalem)", _emulated("Nehalem")),
         Machine("wasm", "WebAssembly SIMD (onnxruntime-web in Node)", _wasm),
-        # The kernel that each of them takes was read from the emulated code: umlal, udot, ummla, SVE's ummla, fmopa.
+        # The kernel that each of them takes was read from the emulated code: umlal, udot, ummla, SVE's ummla. SME is
+        # left out: qemu 7.2 computes its smopa wrongly, a single instruction by itself.
         Machine("a72", "arm64 without dot products (emulated Cortex-A72)", _arm64("cortex-a72")),
         Machine("arm64-dot", "arm64 with dot products (emulated Neoverse N1)", _arm64("neoverse-n1")),
         Machine("arm64-i8mm", "arm64 with i8mm, without SVE (emulated)", _arm64("max,sve=off,sme=off")),
         Machine("arm64-max", "arm64 with i8mm, bf16 and SVE (emulated)", _arm64("max,sme=off")),
-        Machine("arm64-sme", "the same with SME (emulated)", _arm64("max")),
     )
 
 
