@@ -43,12 +43,13 @@ def portable_scale(weight: Tensor, columns: Tensor | None = None) -> Tensor:
 
     x86 processors without VNNI add the products of columns 2k and 2k + 1 in saturating 16 bits (vpmaddubsw). So it is
     not the largest weight that becomes 127 but the largest sum of such a pair, of weights with one sign; of two signs
-    the larger weight alone bounds the sum. It is at most twice as coarse as `weight_scale`, a half more is usual.
+    the larger weight alone bounds the sum. It is at most twice as coarse as `weight_scale`.
 
     Args:
         columns: factors (columns,), 0 for those that will be gone: what is left of them becomes adjacent.
     """
-    weight = weight.detach()
+    # In fp32: sums of bf16 weights, rounded, would pass the bound.
+    weight = _exact(weight.detach())
     if columns is not None:
         # Those that stay come first, in their order: no waiting for a device to count them.
         weight = weight[:, torch.argsort(columns == 0, stable=True)]
@@ -58,6 +59,10 @@ def portable_scale(weight: Tensor, columns: Tensor | None = None) -> Tensor:
     return _scale(torch.maximum(weight.abs().amax(dim=1), pairs.abs().amax(dim=1)), PAIR_MAX)
 
 
+def _exact(weight: Tensor) -> Tensor:
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+
 def _scale(peak: Tensor, largest: float) -> Tensor:
     peak = peak.float()
     return torch.where(peak > 0, peak / largest, torch.ones_like(peak))
@@ -65,7 +70,7 @@ def _scale(peak: Tensor, largest: float) -> Tensor:
 
 def quantise_weight(weight: Tensor, scale: Tensor) -> Tensor:
     """Integers (as floats of the weight's dtype) in [-127, 127] for the rows' scales."""
-    return (weight / scale.to(weight.dtype)[:, None]).round_()
+    return (_exact(weight) / scale[:, None]).round_().to(weight.dtype)
 
 
 def quantise_input(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:

@@ -350,6 +350,14 @@ def test_the_portable_grid_is_as_fine_as_its_bound_allows(k):
     assert (ratio >= 1).all() and (ratio <= 2 + 1e-6).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_weights_stay_within_the_bound(dtype):
+    weight = (hard_weights(64, 384) * torch.logspace(-2, 1, 64)[:, None]).to(dtype)
+    q = quantise_weight(weight, portable_scale(weight))
+    assert q.dtype == dtype and q.abs().max() <= 127
+    assert (255 * pair_sums(q.float().numpy()) < 2**15).all()
+
+
 def test_pairs_are_those_of_the_columns_that_stay():
     """Dropped columns are gone from the file: what was apart there is adjacent, and training knew."""
     weight = torch.tensor([[60.0, 0.0, 100.0, 100.0, 0.0, 80.0], [-1.0, 3.0, 2.0, 2.0, -3.0, 1.0]])
