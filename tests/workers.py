@@ -6,7 +6,15 @@ from xdist.scheduler import LoadFileScheduling
 
 # Its exported files are made once for the folder; a launch and processes to wait for should not be the last.
 TOGETHER = "tests/export"
-FIRST = (TOGETHER, "tests/test_ddp.py", "tests/kernels/test_ahead.py", "tests/methods/test_compiled.py")
+FIRST = (
+    TOGETHER,
+    "tests/kernels/test_interpreted.py",
+    "tests/test_run.py",
+    "tests/test_ddp.py",
+    "tests/kernels/test_ahead.py",
+    "tests/methods/test_compiled.py",
+    "tests/test_resume.py",
+)
 
 
 class ByCost(LoadFileScheduling):
