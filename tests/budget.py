@@ -1,7 +1,7 @@
 """CPU seconds of every test, its child processes included; those of a folder are held against its budget.
 
 A budget is about what the folder took when it was set, on two cores of an AMD EPYC (Zen 3) that other work shared.
-`make test` says where a budget is passed and fails at twice the budget: busy neighbours do not make it fail, a product
+All together they are ten minutes of two such cores. `make test` says where a budget is passed and fails at twice the budget: busy neighbours do not make it fail, a product
 of registries does. `CPU_LOG=file` writes every test's seconds, one JSON list a line.
 """
 
@@ -18,17 +18,17 @@ import pytest
 BUDGET = {
     # Importing and collecting, all processes.
     "collection": 60,
-    "tests": 400,
-    "tests/export": 270,
-    "tests/methods": 230,
-    "tests/kernels": 180,
-    "tests/passes": 115,
-    "tests/report": 60,
-    "tests/formats": 50,
-    "tests/objectives": 30,
-    "tests/modules": 30,
-    "tests/reference": 25,
-    "tests/data": 10,
+    "tests": 330,
+    "tests/export": 200,
+    "tests/methods": 190,
+    "tests/kernels": 140,
+    "tests/passes": 90,
+    "tests/report": 45,
+    "tests/formats": 40,
+    "tests/objectives": 25,
+    "tests/modules": 25,
+    "tests/reference": 20,
+    "tests/data": 5,
 }
 # A folder that has none of its own.
 OTHER = 30
