@@ -1,8 +1,9 @@
 """CPU seconds of every test, its child processes included; those of a folder are held against its budget.
 
-A budget is about what the folder took when it was set, on two cores of an AMD EPYC (Zen 3) that other work shared.
-All together they are ten minutes of two such cores. `make test` says where a budget is passed and fails at twice the budget: busy neighbours do not make it fail, a product
-of registries does. `CPU_LOG=file` writes every test's seconds, one JSON list a line.
+A budget is about what the folder took when it was set, on two cores of an AMD EPYC (Zen 3) that other work shared;
+all together they are ten minutes of two such cores. `make test` says where a budget is passed and fails at twice the
+budget: busy neighbours do not make it fail, a product of registries does. `CPU_LOG=file` writes every test's seconds,
+one JSON list a line.
 """
 
 from __future__ import annotations
