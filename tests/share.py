@@ -1,7 +1,7 @@
 """Which cases `make test` runs: of a product of names every one once, drawn by the tree's hash. `--all` runs all.
 
 Names (families, methods, passes, kinds) multiply as registries grow, and dtypes multiply with every case of a kernel.
-Numbers and shapes do not, and cost little: they stay whole.
+Numbers and shapes do not, and cost little: they stay whole, but where Triton's interpreter makes each one dear.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ STRUCTURE = {
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), "bert"),
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), "llama"),
 }
+# Here numbers and shapes are drawn like names.
+DEAR = "tests/kernels/interpreted/"
 Value = tuple[str, Any]
 
 
@@ -50,8 +52,9 @@ def drawn(number: int, among: Iterable[Any], always: Sequence[Any] = ()) -> list
 
 def values(item: pytest.Function) -> frozenset[Value]:
     """What a case has of each parameter; families stand for their structure, and what is no name for itself alone."""
+    other = repr if item.nodeid.startswith(DEAR) else lambda value: item.nodeid
     return frozenset(
-        (name, STRUCTURE.get(value, value) if isinstance(value, str | bool | torch.dtype) else item.nodeid)
+        (name, STRUCTURE.get(value, value) if isinstance(value, str | bool | torch.dtype) else other(value))
         for name, value in item.callspec.params.items()
     )
 

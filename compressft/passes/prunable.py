@@ -103,31 +103,74 @@ class Shift:
 
     Calling it gives the mean over the dimensions of the squared distance relative to the dimension's variance, over
     all tokens that are no padding.
+
+    Args:
+        layers: the model's, in the order in which they run. With them a call may name the first one that has changed:
+            those before it give what they gave, without computing it again.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> None:
+    def __init__(
+        self, model: nn.Module, batches: Sequence[Mapping[str, Tensor]], layers: Sequence[nn.Module] = ()
+    ) -> None:
         device = next(model.parameters()).device
         self.model = model
+        self.layers = layers
         self.batches = [{k: v.to(device) for k, v in batch.items() if k != "labels"} for batch in batches]
-        self.want = self._states()
+        # By batch, what every layer gave.
+        self.outputs: list[list[Any]] = []
+        found = []
+        for batch in self.batches:
+            with _recorded(layers) as outputs:
+                found.append(self._states(batch))
+            self.outputs.append(outputs)
+        self.want = torch.cat(found)
         self.variance = self.want.var(0).clamp(min=1e-12)
 
-    def __call__(self) -> float:
-        return float(((self._states() - self.want).square().mean(0) / self.variance).mean())
+    def __call__(self, first: int = 0) -> float:
+        found = []
+        for batch, outputs in zip(self.batches, self.outputs, strict=True):
+            with _replayed(self.layers[:first], outputs):
+                found.append(self._states(batch))
+        return float(((torch.cat(found) - self.want).square().mean(0) / self.variance).mean())
 
     @torch.no_grad()
-    def _states(self) -> Tensor:
+    def _states(self, batch: Mapping[str, Tensor]) -> Tensor:
         training = {module: module.training for module in self.model.modules()}
         self.model.eval()
         try:
-            found = []
-            for batch in self.batches:
-                states = self.model(**batch, output_hidden_states=True).hidden_states[-1]
-                found.append(states[batch["attention_mask"].bool()].float())
+            states = self.model(**batch, output_hidden_states=True).hidden_states[-1]
+            return states[batch["attention_mask"].bool()].float()
         finally:
             for module, mode in training.items():
                 module.training = mode
-        return torch.cat(found)
+
+
+@contextmanager
+def _recorded(layers: Sequence[nn.Module]) -> Iterator[list[Any]]:
+    """Inside, what the layers give is collected in the order in which they run."""
+    outputs: list[Any] = []
+    handles = [layer.register_forward_hook(lambda module, arguments, output: outputs.append(output)) for layer in layers]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _replayed(layers: Sequence[nn.Module], outputs: Sequence[Any]) -> Iterator[None]:
+    """Inside, each layer gives its recorded output and computes nothing."""
+    own = [layer.__dict__.get("forward") for layer in layers]
+    for layer, output in zip(layers, outputs, strict=False):
+        layer.__dict__["forward"] = lambda *arguments, _output=output, **options: _output
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, own, strict=True):
+            if forward is None:
+                del layer.__dict__["forward"]
+            else:
+                layer.__dict__["forward"] = forward
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,8 +19,8 @@ from compressft.shrink import drop_layers, shrink
 from compressft.target import Target, cost_table
 from compressft.transform import REMOVES, Context, Transform
 
-# Of the calibration set, for `measure` "model".
-SHIFT_BATCHES = 2
+# For `measure` "model": one in four of the calibration set's batches, two at most.
+SHIFT_SHARE, SHIFT_BATCHES = 4, 2
 
 
 class ZipLM(Transform):
@@ -111,22 +112,25 @@ class ZipLM(Transform):
     ) -> dict[str, Any]:
         """{"keep": per layer the kept {"heads", "ffn"}, and what the choice was made of}, a JSON value."""
         table, budget = cost_table(model, self.target, context, "pass ziplm")
-        step = max(len(batches) // SHIFT_BATCHES, 1)
-        shift = Shift(model, batches[step // 2 :: step][:SHIFT_BATCHES]) if self.measure == "model" else None
+        number = min(max(len(batches) // SHIFT_SHARE, 1), SHIFT_BATCHES)
+        step = len(batches) // number
+        shown = batches[step // 2 :: step][:number]
+        shift = Shift(model, shown, [x.module for x in layers]) if self.measure == "model" else None
         orders, losses = [], []
-        for layer, pair in zip(layers, parts, strict=True):
+        for i, (layer, pair) in enumerate(zip(layers, parts, strict=True)):
+            moved = shift and partial(shift, i)
             found = [part.removal() for part in pair]
             allowed = (
                 sizes_allowed(layer.kv_heads, 1, self.floor_heads),
                 sizes_allowed(layer.ffn, self.align, self.floor_ffn),
             )
             orders.append([order for order, _ in found])
-            loss = [self._losses(part, *f, sizes, shift) for part, f, sizes in zip(pair, found, allowed, strict=True)]
+            loss = [self._losses(part, *f, sizes, moved) for part, f, sizes in zip(pair, found, allowed, strict=True)]
             if self.layers:
                 gone = 2.0
-                if shift is not None:
+                if moved is not None:
                     with skipped(layer.module):
-                        gone = shift()
+                        gone = moved()
                 loss[0][0], loss[1][0] = gone, 0.0
             losses.append(loss)
         chosen = choose(table, budget, [a for a, _ in losses], [f for _, f in losses])
@@ -149,7 +153,7 @@ class ZipLM(Transform):
 
     @staticmethod
     def _losses(
-        part: Prunable, order: list[int], errors: list[float], sizes: list[int], shift: Shift | None
+        part: Prunable, order: list[int], errors: list[float], sizes: list[int], shift: Callable[[], float] | None
     ) -> dict[int, float]:
         if shift is None:
             return {size: errors[len(order) - size] for size in sizes}

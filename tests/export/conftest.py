@@ -1,10 +1,11 @@
-"""Tiny trained models of every kind that is exported, and one exported file of each."""
+"""Tiny trained models of every kind that is exported, and the exported files of each."""
 
 from __future__ import annotations
 
 import copy
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,33 @@ class Pads:
 
 @dataclass
 class Exported:
-    """A finalised model, its task and rows, and the graph that was written from it."""
+    """A finalised model, its task and rows, and the graph that is written from it once it is asked for."""
 
     model: Any
     task: Task
     features: list[dict[str, Any]]
-    path: Path
-    fused: Path | None
+    folder: Path
+    fuses: bool
+
+    @cached_property
+    def files(self) -> tuple[Path, Path | None]:
+        """The plain file, and the one whose attention is fused where it has static ranges."""
+        rows = [{k: v for k, v in f.items() if k != "labels"} for f in self.features[:2]]
+        graph = to_graph(fold(self.model), self.task.collate(rows))
+        path, fused = self.folder / "model.onnx", self.folder / "fused.onnx"
+        save(graph, path)
+        if not (self.fuses and fuse_qattention(graph)):
+            return path, None
+        save(graph, fused)
+        return path, fused
+
+    @property
+    def path(self) -> Path:
+        return self.files[0]
+
+    @property
+    def fused(self) -> Path | None:
+        return self.files[1]
 
     def operators(self, fused: bool = False) -> Counter:
         path = self.fused if fused else self.path
@@ -99,7 +120,7 @@ def export(
     prune: bool = True,
     **changes: Any,
 ) -> Exported:
-    """Build, compress, settle and write one model."""
+    """Build, compress and settle one model."""
     labels = {"sequence-classification": ["a", "b", "c"], "token-classification": ["O", "B-X", "I-X"]}.get(task, [])
     made = make_task(task, Pads(), 16, labels)  # type: ignore[arg-type]
     model = tiny(family, **changes)
@@ -117,13 +138,7 @@ def export(
     if int8:
         settle(model, Int8(ranges=int8), made, features)
     model.eval()
-    graph = to_graph(fold(model), made.collate([{k: v for k, v in f.items() if k != "labels"} for f in features[:2]]))
-    save(graph, folder / "model.onnx")
-    fused = None
-    if int8 == "static" and fuse_qattention(graph):
-        fused = folder / "fused.onnx"
-        save(graph, fused)
-    return Exported(model, made, features, folder / "model.onnx", fused)
+    return Exported(model, made, features, folder, fuses=int8 == "static")
 
 
 def settle(model: nn.Module, transform: Int8, task: Task, features: list[dict[str, Any]]) -> None:
@@ -163,7 +178,7 @@ def kinds(*names: str) -> list[Any]:
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory):
-    """Kind -> Exported; each is written once, when it is first asked for."""
+    """Kind -> Exported; each is made once, when it is first asked for."""
     made: dict[str, Exported] = {}
 
     def get(kind: str) -> Exported:

@@ -3,9 +3,6 @@
 import pytest
 
 from compressft.data import make_task
-from compressft.export.fold import fold
-from compressft.export.fuse import fuse_qattention
-from compressft.export.onnx import save, to_graph
 from compressft.passes.int8 import Int8
 from compressft.passes.structured import Structured
 from compressft.transform import Context
@@ -34,14 +31,7 @@ def test_file_equals_model(case, tmp_path):
     fit(model, transforms, [task.collate([dict(f) for f in features])], 4)
     for transform in transforms:
         transform.finalize(model)
-    sample = task.collate([{k: v for k, v in f.items() if k != "labels"} for f in features[:2]])
-    graph = to_graph(fold(model), sample)
-    save(graph, tmp_path / "model.onnx")
-    fused = None
-    if int8 and fuse_qattention(graph):
-        fused = tmp_path / "fused.onnx"
-        save(graph, fused)
-    found = Exported(model, task, features, tmp_path / "model.onnx", fused)
+    found = Exported(model, task, features, tmp_path, fuses=int8 is not None)
     limit = 0.05 if int8 else 1e-4
     assert found.error(1) < limit and found.error(5) < limit
     if int8:

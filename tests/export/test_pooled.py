@@ -87,7 +87,7 @@ def test_static_int8_keeps_every_bit(exported, tmp_path):
         plain = to_graph(fold(whole.model), padded())
     assert fuse_qattention(plain) == 2
     save(plain, tmp_path / "plain.onnx")
-    whole.fused = tmp_path / "plain.onnx"
+    whole.files = whole.path, tmp_path / "plain.onnx"
     for ours, theirs in zip(exported("int8").logits(4, fused=True), whole.logits(4, fused=True), strict=True):
         assert np.array_equal(ours, theirs)
 

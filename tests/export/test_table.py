@@ -106,7 +106,7 @@ class Timer:
         return 0
 
 
-@pytest.mark.parametrize("int8", [True, False])
+@pytest.mark.parametrize("int8", [True, pytest.param(False, marks=pytest.mark.full)])
 def test_the_table_has_what_the_timer_takes(int8, sample):
     timer, one = Timer(), deployment(int8=int8)
     table = time_samples(sample, one, 1, 16, timer) if int8 else measure_table(one, 1, 16, timer)

@@ -63,6 +63,22 @@ def test_shift_is_zero_for_the_same_model_and_sees_no_padding(family):
     assert shift() == pytest.approx(moved, rel=1e-3)
 
 
+@pytest.mark.parametrize("family", TINY)
+def test_shift_from_a_changed_layer_on_is_the_whole_models(family):
+    model, batch = tiny(family), batch_for(family)
+    layers = anatomy(model).layers
+    second = {name: value[:2] for name, value in batch.items()}
+    shift = Shift(model, [batch, second], [layer.module for layer in layers])
+    with torch.no_grad():
+        layers[1].part(layers[1].family.down).weight.mul_(0.5)
+    ran = []
+    layers[0].part(layers[0].family.down).register_forward_hook(lambda *_: ran.append(0))
+    moved = shift(1)
+    assert not ran, "the layer before is not run"
+    assert moved > 1e-4 and moved == pytest.approx(shift(), rel=1e-6) and len(ran) == 2
+    assert shift(0) == shift(), "all layers are themselves again"
+
+
 @pytest.mark.parametrize("family", ["bert", "distilbert", "qwen3", "gpt2"])
 def test_a_skipped_layer_is_a_dropped_one(family):
     model, dropped, batch = tiny(family), tiny(family), batch_for(family)
