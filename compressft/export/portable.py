@@ -1,4 +1,7 @@
-"""Prove from the weights alone that no processor's kernels can lose a sum of u8 x s8 products in 16 bits."""
+"""Prove from the file alone that every processor computes the same: no sum of u8 x s8 products passes 16 bits.
+
+And no layer leaves its arithmetic to the runtime: what onnxruntime makes of accuracy_level 4 differs by processor.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from torch import nn
 
 from compressft.modules.int8 import quantise_weight
 from compressft.modules.linear import CompressedLinear
-from compressft.modules.quantizer import Int8Quantizer
+from compressft.modules.quantizer import Int4Quantizer, Int8Quantizer
 
 # vpmaddubsw adds the products of inputs 2k and 2k + 1 into a signed 16-bit integer, saturating.
 LIMIT = 2**15 - 1
@@ -33,6 +36,8 @@ WRONG_ON = (
     "x86-64 processors with AVX2 or AVX-512 and without VNNI (such as Intel's from Haswell to Comet Lake and AMD's "
     "from Zen to Zen 3)"
 )
+# MatMulNBits' accuracy_level that lets the runtime round the inputs.
+ROUNDED = 4
 
 
 @dataclass(frozen=True)
@@ -50,14 +55,23 @@ class PairSum:
 
 @dataclass(frozen=True)
 class Portability:
-    """What is known of all of a file's integer products."""
+    """What is known of all of a file's integer products.
+
+    `rounded` are the 4-bit layers whose inputs the runtime rounds by the rule of each processor's kernel.
+    """
 
     sums: tuple[PairSum, ...]
+    rounded: tuple[str, ...] = ()
+
+    @property
+    def saturates(self) -> bool:
+        """Whether a sum may be lost, on the processors of `WRONG_ON`."""
+        return not all(one.fits for one in self.sums)
 
     @property
     def portable(self) -> bool:
-        """Whether the file computes the same sums on every processor."""
-        return all(one.fits for one in self.sums)
+        """Whether the file computes the same on every processor."""
+        return not self.saturates and not self.rounded
 
     @property
     def beyond(self) -> list[PairSum]:
@@ -72,16 +86,24 @@ class Portability:
         return {"portable": self.portable, "pair_sums": sums}
 
     def warning(self) -> str | None:
-        """One sentence on where the file is wrong and how to mend it; None where it is right everywhere."""
-        if self.portable:
-            return None
-        worst = self.beyond[0]
-        reach = "an unknown value" if worst.largest is None else f"{worst.largest:,}"
-        return (
-            f"not portable: {WRONG_ON} give other answers, because {len(self.beyond)} of {len(self.sums)} integer "
-            f"products can pass {LIMIT:,} in the 16 bits that they add in ({worst.layer}: {reach}); train with pass "
-            "int8.target any (the default) for a file that is right on every processor"
-        )
+        """Where the file gives other answers and how to mend it; None where it is right everywhere."""
+        said = []
+        if self.saturates:
+            worst = self.beyond[0]
+            reach = "an unknown value" if worst.largest is None else f"{worst.largest:,}"
+            said.append(
+                f"{WRONG_ON} give other answers, because {len(self.beyond)} of {len(self.sums)} integer products can "
+                f"pass {LIMIT:,} in the 16 bits that they add in ({worst.layer}: {reach}); train with pass int8.target "
+                "any (the default) for a file that is right on every processor"
+            )
+        if self.rounded:
+            number = len(self.rounded)
+            said.append(
+                f"the inputs of {number} 4-bit layer{'s' if number > 1 else ''} are rounded as in training on x86-64 "
+                "with AVX2 or newer, in whole rows on arm64 with dot products, and not at all elsewhere, so logits "
+                "differ a little there; train with pass int4.accuracy_level 0 (the default) for equal ones everywhere"
+            )
+        return f"not portable: {'; '.join(said)}" if said else None
 
 
 def portability(path: str | Path) -> Portability:
@@ -97,23 +119,28 @@ def portability(path: str | Path) -> Portability:
         tensor = values.get(name)
         return None if tensor is None else onnx.numpy_helper.to_array(tensor, folder)
 
-    found = []
+    found, rounded = [], []
     for node in model.graph.node:
         for name, weight in _weights(node, producers, array):
             if weight is None or weight.dtype == np.int8:
                 found.append(PairSum(name, None if weight is None else largest_pair_sum(weight)))
-    return Portability(tuple(found))
+        if node.op_type == "MatMulNBits" and _attribute(node, "accuracy_level") == ROUNDED:
+            rounded.append(_layer(node, node.input[1]))
+    return Portability(tuple(found), tuple(rounded))
 
 
 def model_portability(model: nn.Module) -> Portability:
     """The same of the file that a finalised torch model becomes."""
-    found = []
+    found, rounded = [], []
     for path, module in model.named_modules():
-        if isinstance(module, CompressedLinear) and isinstance(module.quantizer, Int8Quantizer):
-            weight = module.effective_weight().detach()
-            integers = quantise_weight(weight, module.quantizer.weight_scale(weight))
+        quantizer = module.quantizer if isinstance(module, CompressedLinear) else None
+        if isinstance(quantizer, Int8Quantizer):
+            weight = module.effective_weight().detach()  # type: ignore[operator]
+            integers = quantise_weight(weight, quantizer.weight_scale(weight))
             found.append(PairSum(path, largest_pair_sum(integers.t().to(torch.int8).cpu().numpy())))
-    return Portability(tuple(found))
+        elif isinstance(quantizer, Int4Quantizer) and quantizer.accuracy_level == ROUNDED:
+            rounded.append(path)
+    return Portability(tuple(found), tuple(rounded))
 
 
 def largest_pair_sum(weight: np.ndarray) -> int:

@@ -41,9 +41,10 @@ class Int4(Transform):
 
     `start`: progress from which weights are rounded. `noise`: progress until which only a random share of them is,
     growing linearly from 0 at `start` (Fan et al. 2020); 0 rounds all at once. `accuracy_level` 4 lets the runtime
-    round the inputs to s8 per block, which is much faster, and rounds them in training too: as onnxruntime does it on
-    x86 (on ARM it may round whole rows). `embeddings`, `embedding_block` and `exclude` as in
-    `int8`.
+    round the inputs, which is much faster, and rounds them in training too, to s8 per block, as onnxruntime does it on
+    x86-64 from AVX2 on. Kernels for arm64's dot products round whole rows and others round nothing: the file is not
+    portable and the report says so; 0 gives the same answers everywhere. `embeddings`, `embedding_block` and
+    `exclude` as in `int8`.
     """
 
     type: Literal["int4"] = "int4"

@@ -149,7 +149,9 @@ class Shift:
 def _recorded(layers: Sequence[nn.Module]) -> Iterator[list[Any]]:
     """Inside, what the layers give is collected in the order in which they run."""
     outputs: list[Any] = []
-    handles = [layer.register_forward_hook(lambda module, arguments, output: outputs.append(output)) for layer in layers]
+    handles = [
+        layer.register_forward_hook(lambda module, arguments, output: outputs.append(output)) for layer in layers
+    ]
     try:
         yield outputs
     finally:

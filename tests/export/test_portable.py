@@ -8,6 +8,7 @@ from onnx import TensorProto, helper, numpy_helper
 from compressft.export.fold import fold
 from compressft.export.onnx import save, to_graph
 from compressft.export.portable import LIMIT, largest_pair_sum, model_portability, portability
+from compressft.passes.int4 import Int4
 from compressft.passes.int8 import Int8
 from compressft.transform import Context
 from tests.tiny import fit, labelled, tiny
@@ -86,6 +87,29 @@ def test_unsigned_and_floating_weights_are_no_pair_sums_and_unknown_ones_no_proo
     computed = [rest[0], helper.make_node("QuantizeLinear", ["v", "s"], ["w"]), *rest[1:]]
     unknown = portability(file_of(computed, {"v": np.ones((4, 6), np.float32), **SCALARS}, tmp_path / "unknown.onnx"))
     assert not unknown.portable and "an unknown value" in unknown.warning()
+
+
+@pytest.mark.parametrize("level", [0, 4])
+def test_inputs_that_the_runtime_rounds_by_its_own_rules_are_named(level, tmp_path):
+    node = helper.make_node("MatMulNBits", ["x", "w", "s"], ["y"], **nbits(level), domain="com.microsoft")
+    packed = {"w": np.zeros((6, 1, 16), np.uint8), "s": np.ones((6, 1), np.float32)}
+    proofs = portability(file_of([node], packed, tmp_path / "model.onnx")), model_portability(in_four_bits(level))
+    for proof in proofs:
+        assert not proof.saturates and not proof.sums
+        assert proof.portable == (level == 0) == (not proof.rounded) == (proof.warning() is None)
+    if level:
+        assert "int4.accuracy_level 0" in proofs[0].warning() and "1 4-bit layer " in proofs[0].warning()
+        assert len(proofs[1].rounded) == 6 * 2 + 1
+
+
+def nbits(level):
+    return {"K": 32, "N": 6, "bits": 4, "block_size": 32} | ({"accuracy_level": level} if level else {})
+
+
+def in_four_bits(level):
+    model = tiny()
+    Int4(accuracy_level=level, embeddings="none").prepare(model, Context())
+    return model
 
 
 @pytest.mark.parametrize("kind", ["int8", "dynamic"])
