@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +13,14 @@ from torch import Tensor, nn
 from compressft.anatomy import Layer, anatomy
 from compressft.checkpoint import DELTA, layers_hash, plain_state, read_manifest, verify_files
 from compressft.errors import UserError
+from compressft.foreign import load_tensors
 from compressft.manifest import check_types, require
 from compressft.model import compress_linear, replace
 from compressft.modules.bottleneck import AdaptedNorm, AdaptedOutput, Bottleneck, on_top
 from compressft.modules.invertible import INVERTIBLE, Invertible
 from compressft.modules.kinds import KINDS
 from compressft.sparse import ROWS, unpack
+from compressft.texts import read_object
 from compressft.transform import REMOVES, Transform
 
 # What a saved adapter's folder is made of, in every package's format; our own fields are under the key.
@@ -122,18 +123,13 @@ def _manifest(folder: Path, who: str) -> dict[str, Any]:
         raise UserError(f"{who}: {str(folder)!r} is no delta/ folder (kind {manifest.get('kind')!r}); give one")
     if "layers_hash" not in manifest:
         raise UserError(f"{who}: {str(folder)!r} was written before adapters could be read; train it again")
-    verify_files(folder, manifest["files"])
     return manifest
 
 
 def _saved(folder: Path, who: str) -> dict[str, Any]:
     """What the folder of an adapter that we saved says, which is what a manifest does."""
     path = folder / ADAPTER_CONFIG
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise UserError(f"{path}: is not JSON: truncated or changed") from None
-    entry = found.get(ADAPTER_KEY) if isinstance(found, dict) else None
+    entry = read_object(path).get(ADAPTER_KEY)
     if not isinstance(entry, dict):
         raise UserError(
             f"{who}: {str(folder)!r} is another package's adapter; make it ours with: compressft convert {folder} DST"
@@ -147,11 +143,9 @@ def _saved(folder: Path, who: str) -> dict[str, Any]:
 
 
 def _read(model: nn.Module, folder: str, manifest: dict[str, Any], who: str) -> SavedAdapter:
-    from safetensors.torch import load_file
-
     parts = anatomy(model)
     file = DELTA if DELTA in manifest["files"] else ADAPTER_TENSORS
-    table, stored = manifest["modules"], load_file(Path(folder).expanduser() / file)
+    table, stored = manifest["modules"], load_tensors(Path(folder).expanduser() / file)
     places = [f"{pfeiffer_path(layer)}.adapter" for layer in parts.layers]
     coupling = parts.path(INVERTIBLE)
     bottlenecks = {path for path, entry in table.items() if KINDS.get(entry["kind"], nn.Module) is Bottleneck}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from compressft.quiet import quiet_libraries
 from compressft.recipe import load_recipe
 from compressft.report import load_metrics, write_report
 from compressft.run import complete, load_task, refuse_export
+from compressft.texts import read_object
 
 
 def export_again(root: str | Path, overrides: Sequence[str], console: Console | None = None) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def report_again(root: str | Path) -> dict[str, Any]:
     path = folder / "report" / "report.json"
     if not path.is_file():
         raise UserError(f"{path}: does not exist; the run has not been exported: compressft export {folder}")
-    report = json.loads(path.read_text(encoding="utf-8"))
+    report = read_object(path)
     write_report(report, load_metrics(folder / "metrics.jsonl"), folder / "report")
     return report
 

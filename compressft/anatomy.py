@@ -121,6 +121,8 @@ def anatomy(model: nn.Module) -> Anatomy:
             f"give a model of the class's family or a class of {found!r}"
         )
     layers = [layer for row in rows for layer in _stack(row, prefix, backbone)]
+    if not layers:
+        raise UserError(f"model: a {type(model).__name__} without layers; there is nothing to train or to compress")
     return Anatomy(family, prefix, backbone, tuple(layers))
 
 

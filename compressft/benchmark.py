@@ -63,7 +63,7 @@ def training(recipe: Recipe, steps: int) -> list[dict[str, Any]]:
         set_seed(stage.train.seed)
 
         def fresh(name: str = "") -> Any:
-            return load_model(recipe.model, task.auto_class, **task.model_arguments()).to(device)
+            return load_model(recipe.model, task.auto_class, new_head=True, **task.model_arguments()).to(device)
 
         model: Any = fresh()
         data = StageRows(task, splits)

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 
 from compressft.anatomy import anatomy
 from compressft.errors import UserError
-from compressft.manifest import check_manifest, require
+from compressft.foreign import foreign, load_config, load_tensors
+from compressft.manifest import FORMAT, check_manifest, compare_labels, require, sealed
 from compressft.model import content_hash, resolve
 from compressft.modules.attention import TRAINING, register
 from compressft.modules.dropout import quicken
@@ -24,6 +26,7 @@ from compressft.modules.linear import CompressedLinear
 from compressft.modules.structure import describe, rebuild
 from compressft.shrink import resize, shapes
 from compressft.sparse import pack, unpack
+from compressft.texts import read_json
 
 MANIFEST = "compressft.json"
 WEIGHTS = "model.safetensors"
@@ -32,7 +35,13 @@ DELTA = "delta.safetensors"
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
+    """SHA-256 of a file's bytes; computed anew where its size or time of change is another."""
+    state = path.stat()
+    return _hash(path.resolve(), state.st_size, state.st_mtime_ns, state.st_ino)
+
+
+@lru_cache(maxsize=1024)
+def _hash(path: Path, size: int, changed: int, number: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -106,27 +115,37 @@ def verify_files(folder: Path, hashes: Mapping[str, str]) -> None:
             )
 
 
-def read_manifest(folder: str | Path, kind: str | None = None, also: Iterable[str] = ()) -> dict[str, Any]:
-    """`compressft.json` of a folder.
+def write_manifest(folder: Path, kind: str, entry: Mapping[str, Any]) -> None:
+    """Write `compressft.json` beside files that are all there: with their hashes, and its own."""
+    whole = {"format": FORMAT, "kind": kind, **entry, "files": hash_files(folder)}
+    (folder / MANIFEST).write_text(json.dumps(sealed(whole), indent=1), encoding="utf-8")
+
+
+def read_manifest(
+    folder: str | Path, kind: str | None = None, also: Iterable[str] = (), files: bool = True
+) -> dict[str, Any]:
+    """`compressft.json` of a folder, whose files are what was written: the one door to a folder of ours.
 
     Args:
         kind: the only one that is wanted ("model", "delta", "onnx", "checkpoint").
         also: fields that are needed besides those of every folder of its kind.
+        files: compare the files with their hashes; off where only the newest of many will be read.
 
     Raises:
-        UserError: there is none, it is broken, lacks a field, or is of another kind.
+        UserError: there is none, it is broken, lacks a field, or is of another kind; a file is missing or has changed;
+            its labels are not the configuration's.
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise UserError(f"{folder}: has no {MANIFEST}; give a folder that compressft wrote (model/, delta/ or onnx/)")
-    try:
-        entry = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise UserError(f"{path}: is not JSON: truncated or changed") from None
-    entry = check_manifest(entry, path)
+    entry = check_manifest(read_json(path), path)
     if kind not in (None, entry["kind"]):
         raise UserError(f"{path}: is of a folder of kind {entry['kind']!r}; give one of kind {kind!r}")
     require(entry, also, path)
+    if files:
+        verify_files(Path(folder), entry["files"])
+        config = Path(folder) / "config.json"
+        compare_labels(entry, read_json(config) if config.is_file() else entry.get("config"), path)
     return entry
 
 
@@ -168,16 +187,13 @@ def save_compressed(model: nn.Module, tokenizer: Any, folder: Path, info: Mappin
         if tokenizer is not None:
             tokenizer.save_pretrained(target)
         manifest = {
-            "format": 1,
-            "kind": "model",
             "architecture": type(model).__name__,
             "shapes": shapes(model),
             "width": anatomy(model).width,
             "modules": describe(model),
             **info,
-            "files": hash_files(target),
         }
-        (target / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        write_manifest(target, "model", manifest)
 
     write_atomically(folder, write)
 
@@ -216,26 +232,21 @@ def uniform_config(model: nn.Module) -> Any:
     return config
 
 
-def load_compressed(folder: str | Path, verify: bool = True) -> Any:
+def load_compressed(folder: str | Path) -> Any:
     """Load a `model/` folder of ours: rebuilt from its per-layer shapes, in eval mode, on the CPU in fp32.
 
     Raises:
         UserError: the folder is incomplete, or a file is not what was written (by hash).
     """
-    from safetensors.torch import load_file
-    from transformers import AutoConfig
-
     folder = Path(folder)
     manifest = read_manifest(folder, "model")
-    if verify:
-        verify_files(folder, manifest["files"])
     for name in ("config.json", WEIGHTS):
         if not (folder / name).is_file():
             raise UserError(f"{folder / name}: is missing; the folder is incomplete")
-    model = _empty(AutoConfig.from_pretrained(folder), manifest, folder)
-    tensors = load_file(folder / WEIGHTS)
+    model = _empty(load_config(folder, str(folder)), manifest, folder)
+    tensors = load_tensors(folder / WEIGHTS)
     if (folder / EXTRA).is_file():
-        tensors |= load_file(folder / EXTRA)
+        tensors |= load_tensors(folder / EXTRA)
     _fill(model, manifest["modules"], tensors, folder)
     unused = sorted(set(tensors) - {name.replace(".inner.", ".") for name in model.state_dict()})
     if unused:
@@ -253,7 +264,8 @@ def _empty(config: Any, manifest: Mapping[str, Any], folder: Path) -> Any:
             f"{folder / MANIFEST}: architecture {manifest['architecture']!r} is of family {wanted!r}, "
             f"the configuration of {config.model_type!r}; restore the folder"
         )
-    model = kind._from_config(config, attn_implementation=TRAINING, dtype=torch.float32)
+    with foreign(f"{folder}: a {manifest['architecture']} could not be built from its configuration"):
+        model = kind._from_config(config, attn_implementation=TRAINING, dtype=torch.float32)
     resize(model, manifest["shapes"], manifest.get("width"), str(folder / MANIFEST))
     return model
 
@@ -315,8 +327,6 @@ def save_delta(
         if tokenizer is not None:
             tokenizer.save_pretrained(target)
         manifest = {
-            "format": 1,
-            "kind": "delta",
             "architecture": type(model).__name__,
             "base_hash": content_hash(base),
             "layers_hash": layers_hash(model, base),
@@ -325,9 +335,8 @@ def save_delta(
             "width": anatomy(model).width,
             "modules": describe(model),
             **info,
-            "files": hash_files(target),
         }
-        (target / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        write_manifest(target, "delta", manifest)
 
     write_atomically(folder, write)
 
@@ -347,12 +356,10 @@ def load_delta(folder: str | Path, base: str | None = None) -> Any:
     Raises:
         UserError: a file is damaged, or the base is not the one the delta was made on.
     """
-    from safetensors.torch import load_file
     from transformers import AutoConfig
 
     folder = Path(folder)
     manifest = read_manifest(folder, "delta", () if base else ("model",))
-    verify_files(folder, manifest["files"])
     if not (folder / DELTA).is_file():
         raise UserError(f"{folder / DELTA}: is missing; the folder is incomplete")
     _class_of(manifest["architecture"], folder)
@@ -363,12 +370,10 @@ def load_delta(folder: str | Path, base: str | None = None) -> Any:
             f"{folder}: was made on another base than {name!r} (content hashes differ); give the right base"
         )
     values = dict(manifest["config"])
-    try:
+    with foreign(f"{folder / MANIFEST}: config"):
         config = AutoConfig.for_model(values.pop("model_type"), **values)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{folder / MANIFEST}: config: {' '.join(str(error).split())}; restore the file") from None
     model = _empty(config, manifest, folder)
-    _fill(model, manifest["modules"], {**tensors, **unpack(load_file(folder / DELTA), tensors)}, folder)
+    _fill(model, manifest["modules"], {**tensors, **unpack(load_tensors(folder / DELTA), tensors)}, folder)
     return model.eval()
 
 
@@ -388,7 +393,10 @@ def base_tensors(name: str, architecture: str = "AutoModel") -> dict[str, Tensor
 
     whole = architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     kind = getattr(transformers, architecture) if whole else transformers.AutoModel
-    model, loading = kind.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+    with foreign(f"model: {name!r} could not be loaded"):
+        model, loading = kind.from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+        )
     missing = set(loading["missing_keys"])
     prefix = "" if whole else f"{model.base_model_prefix}."
     return {f"{prefix}{key}": value for key, value in plain_state(model)[0].items() if key not in missing}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import shlex
@@ -16,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from compressft import __version__
-from compressft.errors import Interrupted, UserError, VerificationError
+from compressft.errors import Interrupted, UserError, VerificationError, trouble
 from compressft.waiting import sleep_while_waiting
 
 app = typer.Typer(
@@ -272,9 +271,9 @@ def main() -> None:
     except VerificationError as error:
         err.print(f"not verified: {error}", soft_wrap=True, markup=False)
         sys.exit(1)
-    except OSError as error:
-        # Runs notice a full disk themselves, whatever a library makes of it.
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        said = trouble(error)
+        if said is None:
             raise
-        err.print("error: no space left on the disk; free some and try again", soft_wrap=True)
+        err.print(f"error: {said}", soft_wrap=True, markup=False)
         sys.exit(2)

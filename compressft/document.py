@@ -7,9 +7,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from compressft.errors import UserError, nearest
+from compressft.strict_yaml import read_yaml
+from compressft.texts import read_text
 
 # Where rows may come from: one of these at a time.
 SOURCES = ("sample", "dataset", "train")
@@ -36,28 +36,15 @@ def read_document(source: str | Path, seen: tuple[Path, ...] = ()) -> dict[str, 
         )
     if path.resolve() in seen:
         raise UserError(f"{path}: `extends` leads back to this file; remove it")
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
+    document = read_yaml(read_text(path), str(path))
     if not isinstance(document, dict):
         raise UserError(f"{path}: wants a mapping of fields; got {type(document).__name__}")
-    document = _unshared(document)
     base_name = document.pop("extends", None)
     if base_name is None:
         return document
     beside = path.parent / str(base_name)
     base = read_document(beside if beside.is_file() else str(base_name), (*seen, path.resolve()))
     return _merge(base, document)
-
-
-def _unshared(value: Any) -> Any:
-    """A copy in which a YAML alias is a value of its own: an override of one must not reach the other."""
-    if isinstance(value, dict):
-        return {key: _unshared(item) for key, item in value.items()}
-    return [_unshared(item) for item in value] if isinstance(value, list) else value
 
 
 def _merge(base: Any, new: Any) -> Any:
@@ -85,9 +72,16 @@ def _without_source(data: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]
 def _merge_stages(base: Any, new: Any) -> Any:
     if not isinstance(base, list) or not isinstance(new, list) or not all(isinstance(s, dict) for s in [*base, *new]):
         return new
-    by_name = {stage.get("name"): stage for stage in new}
+    by_name: dict[str, Any] = {}
+    for stage in new:
+        name = stage.get("name")
+        if not isinstance(name, str):
+            raise UserError(f"stages: a stage's name must be text; got {name!r}")
+        if name in by_name:
+            raise UserError(f"stages: {name!r} is given twice; make one of the two")
+        by_name[name] = stage
     merged = [_merge(stage, by_name.pop(stage.get("name"), {})) for stage in base]
-    return merged + [stage for stage in new if stage.get("name") in by_name]
+    return merged + [stage for stage in new if stage["name"] in by_name]
 
 
 def override_all(document: dict[str, Any], overrides: Sequence[str]) -> None:
@@ -105,10 +99,7 @@ def _apply(document: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise UserError(f"--set {override!r}: wants PATH=VALUE, such as stages.student.train.epochs=2")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"--set {override!r}: the value is not YAML") from None
+    value = read_yaml(text, f"--set {override!r}")
     node: Any = document
     steps = path.split(".")
     for i, step in enumerate(steps[:-1]):

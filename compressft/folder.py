@@ -13,15 +13,15 @@ from types import TracebackType
 from typing import Any
 
 from compressft import ranks
-from compressft.checkpoint import MANIFEST, hash_files, read_manifest, sync, verify_files
-from compressft.errors import UserError
+from compressft.checkpoint import MANIFEST, read_manifest, sync, verify_files, write_manifest
+from compressft.errors import UserError, trouble
 from compressft.recipe import Recipe, parse_recipe
+from compressft.strict_yaml import read_yaml
+from compressft.texts import read_json, read_text
 
 FREE_SPACE_FACTOR = 8
 # Name prefix of a checkpoint that is being deleted.
 DROPPED = ".dropped-"
-# A failed write leaves less than this behind.
-FULL_DISK = 2**20
 
 
 class RunFolder:
@@ -63,16 +63,13 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # torch and safetensors report a full disk in many words; the disk itself says it plainly.
-        mistake = isinstance(error, UserError) or not isinstance(error, Exception)
-        full = not mistake and shutil.disk_usage(self.root).free < FULL_DISK
+        said = trouble(error) if isinstance(error, Exception) and not isinstance(error, UserError) else None
         if self._claimed and error is not None:
             self._give_up()
         self._lock.close()
-        if full:
+        if said is not None:
             raise UserError(
-                f"--output {str(self.root)!r}: no space left on the disk; "
-                "free some, then go on with the same command and --resume"
+                f"--output {str(self.root)!r}: {said}; then go on with the same command and --resume"
             ) from error
 
     def _give_up(self) -> None:
@@ -117,9 +114,7 @@ class RunFolder:
                     f"--output {str(self.root)!r}: holds a run already; "
                     "add --resume to go on with it or choose another directory"
                 )
-            import yaml
-
-            before = parse_recipe(yaml.safe_load(saved.read_text(encoding="utf-8")), str(saved))
+            before = parse_recipe(read_yaml(read_text(saved), str(saved)), str(saved))
             if before.hash != self.recipe.hash:
                 raise UserError(
                     f"{saved}: --resume wants the recipe of the run ({before.hash[:19]}); "
@@ -171,7 +166,7 @@ class RunFolder:
             staging.write_text(json.dumps(compute()), encoding="utf-8")
             staging.rename(path)
         ranks.wait()
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
 
     # Resumable checkpoints.
 
@@ -187,8 +182,7 @@ class RunFolder:
             step: cumulative over stages.
             info: recorded beside the hashes (stage, seconds).
         """
-        manifest = {"format": 1, "kind": "checkpoint", "step": step, **info, "files": hash_files(written)}
-        (written / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        write_manifest(written, "checkpoint", {"step": step, **info})
         sync(written)
         final = self.root / "checkpoints" / f"step-{step}"
         if final.exists():
@@ -220,7 +214,7 @@ class RunFolder:
                 shutil.rmtree(leftover, ignore_errors=True)
         ranks.wait()
         for path in reversed(self.checkpoints()):
-            manifest = read_manifest(path)
+            manifest = read_manifest(path, "checkpoint", files=False)
             if manifest.get("stage") == stage:
                 verify_files(path, manifest["files"])
                 return path, manifest

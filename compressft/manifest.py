@@ -1,7 +1,9 @@
-"""What a manifest must say before a folder is read by it: which fields a kind of folder has, and of what type."""
+"""What a manifest must say before a folder is read by it: fields and their types, its own hash, the same labels."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,8 @@ from typing import Any
 from compressft.errors import UserError, nearest
 
 FORMAT = 1
+# The field with the hash of all others; folders of before have none.
+SEAL = "hash"
 # Kind -> fields without which its folder cannot be read; older folders lack the others.
 REQUIRED: dict[str, tuple[str, ...]] = {
     "model": ("architecture", "shapes", "modules", "files"),
@@ -54,6 +58,7 @@ CHECKS: dict[str, Check] = {
     "columns": ("an object of strings", lambda value: _mapping(value, lambda item: isinstance(item, str))),
     "max_length": ("a number from 1", lambda value: _count(value) and value > 0),
     "step": ("a number", _count),
+    SEAL: TEXT,
     "seconds": ("a number", lambda value: isinstance(value, int | float)),
     "stage": ("an object", lambda value: isinstance(value, dict)),
 }
@@ -87,7 +92,42 @@ def check_manifest(entry: Any, path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: format {entry['format']!r}; this compressft reads {FORMAT}")
     require(entry, REQUIRED[kind], path)
     check_types(entry, kind, path)
+    if SEAL in entry and entry[SEAL] != _digest(entry):
+        raise UserError(f"{path}: was changed after it was written (its hash is another); restore the file")
     return entry
+
+
+def sealed(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest with its own hash."""
+    return {**entry, SEAL: _digest(entry)}
+
+
+def _digest(entry: Mapping[str, Any]) -> str:
+    # Through JSON, as it will be read.
+    plain = json.loads(json.dumps({name: value for name, value in entry.items() if name != SEAL}))
+    return "sha256:" + hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def compare_labels(entry: Mapping[str, Any], config: Any, path: Path) -> None:
+    """A manifest's labels and those of the configuration beside it, which other programs read, are the same.
+
+    Raises:
+        UserError: they are not.
+    """
+    labels = entry.get("labels")
+    named = config.get("id2label") if isinstance(config, dict) else None
+    if not labels or not isinstance(named, dict):
+        return
+    own = [str(named.get(str(i), named.get(i))) for i in range(len(named))]
+    # The library's own names say nothing.
+    if all(name.startswith("LABEL_") for name in own):
+        return
+    if own != labels:
+        at = next((i for i, pair in enumerate(zip(own, labels, strict=False)) if pair[0] != pair[1]), len(labels))
+        first, second = (names[at] if at < len(names) else "none" for names in (labels, own))
+        raise UserError(
+            f"{path}: label {at} is {first!r} here and {second!r} in the configuration beside it; restore the folder"
+        )
 
 
 def require(entry: Mapping[str, Any], names: Iterable[str], path: Path) -> None:

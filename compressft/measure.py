@@ -118,7 +118,7 @@ def _torch_calls(path: str, threads: int) -> Callable[[int, int], Callable[[], A
     from compressft.checkpoint import load_compressed
 
     torch.set_num_threads(threads)
-    model = load_compressed(path, verify=False)
+    model = load_compressed(path)
 
     def build(batch: int, length: int) -> Callable[[], Any]:
         feed = {

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from compressft.anatomy import anatomy, family_of
 from compressft.errors import UserError
+from compressft.foreign import foreign, load_config
+from compressft.labels import other_labels, renew_head
 from compressft.modules.attention import TRAINING, register
 from compressft.modules.dropout import quicken
 from compressft.modules.linear import CompressedLinear
@@ -45,22 +47,50 @@ def load_tokenizer(name: str) -> Any:
     """The tokenizer of a model, with a padding token (the end-of-text token where the model has none)."""
     from transformers import AutoTokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve(name))
-    except (OSError, ValueError) as error:
-        raise UserError(f"model: no tokenizer could be loaded from {name!r}: {_first_line(error)}") from error
+    source = Path(resolve(name))
+    if source.is_dir() and not (source / "tokenizer.json").is_file():
+        _refuse_unreadable(source, name)
+    with foreign(f"model: no tokenizer could be loaded from {name!r}"):
+        tokenizer = AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=False)
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        # The library makes one up where files are missing.
+        raise UserError(
+            f"model: {name!r} has no tokenizer (no piece but special ones); copy its tokenizer's files there"
+        )
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        # Any will do, since the mask hides it; but it must not be a word.
+        spare = (tokenizer.eos_token, tokenizer.unk_token, tokenizer.bos_token, tokenizer.sep_token)
+        tokenizer.pad_token = next((token for token in spare if token is not None), None)
+    if tokenizer.pad_token is None:
+        raise UserError(
+            f"model: the tokenizer of {name!r} has no special token that could pad; give it a padding token"
+        )
     return tokenizer
 
 
-def load_model(name: str, auto_class: str = "AutoModel", **kwargs: Any) -> nn.Module:
+def _refuse_unreadable(folder: Path, name: str) -> None:
+    """Say what a folder without `tokenizer.json` lacks; the library's own last words are of another format."""
+    pieces = [path for path in folder.glob("*.model") if path.is_file()]
+    if pieces and find_spec("sentencepiece") is None:
+        raise UserError(
+            f"model: the tokenizer of {name!r} is a SentencePiece file ({pieces[0].name}), which needs two more "
+            "packages; pip install sentencepiece protobuf"
+        )
+    if not pieces and not any(
+        (folder / file).is_file() for file in ("vocab.txt", "vocab.json", "tokenizer_config.json")
+    ):
+        raise UserError(f"model: {name!r} has no tokenizer files (tokenizer.json, vocab.txt, ...); copy them there")
+
+
+def load_model(name: str, auto_class: str = "AutoModel", new_head: bool = False, **kwargs: Any) -> nn.Module:
     """Load a pretrained model (a compressed `model/` folder of ours included) ready to train.
 
     Args:
         name: a shipped name, a folder or a hub id.
         auto_class: the transformers class, such as "AutoModelForSequenceClassification".
-        kwargs: passed to `from_pretrained` (`num_labels`, ...).
+        new_head: draw the head anew where it is for other labels than `id2label` or `num_labels` say; else such a
+            checkpoint is refused.
+        kwargs: passed to `from_pretrained` (`num_labels`, ...); `pad_token_id` is for a model that has none.
 
     Returns:
         the model in fp32, its attention and dropout routed through compressft.
@@ -80,16 +110,34 @@ def load_model(name: str, auto_class: str = "AutoModel", **kwargs: Any) -> nn.Mo
         if wanted is not None and wanted != has:
             raise UserError(f"model: {name!r} was compressed for {has} labels, the data has {wanted}")
         return model
-    try:
-        model = getattr(transformers, auto_class).from_pretrained(
-            source, attn_implementation=TRAINING, dtype=torch.float32, **kwargs
+    kind, pad = getattr(transformers, auto_class), kwargs.pop("pad_token_id", None)
+    renewed = new_head and answers_others(load_config(source), kwargs)
+    with foreign(f"model: {name!r} could not be loaded"):
+        model = kind.from_pretrained(
+            source,
+            attn_implementation=TRAINING,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=renewed,
+            **kwargs,
         )
-    except (OSError, ValueError) as error:
-        raise UserError(f"model: {name!r} could not be loaded: {_first_line(error)}") from error
+    if renewed:
+        renew_head(model)
+    if model.config.pad_token_id is None:
+        # The position that a classifier reads is found by it.
+        model.config.pad_token_id = pad
     if auto_class == "AutoModelForCausalLM" and not (family_of(model).causal or model.config.is_decoder):
         raise UserError(f"model: {name!r} sees later tokens, which a causal language model must not; give a decoder")
     quicken(model)
     return model
+
+
+def answers_others(config: Any, wanted: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint's head answers another question than the one that is `wanted`."""
+    if "num_labels" not in wanted:
+        return False
+    labels = list(wanted.get("id2label", {}).values())
+    return config.num_labels != wanted["num_labels"] or other_labels(config, labels)
 
 
 def load_empty(name: str, auto_class: str, **kwargs: Any) -> nn.Module:
@@ -97,16 +145,13 @@ def load_empty(name: str, auto_class: str, **kwargs: Any) -> nn.Module:
     import transformers
 
     register()
-    try:
-        config = transformers.AutoConfig.from_pretrained(resolve(name), **kwargs)
-        with torch.device("meta"):
-            return getattr(transformers, auto_class).from_config(config, attn_implementation=TRAINING)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model: {name!r} could not be loaded: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    pad = kwargs.pop("pad_token_id", None)
+    config = load_config(resolve(name), **kwargs)
+    config.pad_token_id = pad if config.pad_token_id is None else config.pad_token_id
+    with foreign(f"model: {name!r} could not be built"), torch.device("meta"):
+        return getattr(transformers, auto_class).from_config(
+            config, attn_implementation=TRAINING, trust_remote_code=False
+        )
 
 
 def replace(model: nn.Module, path: str, new: nn.Module) -> None:

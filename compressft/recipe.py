@@ -8,10 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     PositiveInt,
     SerializeAsAny,
@@ -26,6 +24,8 @@ from compressft.methods import METHODS
 from compressft.methods.full import Full
 from compressft.objectives import OBJECTIVES
 from compressft.passes import PASSES
+from compressft.strict import Strict
+from compressft.strict_yaml import write_yaml
 from compressft.transform import Transform
 
 TaskType = Literal["sequence-classification", "regression", "token-classification", "causal-lm"]
@@ -35,14 +35,7 @@ TaskType = Literal["sequence-classification", "regression", "token-classificatio
 TEACHABLE = ("sequence-classification", "token-classification")
 
 
-class Part(BaseModel):
-    """Base of the recipe's parts: unknown fields are refused."""
-
-    # Infinite numbers would come back from the written recipe as null.
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class AugmentConfig(Part):
+class AugmentConfig(Strict):
     """Rewritten copies of the training rows, without labels (`data/augment.py`): how many per row, and how.
 
     `mask`, `replace` and `drop` are probabilities per word, `crop` is one per copy.
@@ -61,7 +54,7 @@ class AugmentConfig(Part):
         return self
 
 
-class DataConfig(Part):
+class DataConfig(Strict):
     """Where the rows come from. Give `sample` (shipped), `train` (a file or several) or `dataset` (a hub id, with
     the `subset` it may want, such as "sst2" of "glue").
 
@@ -103,7 +96,7 @@ class DataConfig(Part):
         return self
 
 
-class TrainConfig(Part):
+class TrainConfig(Strict):
     """How a stage trains. `precision` "auto" is bf16 autocast where the hardware computes in it, else fp32."""
 
     epochs: float = Field(default=3.0, gt=0)
@@ -127,15 +120,12 @@ class TrainConfig(Part):
     @field_validator("save", mode="before")
     @classmethod
     def _save(cls, value: Any) -> Any:
-        if value is False:
-            # YAML reads a bare `no` as false.
-            return "no"
         if value in ("epoch", "no") or (type(value) is int and value >= 1):
             return value
         raise ValueError(f"wants 'epoch', 'no' or a number of steps, at least 1; got {value!r}")
 
 
-class Stage(Part):
+class Stage(Strict):
     """One training run: a method, any objectives, any passes."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
@@ -178,7 +168,7 @@ class Stage(Part):
         return self
 
 
-class ExportConfig(Part):
+class ExportConfig(Strict):
     """The ONNX file, and how far it may be from the trained model before the run fails.
 
     `label_agreement`: least fraction of rows with the trained model's label. `metric_drop`: largest loss of the task's
@@ -196,10 +186,10 @@ class ExportConfig(Part):
     latency_rounds: int = Field(default=3, ge=1)
 
 
-class Recipe(Part):
-    """A whole run."""
+class Recipe(Strict):
+    """A whole run. Its `name` is also a folder's, below `runs/`: letters, digits and `. _ -` or blanks between them."""
 
-    name: str
+    name: str = Field(pattern=r"^\w([\w. -]{0,98}\w)?$")
     description: str = ""
     model: str
     task: TaskType = "sequence-classification"
@@ -233,7 +223,7 @@ class Recipe(Part):
 
     def to_yaml(self) -> str:
         """The fully resolved recipe."""
-        return yaml.safe_dump(json.loads(self.model_dump_json()), sort_keys=False, allow_unicode=True, width=110)
+        return write_yaml(json.loads(self.model_dump_json()))
 
     @property
     def hash(self) -> str:
@@ -259,7 +249,7 @@ def parse_transform(value: Any, registry: Mapping[str, type[Transform]], kind: s
     if not isinstance(value, Mapping):
         raise ValueError(f"{kind} wants a name or a mapping with `type`; got {value!r}")
     name: Any = value.get("type")
-    if name not in registry:
+    if not isinstance(name, str) or name not in registry:
         allowed = ", ".join(sorted(registry))
         raise ValueError(f"{kind} {name!r} is not known; allowed: {allowed}{nearest(str(name), registry)}")
     try:

@@ -15,8 +15,10 @@ from compressft.errors import UserError
 from compressft.export import export
 from compressft.export.verify import model_logits
 from compressft.folder import RunFolder, open_folder
+from compressft.foreign import load_config
+from compressft.labels import in_order_of
 from compressft.memory import keep_freed_memory
-from compressft.model import load_tokenizer
+from compressft.model import load_tokenizer, resolve
 from compressft.quiet import quiet_libraries
 from compressft.recipe import Recipe
 from compressft.report import load_metrics, write_report
@@ -117,7 +119,8 @@ def load_task(recipe: Recipe, tokenizer: Any) -> tuple[Task, Splits]:
     """The recipe's rows, and its task with the labels that occur in train."""
     kind = TASKS[recipe.task]
     splits = load_splits(recipe.data, kind.fields, tokenizer.mask_token)
-    return make_task(recipe.task, tokenizer, recipe.data.max_length, kind.labels_of(splits.train)), splits
+    labels = in_order_of(kind.labels_of(splits.train), load_config(resolve(recipe.model)))
+    return make_task(recipe.task, tokenizer, recipe.data.max_length, labels), splits
 
 
 def model_info(recipe: Recipe, task: Task) -> dict[str, Any]:

@@ -23,8 +23,19 @@ from compressft.export.table import Deployment, measure_reference, measure_table
 from compressft.export.verify import model_logits
 from compressft.flops import FLOPS_LENGTH, flops
 from compressft.folder import RunFolder
+from compressft.foreign import load_config
+from compressft.labels import reorder
 from compressft.measure import peak_memory
-from compressft.model import checkpoint_activations, count, live_weights, load_model, load_tokenizer
+from compressft.model import (
+    answers_others,
+    checkpoint_activations,
+    count,
+    head_parameters,
+    live_weights,
+    load_model,
+    load_tokenizer,
+    resolve,
+)
 from compressft.passes.int8 import Int8
 from compressft.recipe import Recipe, Stage
 from compressft.shrink import shapes
@@ -53,7 +64,10 @@ def train_stages(
     from transformers import set_seed
 
     set_seed(recipe.stages[0].train.seed)
-    model = load_model(recipe.model, task.auto_class, **task.model_arguments())
+    model = load_model(recipe.model, task.auto_class, new_head=True, **task.model_arguments())
+    if answers_others(load_config(resolve(recipe.model)), task.model_arguments()) and head_parameters(model):
+        console.print(f"{recipe.model}: its head, if it has one, is for other labels; a new one is trained")
+    check_vocabulary(recipe.model, model, task.tokenizer)
     folder.check_space(sum(p.numel() * p.element_size() for p in model.parameters()))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base = {"shapes": shapes(model), "parameters": count(model)["total"], "flops": flops(model, FLOPS_LENGTH)}
@@ -77,6 +91,20 @@ def train_stages(
                 rows.retokenise(tokenizer)
         records.append(record)
     return model.cpu().eval(), rows.task, records
+
+
+def check_vocabulary(name: str, model: Any, tokenizer: Any) -> None:
+    """Refuse a tokenizer whose pieces have no row in the model's table.
+
+    Raises:
+        UserError: it knows more than the model.
+    """
+    table = model.get_input_embeddings()
+    if len(tokenizer) > table.num_embeddings:
+        raise UserError(
+            f"model: the tokenizer of {name!r} knows {len(tokenizer)} pieces, the model {table.num_embeddings}; "
+            "resize its embeddings and save it again"
+        )
 
 
 def check_positions(recipe: Recipe, model: nn.Module, rows: StageRows) -> None:
@@ -283,19 +311,51 @@ def unchanged(step: str, before: Sequence[Any], after: Sequence[Any]) -> None:
         )
 
 
+def refuse_reader(teacher: Any, name: str, tokenizer: Any, who: str) -> None:
+    """Refuse a teacher to whom the student's token ids say other words.
+
+    Raises:
+        UserError: its tokenizer is another; or it has none, and its table another number of rows.
+    """
+    try:
+        own = load_tokenizer(name).get_vocab()
+    except UserError:
+        if teacher.get_input_embeddings().num_embeddings >= len(tokenizer):
+            return
+        own = {}
+    if any(own.get(piece) != number for piece, number in tokenizer.get_vocab().items()):
+        raise UserError(f"{who} has another tokenizer, and would read other words; take a teacher of the same one")
+
+
+def _fit_teacher(teacher: Any, name: str, task: Task, tokenizer: Any) -> None:
+    """Refuse a teacher who reads or answers otherwise than the student; bring its labels into the task's order.
+
+    Args:
+        tokenizer: the one that the student began with; what cuts it takes care of its teachers.
+    """
+    who = f"objective distill.teacher: {name!r}"
+    labels = task.model_arguments().get("num_labels")
+    if labels is not None and teacher.config.num_labels != labels:
+        raise UserError(f"{who} has {teacher.config.num_labels} labels, the task has {labels}")
+    if task.labels:
+        reorder(teacher, task.labels, who)
+    refuse_reader(teacher, name, tokenizer, who)
+    places = positions(teacher)
+    if places is not None and places < task.max_length:
+        raise UserError(
+            f"{who} has {places} positions, fewer than data.max_length; set that to {places}, or take another teacher"
+        )
+
+
 def teacher_loader(recipe: Recipe, folder: RunFolder, task: Task, model: nn.Module) -> Callable[[str], nn.Module]:
     """Loads a teacher: a finished stage by name, else a folder or hub id trained for the same labels."""
 
     def load(name: str) -> nn.Module:
         if any(stage.name == name for stage in recipe.stages):
-            teacher: Any = load_compressed(folder.stage(name), verify=False)
+            teacher: Any = load_compressed(folder.stage(name))
         else:
-            teacher = load_model(name, task.auto_class)
-            if getattr(teacher.config, "num_labels", None) != getattr(model.config, "num_labels", None):
-                raise UserError(
-                    f"objective distill.teacher: {name!r} has {teacher.config.num_labels} labels, "
-                    f"the task has {len(task.labels)}"
-                )
+            teacher = load_model(name, task.auto_class, pad_token_id=task.tokenizer.pad_token_id)
+            _fit_teacher(teacher, name, task, load_tokenizer(recipe.model))
         return teacher.to(next(model.parameters()).device)
 
     return load

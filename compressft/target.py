@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import nn
 
 from compressft.anatomy import anatomy
 from compressft.costs import CostTable, Precision, Shape, counted
 from compressft.errors import UserError
+from compressft.strict import Strict
 
 if TYPE_CHECKING:
     from compressft.transform import Context
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 KINDS = ("latency_ms", "speedup", "parameters", "bytes", "sparsity")
 
 
-class Target(BaseModel):
+class Target(Strict):
     """How small or fast the model has to become: exactly one of the five quantities.
 
     Fields: `latency_ms`: median milliseconds of the exported model at `batch` x `length` on this machine.
@@ -27,8 +28,6 @@ class Target(BaseModel):
     `sparsity`: fraction of the heads' and FFN neurons' weights to remove, in [0, 1). `precision`: arithmetic of the
     model that ships, for `latency_ms`, `speedup` and `bytes`; None: what the recipe ends with.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     latency_ms: float | None = Field(default=None, gt=0)
     speedup: float | None = Field(default=None, ge=1)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +175,10 @@ class CompressionTrainer(Trainer):
             ranks.average_gradients(self.model)  # type: ignore[arg-type]
         return loss
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with _python_files():
+            super()._save_checkpoint(*args, **kwargs)
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As the Trainer's, but it draws no random number: a checkpoint of the same step may be written before it."""
         with torch.random.fork_rng(devices=[]):
@@ -229,6 +235,24 @@ class CompressionTrainer(Trainer):
         sampler = LengthGroupedSampler([len(f["input_ids"]) for f in features], step_size, self.args.seed)
         loader = DataLoader(features, batch_size=batch_size, sampler=sampler, collate_fn=self.data_collator)
         return self.accelerator.prepare(loader)
+
+
+@contextmanager
+def _python_files() -> Iterator[None]:
+    """Inside, `torch.save` writes through Python, which says why a write fails; its own writer forgets the reason."""
+    save = torch.save
+
+    def through_python(value: Any, target: Any, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(target, str | os.PathLike):
+            return save(value, target, *args, **kwargs)
+        with open(target, "wb") as file:
+            save(value, file, *args, **kwargs)
+
+    torch.save = through_python
+    try:
+        yield
+    finally:
+        torch.save = save
 
 
 def training_arguments(config: TrainConfig, output: Path, device: str, dtype: torch.dtype | None) -> TrainingArguments:

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
-
 from compressft.errors import UserError
+from compressft.strict import Strict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -118,15 +117,13 @@ class Context:
 REMOVES, METHOD, OBJECTIVE, WEIGHTS, PARTS, QUANTISES = range(-10, 50, 10)
 
 
-class Transform(BaseModel):
+class Transform(Strict):
     """Base of every method, objective and pass: its own configuration (the fields a recipe may set) plus five hooks.
 
     Instances are frozen: all tensor state lives in the model as parameters and buffers, so the checkpoint is the state
     dict. `after_step` is also called once before the first step (with the starting progress and no gradients), which
     makes everything that depends on progress right after a resume.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     type: str
     needs_hidden_states: ClassVar[bool] = False

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from compressft.checkpoint import base_tensors, load_delta, plain_state, read_manifest
 from compressft.codes import Code, decode, encode
 from compressft.errors import UserError
+from compressft.foreign import foreign
 from compressft.model import content_hash
 
 KIND = "task_vector"
@@ -160,14 +161,11 @@ def load(path: str | Path) -> TaskVector:
     Raises:
         UserError: the file is not there, or is not a task vector.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata: Any = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: is no readable safetensors file: {error}") from error
+    with foreign(f"{path}: is no readable safetensors file"), safe_open(path, framework="pt") as file:
+        metadata: Any = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if metadata.get("kind") != KIND:
         raise UserError(f"{path}: is not a task vector; give a file that TaskVector.save wrote")
     changes: dict[str, dict[str, Tensor]] = {}

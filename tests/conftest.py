@@ -6,12 +6,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from hypothesis import settings
 
 from tests.budget import Budget
 from tests.command_line import call  # noqa: F401 - a fixture for all
 from tests.share import Share
 
 torch.set_num_threads(1)
+# The same inputs every time: a found one stays found, and a busy machine fails nothing.
+settings.register_profile("tests", derandomize=True, deadline=None, database=None)
+settings.load_profile("tests")
 
 
 def pytest_addoption(parser):

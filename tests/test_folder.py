@@ -1,6 +1,8 @@
 """The run directory: who may write there, what a checkpoint must be, what the log forgets."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -141,13 +143,18 @@ def test_space_is_checked(tmp_path):
             folder.check_space(2**60)
 
 
-def test_failure_on_a_full_disk_is_the_users_to_fix(tmp_path, monkeypatch):
-    """Whatever exception a library raises when a write fails; with space left, the exception stays itself."""
+def test_failure_on_a_full_disk_is_the_users_to_fix(tmp_path):
+    """The cause is read wherever it stands in what a library raises; another error stays itself."""
     with pytest.raises(RuntimeError, match="unexpected pos"), RunFolder(tmp_path / "a", recipe(), resume=False):
         raise RuntimeError("unexpected pos 1 vs 0")
-    monkeypatch.setattr("compressft.folder.FULL_DISK", 2**62)
-    with pytest.raises(UserError, match="no space left on the disk"), RunFolder(tmp_path / "b", recipe(), resume=False):
-        raise RuntimeError("unexpected pos 1 vs 0")
+    for number, said in ((errno.ENOSPC, "No space left on device"), (errno.EIO, "Input/output error")):
+        with pytest.raises(UserError, match=f"{said}; .*--resume"), RunFolder(tmp_path / "b", recipe(), resume=True):
+            try:
+                raise OSError(number, os.strerror(number))
+            finally:
+                raise RuntimeError("unexpected pos 1 vs 0")
+    with pytest.raises(UserError, match="No space left"), RunFolder(tmp_path / "b", recipe(), resume=True):
+        raise ValueError("Error while serializing: I/O error: No space left on device (os error 28)")
     with RunFolder(tmp_path / "b", recipe(), resume=True):
         pass
 

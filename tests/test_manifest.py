@@ -32,7 +32,7 @@ def changed(written, tmp_path):
         for path in (written / which).iterdir():
             (tmp_path / path.name).symlink_to(path)
         file = tmp_path / "compressft.json"
-        values = {**json.loads(file.read_text()), **changes}
+        values = {**json.loads(file.read_text()), "hash": None, **changes}
         file.unlink()
         file.write_text(json.dumps({name: value for name, value in values.items() if value is not None}))
         return tmp_path

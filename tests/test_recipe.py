@@ -482,7 +482,7 @@ def others(model: type[BaseModel], name: str, value: Any) -> list[Any]:
     texts = ["q", "adapter", "2:4", "1e3", f"{value}x"]
     lists: list[Any] = [["q"], ["heads"], [[1, 8]], [[1, 1]], {"text": "t"}, {"speedup": 2.0}, {"speedup": 3.0}]
     lists += [{"copies": 2.0}, {"peft_type": "IA3"}]
-    return [other for other in [*words, *texts, *lists, 1, 2, 0.5] if other != value]
+    return [other for other in [*words, *texts, *lists, 1, 2, 0.5, True, False] if other != value]
 
 
 def settings(recipe: Recipe) -> list[tuple[tuple[Any, ...], BaseModel]]:

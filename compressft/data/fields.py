@@ -45,8 +45,29 @@ class Fields:
             return number
         if name in ("tokens", "tags"):
             if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
-                raise UserError(f"data: {place}: {name} wants a list of strings; got {value!r}")
+                raise UserError(f"data: {place}: {name} wants a list of strings; got {_shown(value)}")
             return value
-        if isinstance(value, dict | list):
-            raise UserError(f"data: {place}: {name} wants a string; got {type(value).__name__}")
+        if name == self.label:
+            return _class_name(name, value, place)
+        if not isinstance(value, str):
+            raise UserError(f"data: {place}: {name} wants text; got {_shown(value)}")
+        return value
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a cell has no value: null, or the number that is none, which others write for it."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _class_name(name: str, value: Any, place: str) -> str:
+    """A class by its name; a whole number names one too, the same as a fraction's type may hold it."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, str | int):
         return str(value)
+    raise UserError(f"data: {place}: {name} wants text or a whole number; got {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:60] + '...'}"

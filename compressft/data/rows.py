@@ -5,12 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from compressft.errors import UserError, nearest
+from compressft.foreign import foreign
+from compressft.texts import parse_json, read_text
 
 Row = dict[str, Any]
 ROW_KEY = "__row__"
@@ -37,29 +40,20 @@ def read_rows(path: str | Path) -> list[Row]:
     return rows
 
 
-def _text(path: Path) -> str:
-    raw = path.read_bytes()
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise UserError(f"data: {path}:{line}: is not UTF-8 (byte {error.start}); save the file as UTF-8") from None
-
-
 def _jsonl(path: Path) -> list[Row]:
     rows = []
-    text = _text(path)
+    text = read_text(path, "data: ")
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            row = parse_json(line, f"data: {path}:{number}")
+        except UserError:
             if line.strip() in ("[", "{") or _is_json(text):
                 raise UserError(
                     f"data: {path}:{number}: is JSON over several lines; wants one JSON object per line"
                 ) from None
-            raise UserError(f"data: {path}:{number}: is not JSON: {error.msg} (column {error.colno})") from None
+            raise
         if not isinstance(row, dict):
             raise UserError(f"data: {path}:{number}: wants one JSON object per line; got {type(row).__name__}")
         _refuse_half_characters(row, line, f"{path}:{number}")
@@ -69,8 +63,8 @@ def _jsonl(path: Path) -> list[Row]:
 
 def _is_json(text: str) -> bool:
     try:
-        json.loads(text)
-    except json.JSONDecodeError:
+        parse_json(text, "")
+    except UserError:
         return False
     return True
 
@@ -90,26 +84,50 @@ def _refuse_half_characters(row: Row, line: str, place: str) -> None:
 
 
 def _csv(path: Path) -> list[Row]:
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    # newline="": fields may hold line breaks of their own, also Unicode's.
-    reader = csv.DictReader(io.StringIO(_text(path), newline=""), delimiter=delimiter)
-    rows = []
+    delimiter, text = "\t" if path.suffix.lower() == ".tsv" else ",", read_text(path, "data: ")
+    # A cell may be as long as it likes.
+    csv.field_size_limit(2**31 - 1)
+    # newline="": fields may hold line breaks of their own, also Unicode's. Strict: a lone quote would swallow rows.
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    lines = re.split("\r\n|\n|\r", text) if '"' in text else []
+    rows: list[Row] = []
+    line = 1
     try:
-        for row in reader:
-            if None in row or None in row.values():
+        header = next(reader, [])
+        _refuse_double(header, f"{path}:1")
+        line = reader.line_num + 1
+        for cells in reader:
+            if cells and len(cells) != len(header):
                 raise UserError(f"data: {path}:{reader.line_num}: has another number of columns than the header")
+            spanned = lines[line - 1 : reader.line_num]
+            if len(spanned) > 1 and all(part.count(delimiter) == len(header) - 1 for part in spanned):
+                raise UserError(
+                    f"data: {path}:{line}: a quote makes one row of {len(spanned)} lines that are rows by themselves; "
+                    'double a quote that belongs to the text (""), and put its cell in quotes'
+                )
             # An empty cell is CSV's only way to say that there is no value.
-            rows.append({key: value or None for key, value in row.items()} | {ROW_KEY: f"{path}:{reader.line_num}"})
+            row = {key: cell or None for key, cell in zip(header, cells, strict=False)}
+            rows += [row | {ROW_KEY: f"{path}:{line}"}] if cells else []
+            line = reader.line_num + 1
     except csv.Error as error:
-        raise UserError(f"data: {path}:{reader.reader.line_num}: is not CSV: {error}") from None
+        raise UserError(
+            f"data: {path}:{line}: is not CSV from this line on: {error}; "
+            'write a cell that has quotes in quotes, each of its own doubled ("")'
+        ) from None
     return rows
+
+
+def _refuse_double(names: list[str], place: str) -> None:
+    double = sorted({name for name in names if names.count(name) > 1})
+    if double:
+        raise UserError(f"data: {place}: column {double[0]!r} is there twice; name them apart")
 
 
 def _paragraphs(path: Path) -> list[Row]:
     """Running text: a row for each run of lines between blank ones."""
     rows: list[Row] = []
     inside = False
-    for number, line in enumerate(_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path, "data: ").splitlines(), 1):
         if line.strip() and inside:
             rows[-1]["text"] += f"\n{line}"
         elif line.strip():
@@ -119,14 +137,29 @@ def _paragraphs(path: Path) -> list[Row]:
 
 
 def _parquet(path: Path) -> list[Row]:
-    import pyarrow
     import pyarrow.parquet
 
-    try:
+    with foreign(f"data: {path}: is not Parquet"):
         table = pyarrow.parquet.read_table(path)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise UserError(f"data: {path}: is not Parquet: {' '.join(str(error).split())}") from None
-    return [row | {ROW_KEY: f"{path}:{number}"} for number, row in enumerate(table.to_pylist(), 1)]
+        rows = table.to_pylist()
+    _refuse_double(table.column_names, str(path))
+    for number, row in enumerate(rows, 1):
+        for column, value in row.items():
+            # Old writers do not say that their bytes are text.
+            row[column] = _decoded(value, f"data: {path}:{number}: column {column!r}")
+        row[ROW_KEY] = f"{path}:{number}"
+    return rows
+
+
+def _decoded(value: Any, where: str) -> Any:
+    if isinstance(value, list):
+        return [_decoded(item, where) for item in value]
+    if not isinstance(value, bytes):
+        return value
+    try:
+        return value.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: bytes that are not UTF-8 (byte {error.start}); write text") from None
 
 
 READERS: dict[str, Callable[[Path], list[Row]]] = {

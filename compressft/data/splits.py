@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from compressft.data.augment import rewritten
-from compressft.data.fields import Fields
+from compressft.data.fields import Fields, is_missing
 from compressft.data.rows import ROW_KEY, Row, hub_rows, read_rows, sample_files
 from compressft.errors import UserError, nearest
 
@@ -127,7 +127,8 @@ def canonical_rows(rows: Sequence[Row], columns: dict[str, str], fields: Fields)
     for row in rows:
         new = {ROW_KEY: row[ROW_KEY]}
         for name, column in used.items():
-            if row.get(column) is None:
+            value = row.get(column)
+            if is_missing(value) or (isinstance(value, str) and not value.strip()):
                 raise UserError(f"data: {row[ROW_KEY]}: column {column!r} is empty")
             new[name] = fields.convert(name, row[column], row[ROW_KEY])
         result.append(new)

@@ -41,6 +41,7 @@ class Task(ABC):
     def model_arguments(self) -> dict[str, Any]:
         """Arguments of `from_pretrained` that give the model its head."""
         return {
+            "pad_token_id": self.tokenizer.pad_token_id,
             "num_labels": len(self.labels),
             "id2label": dict(enumerate(self.labels)),
             "label2id": dict(self.label_ids),
@@ -127,7 +128,7 @@ class Regression(Task):
     metric = "pearson"
 
     def model_arguments(self) -> dict[str, Any]:
-        return {"num_labels": 1, "problem_type": "regression"}
+        return {"pad_token_id": self.tokenizer.pad_token_id, "num_labels": 1, "problem_type": "regression"}
 
     def encode(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
         features = self._tokenise(rows)

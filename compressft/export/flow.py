@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -14,12 +13,11 @@ from rich.console import Console
 from torch import nn
 
 from compressft.checkpoint import (
-    MANIFEST,
-    hash_files,
     load_compressed,
     read_manifest,
     save_compressed,
     write_atomically,
+    write_manifest,
 )
 from compressft.data import Splits, Task, make_task
 from compressft.errors import VerificationError
@@ -67,7 +65,7 @@ def export(recipe: Recipe, root: Path, splits: Splits, console: Console) -> dict
     # A run of one stage without passes ships its baseline: no need to evaluate it twice.
     dense_ships = baseline is not None and baseline.name == recipe.stages[-1].name
     if baseline is not None and not dense_ships:
-        dense = load_compressed(baseline, verify=False)
+        dense = load_compressed(baseline)
         # Its vocabulary may be larger than that of the model that ships.
         own = make_task(recipe.task, load_tokenizer(str(baseline)), recipe.data.max_length, manifest["labels"])
         features = own.encode(getattr(splits, split))
@@ -189,9 +187,9 @@ def write_onnx(
     save(graph, target / "model.onnx")
     tokenizer.save_pretrained(target)
     model.config.save_pretrained(target)  # type: ignore[union-attr, operator]
-    info = {"format": 1, "kind": "onnx", **{key: manifest[key] for key in SHIPPED_FIELDS}, "shapes": shapes(model)}
-    info |= {"modules": sorted({entry["kind"] for entry in describe(model).values()}), "files": hash_files(target)}
-    (target / MANIFEST).write_text(json.dumps(info, indent=1), encoding="utf-8")
+    kinds = sorted({entry["kind"] for entry in describe(model).values()})
+    info = {**{key: manifest[key] for key in SHIPPED_FIELDS}, "shapes": shapes(model), "modules": kinds}
+    write_manifest(target, "onnx", info)
 
 
 def sample_batch(task: Task, encoded: Mapping[str, list[dict[str, Any]]]) -> dict[str, torch.Tensor]:
@@ -231,9 +229,9 @@ def measure(
     with tempfile.TemporaryDirectory(dir=root) as scratch:
         dense_folder = baseline or Path(scratch) / "dense"
         if baseline is None:
-            dense = load_model(recipe.model, task.auto_class, **task.model_arguments())
+            dense = load_model(recipe.model, task.auto_class, new_head=True, **task.model_arguments())
             save_compressed(dense, None, dense_folder, {})
-        dense = load_compressed(dense_folder, verify=False)
+        dense = load_compressed(dense_folder)
         base_file = Path(scratch) / "base.onnx"
         save(to_graph(dense, sample_batch(task, encoded), tidy=False), base_file)
         models = {

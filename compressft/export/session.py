@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from compressft.data.tasks import Task
+from compressft.foreign import foreign
 
 
 def open_session(model: str | Path | bytes, threads: int | None = None, exact: bool = False) -> Any:
@@ -29,7 +30,8 @@ def open_session(model: str | Path | bytes, threads: int | None = None, exact: b
     if threads:
         options.intra_op_num_threads = threads
     source = model if isinstance(model, bytes) else str(model)
-    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    with foreign(f"{'the model' if isinstance(model, bytes) else model}: onnxruntime cannot open it"):
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
 def session_logits(session: Any, task: Task, features: Sequence[Mapping[str, Any]], batch: int) -> list[np.ndarray]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from compressft.checkpoint import read_manifest
 from compressft.errors import UserError, nearest
+from compressft.foreign import load_config
 from compressft.formats import own, peft
 from compressft.formats.adapterhub import arrange, head
 from compressft.formats.adapterhub.names import FUSION_CONFIG
@@ -111,11 +112,11 @@ def _load(name: str, needs: Needs, folder: Path) -> nn.Module:
         return load_model(name, needs.architecture, **needs.arguments)
     except AttributeError:
         raise UserError(f"{folder}: wants a {needs.architecture}, which this transformers does not have") from None
-    except RuntimeError:
-        raise UserError(
-            f"--base: its head has other shapes than the adapter's; give {name!r} without its head"
-        ) from None
     except UserError as error:
+        if isinstance(error.__cause__, RuntimeError):
+            raise UserError(
+                f"--base: its head has other shapes than the adapter's; give {name!r} without its head"
+            ) from None
         raise UserError(f"--base: {error}") from None
 
 
@@ -125,11 +126,7 @@ def _refuse_family(name: str, architecture: str) -> None:
 
     kind = getattr(transformers, architecture, None)
     wanted = getattr(getattr(kind, "config_class", None), "model_type", None)
-    try:
-        found = transformers.AutoConfig.from_pretrained(resolve(name)).model_type
-    except (OSError, ValueError):
-        # Loading the model says why.
-        return
+    found = load_config(resolve(name), "--base").model_type
     if wanted not in (None, found):
         raise UserError(
             f"{name!r} is a {found!r} model, the adapter was trained on a {wanted!r} ({architecture}); give that one"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ from compressft.adapters import ADAPTER_KEY as KEY
 from compressft.adapters import ADAPTER_TENSORS as TENSORS
 from compressft.checkpoint import share
 from compressft.errors import UserError
+from compressft.foreign import foreign, load_tensors
+from compressft.texts import parse_json, read_object
 
 __all__ = [
     "CONFIG",
@@ -39,13 +40,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise UserError(f"{path}: is missing; the folder is incomplete")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise UserError(f"{path}: is not JSON: truncated or changed") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: wants a JSON object, holds {type(found).__name__}")
-    return found
+    return read_object(path)
 
 
 def read_tensors(folder: Path, names: Sequence[str]) -> dict[str, Tensor]:
@@ -57,15 +52,10 @@ def read_tensors(folder: Path, names: Sequence[str]) -> dict[str, Tensor]:
     path = next((folder / name for name in names if (folder / name).is_file()), None)
     if path is None:
         raise UserError(f"{folder / names[0]}: is missing; the folder is incomplete")
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
+    if path.suffix == ".safetensors":
+        return load_tensors(path)
+    with foreign(f"{path}: cannot be read as tensors"):
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(f"{path}: cannot be read as tensors: {str(error).strip().splitlines()[0]}") from None
     if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
         raise UserError(f"{path}: wants tensors by name, holds something else")
     return dict(found)
@@ -82,7 +72,10 @@ def read_metadata(path: Path) -> dict[str, Any]:
             noted: Any = file.metadata() or {}
     except SafetensorError:
         return {}
-    return json.loads(noted.get(KEY, "{}"))
+    found = parse_json(noted.get(KEY, "{}"), str(path))
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: {KEY} in its header wants an object, holds {type(found).__name__}")
+    return found
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, Any] | None = None) -> None:

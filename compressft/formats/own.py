@@ -21,6 +21,8 @@ from compressft.modules.structure import describe
 from compressft.recipe import parse_recipe, parse_transform
 from compressft.shrink import resize, shapes
 from compressft.sparse import VALUES, pack, unpack
+from compressft.strict_yaml import read_yaml
+from compressft.texts import read_text
 from compressft.transform import Transform
 
 FORMAT = 1
@@ -150,7 +152,6 @@ def read_delta(base: nn.Module, folder: Path) -> Settled:
     entry = read_manifest(folder, "delta")
     if "layers_hash" not in entry:
         raise UserError(f"{folder / MANIFEST}: was written before adapters could be read; train it again")
-    verify_files(folder, entry["files"])
     tensors = plain_state(base)[0]
     packed = read_tensors(folder, [DELTA])
     relative = _relative(packed)
@@ -175,12 +176,10 @@ def _pretrained_hashes(base: nn.Module, tensors: Mapping[str, Tensor]) -> set[st
 
 
 def _method_of_run(folder: Path) -> Transform | None:
-    import yaml
-
     recipe = folder.parent / "recipe.yaml"
     if not recipe.is_file():
         return None
-    return parse_recipe(yaml.safe_load(recipe.read_text(encoding="utf-8")), str(recipe)).stages[-1].method
+    return parse_recipe(read_yaml(read_text(recipe), str(recipe)), str(recipe)).stages[-1].method
 
 
 def _settle(

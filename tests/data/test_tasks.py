@@ -125,7 +125,8 @@ def test_labels_are_sorted_names_and_the_model_gets_them(tokenizer):
     assert task.labels == ("a", "b")
     assert [f["labels"] for f in task.encode(rows)] == [1, 0, 1]
     assert task.collate(task.encode(rows))["labels"].dtype == torch.int64
-    assert task.model_arguments() == {"num_labels": 2, "id2label": {0: "a", 1: "b"}, "label2id": {"a": 0, "b": 1}}
+    names = {"id2label": {0: "a", 1: "b"}, "label2id": {"a": 0, "b": 1}}
+    assert task.model_arguments() == {"pad_token_id": tokenizer.pad_token_id, "num_labels": 2, **names}
 
 
 def test_text_is_tokenised_as_bert_wants_it(tokenizer):
@@ -169,7 +170,8 @@ def test_regression_labels_are_numbers(tokenizer):
     batch = task.collate(task.encode(rows))
     assert batch["labels"].dtype == torch.float32
     assert batch["labels"].tolist() == [0.5, -1.0, 2.0]
-    assert task.model_arguments() == {"num_labels": 1, "problem_type": "regression"}
+    wanted = {"pad_token_id": tokenizer.pad_token_id, "num_labels": 1, "problem_type": "regression"}
+    assert task.model_arguments() == wanted
 
 
 def test_pearson_is_the_covariance_over_the_deviations(tokenizer):

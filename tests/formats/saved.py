@@ -46,8 +46,8 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 
 def rewrite(path: Path, **changes: Any) -> None:
-    """Change fields of a JSON file; None removes one."""
-    values = {**json.loads(path.read_text()), **changes}
+    """Change fields of a JSON file; None removes one, and the hash over all goes, as older folders have none."""
+    values = {**json.loads(path.read_text()), "hash": None, **changes}
     path.write_text(json.dumps({name: value for name, value in values.items() if value is not None}))
 
 

@@ -29,7 +29,7 @@ def test_complete_last_line_without_newline_is_kept(tmp_path):
 def test_other_broken_lines_name_file_and_line(tmp_path, broken, rest):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n' + broken + "\n" + rest)
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: "):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: "):
         load_metrics(path)
 
 

@@ -17,6 +17,8 @@ from compressft_kernels import (
 from compressft_kernels.nf4 import dequantise
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tests.share import drawn
+
 BITS = pack_mask(torch.arange(5 * 7).view(5, 7) % 3 > 0)
 LAYOUT = torch.tensor([[1, 0, 1], [0, 1, 1]])
 LENGTHS = torch.tensor([4, 9])
@@ -76,7 +78,7 @@ CALLS = {
 }
 
 
-@pytest.fixture(params=CALLS)
+@pytest.fixture(params=drawn(4, CALLS))
 def call(request, random):
     function, shapes, surrogate = CALLS[request.param]
     return function, [random(*shape) for shape in shapes], surrogate
