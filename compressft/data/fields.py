@@ -38,10 +38,11 @@ class Fields:
         if name == "score":
             try:
                 number = float(value)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 number = math.nan
             if not math.isfinite(number):
-                raise UserError(f"data: {place}: score {value!r} is not a number")
+                text = repr(value)
+                raise UserError(f"data: {place}: score {text[:60]}{'...' if len(text) > 60 else ''} is not a number")
             return number
         if name in ("tokens", "tags"):
             if not isinstance(value, list) or not all(isinstance(v, str) for v in value):

@@ -196,7 +196,11 @@ def sample_batch(task: Task, encoded: Mapping[str, list[dict[str, Any]]]) -> dic
     """Two padded rows to trace with."""
     rows = next(iter(encoded.values()))[:2]
     rows = rows if len(rows) > 1 else rows * 2
-    return task.collate([{k: v for k, v in row.items() if k != "labels"} for row in rows])
+    inputs = [{k: v for k, v in row.items() if k != "labels"} for row in rows]
+    if all(len(row["input_ids"]) < 2 for row in inputs):
+        # A dimension of 1 would be taken for a constant.
+        inputs = [{k: v * 2 for k, v in row.items()} for row in inputs]
+    return task.collate(inputs)
 
 
 def blame(

@@ -24,6 +24,8 @@ from compressft.modules.tuner import ORIGIN, PeftTuner, peft_config, peft_fields
 from compressft.transform import Context
 
 BINARY = "adapter_model.bin"
+# Starts after which the base is as it was.
+LEAVE_THE_BASE = ("gaussian", "orthogonal", "eva")
 # Where a tuner's tensors are in our models and in PEFT's, and where PEFT has its copies of the base's modules.
 OURS, THEIRS, COPIES = ".delta.tuner.", "base_model.model.", ".modules_to_save.default"
 
@@ -140,6 +142,12 @@ def _config(values: Mapping[str, Any], folder: Path) -> Any:
         )
     if getattr(config, "bias", "none") != "none":
         raise UserError(f"{folder / CONFIG}: bias {config.bias!r} also trains the base's biases; 'none' is read")
+    start = getattr(config, "init_lora_weights", True)
+    if not (isinstance(start, bool) or start in LEAVE_THE_BASE):
+        raise UserError(
+            f"{folder / CONFIG}: init_lora_weights {start!r} rewrites the base that it is put on; turn the adapter "
+            "into a plain LoRA with peft (save_pretrained's path_initial_model_for_weight_conversion)"
+        )
     return config
 
 

@@ -124,7 +124,7 @@ def onnx_attention(
     """The same as one `com.microsoft::MultiHeadAttention` node; only meaningful while exporting.
 
     `attention_mask` is the (B, S) int32 padding mask. K/V heads of grouped-query models are repeated. A prefix is
-    joined to the keys and values before the node.
+    joined to the keys and values before the node. A sliding window is a bias, which the node has no attribute for.
 
     Raises:
         UserError: the model hashes its queries, which no node of onnxruntime does.
@@ -133,16 +133,16 @@ def onnx_attention(
         raise UserError("export: attention over hashed buckets (method lsh_attention) has no ONNX form; ship model/")
     batch, heads, length, head_dim = query.shape
     causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
-    bias, prefix = None, prefix_of(module)
+    bias, prefix, window = None, prefix_of(module), kwargs.get("sliding_window")
+    own, size = key.shape[2], 0
     if prefix is not None:
-        own = key.shape[2]
         key, value = prefix.joined(key, value)
         size = prefix()[0].shape[1]
         if attention_mask is not None:
             attention_mask = F.pad(attention_mask, (size, 0), value=1)
-        if causal:
-            # `unidirectional` lets query t see the first t + 1 keys, the prefix counted.
-            bias, causal = causal_bias(length, own, size, query), False
+    if causal and (prefix is not None or window is not None):
+        # `unidirectional` lets query t see the first t + 1 keys, the prefix counted.
+        bias, causal = causal_bias(query, own, size, window), False
     groups = heads // key.shape[1]
     if groups > 1:
         key = key.repeat_interleave(groups, dim=1)
@@ -160,12 +160,21 @@ def onnx_attention(
     return out.view(batch, length, heads, head_dim), None
 
 
-def causal_bias(queries: int, keys: int, size: int, like: Tensor) -> Tensor:
-    """(1, 1, T, P + S): 0 for the prefix and for own keys up to the query's place, least number for later ones."""
-    place = torch.arange(keys - queries, keys, device=like.device)[:, None]
-    later = torch.arange(-size, keys, device=like.device) > place
-    zero = torch.zeros((), dtype=like.dtype, device=like.device)
-    return torch.where(later, torch.finfo(like.dtype).min, zero)[None, None]
+def causal_bias(query: Tensor, keys: int, size: int, window: int | None = None) -> Tensor:
+    """(1, 1, T, P + S): 0 for the prefix and for own keys that a query sees, the least number for the others.
+
+    Args:
+        query: (B, H, T, D), the last T of the keys' places.
+        keys: S. size: P, always seen.
+        window: so many keys up to the query's place are seen; None: all of them.
+    """
+    place = torch.arange(keys - query.shape[2], keys, device=query.device)[:, None]
+    other = torch.arange(-size, keys, device=query.device)
+    hidden = other > place
+    if window is not None:
+        hidden = hidden | ((other >= 0) & (other <= place - window))
+    zero = torch.zeros((), dtype=query.dtype, device=query.device)
+    return torch.where(hidden, torch.finfo(query.dtype).min, zero)[None, None]
 
 
 def padding_mask(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:

@@ -298,7 +298,7 @@ def test_heads_that_stay():
 
 
 def test_causal_bias_is_aligned_with_the_last_key():
-    bias = causal_bias(2, 4, 3, torch.empty(0))
+    bias = causal_bias(torch.empty(1, 1, 2, 8), 4, 3)
     seen = (bias == 0)[0, 0].tolist()
     assert bias.shape == (1, 1, 2, 7) and seen == [[True] * 6 + [False], [True] * 7]
 

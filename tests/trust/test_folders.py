@@ -1,0 +1,77 @@
+"""One door to folders of ours: whatever was changed after it was written is named, on every way in."""
+
+import json
+import shutil
+
+import pytest
+
+from compressft.checkpoint import file_hash, load_compressed, load_delta, read_manifest, save_compressed, save_delta
+from compressft.errors import UserError
+from compressft.evaluate import evaluate
+from compressft.manifest import compare_labels, sealed
+from compressft.model import load_model
+from tests.tiny import tiny
+from tests.tiny_folder import rows_of, write_jsonl
+
+NAMED = {"num_labels": 2, "id2label": {0: "even", 1: "odd"}, "label2id": {"even": 0, "odd": 1}}
+INFO = {"task": "sequence-classification", "labels": ["even", "odd"], "max_length": 8, "columns": {}, "model": "./base"}
+OPENERS = {"model": (load_compressed, load_model), "delta": (load_delta,)}
+
+
+@pytest.fixture
+def written(tmp_path):
+    save_compressed(tiny(**NAMED), None, tmp_path / "model", INFO)
+    save_delta(tiny(**NAMED), None, {}, tmp_path / "delta", INFO)
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", OPENERS)
+def test_every_file_is_compared_by_every_way_in(written, kind):
+    folder = written / kind
+    write_jsonl(written / "rows.jsonl", rows_of())
+    for path in sorted(p for p in folder.iterdir() if p.name != "compressft.json"):
+        raw = path.read_bytes()
+        for changed in (raw[:-1] + bytes([raw[-1] ^ 1]), raw[: len(raw) // 2], b""):
+            path.write_bytes(changed)
+            for opener in (*OPENERS[kind], lambda f: evaluate(f, written / "rows.jsonl"), read_manifest):
+                with pytest.raises(UserError, match=rf"{path.name}: its hash is not the recorded one"):
+                    opener(str(folder))
+        path.write_bytes(raw)
+    read_manifest(folder)
+
+
+@pytest.mark.parametrize("kind", OPENERS)
+def test_the_manifest_is_protected_too(written, kind):
+    path = written / kind / "compressft.json"
+    values = json.loads(path.read_text())
+    for changes in ({"labels": ["odd", "even"]}, {"max_length": 9}, {"task": "regression"}, {"extra": 1}):
+        path.write_text(json.dumps({**values, **changes}))
+        with pytest.raises(UserError, match="was changed after it was written"):
+            read_manifest(written / kind)
+    # Written anew by somebody who knows how: the other file still says otherwise.
+    del values["hash"]
+    path.write_text(json.dumps(sealed({**values, "labels": ["odd", "even"]})))
+    with pytest.raises(UserError, match="label 0 is 'odd' here and 'even' in the configuration beside it"):
+        read_manifest(written / kind)
+    path.write_text(json.dumps(values))
+    read_manifest(written / kind)
+
+
+def test_labels_that_only_the_library_named_say_nothing(tmp_path):
+    entry = {"labels": ["even", "odd"]}
+    compare_labels(entry, {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}, tmp_path)
+    compare_labels(entry, {}, tmp_path)
+    compare_labels({}, {"id2label": {"0": "a"}}, tmp_path)
+    with pytest.raises(UserError, match="label 2 is 'none' here and 'x'"):
+        compare_labels(entry, {"id2label": {"0": "even", "1": "odd", "2": "x"}}, tmp_path)
+
+
+def test_a_hash_is_of_the_file_as_it_is_now(tmp_path):
+    path = tmp_path / "x"
+    path.write_text("one")
+    first = file_hash(path)
+    assert file_hash(path) == first
+    path.write_text("other")
+    assert file_hash(path) != first
+    shutil.copy(path, tmp_path / "y")
+    assert file_hash(tmp_path / "y") == file_hash(path)
