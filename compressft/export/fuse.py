@@ -97,8 +97,8 @@ def _replace(model: Any, node: Any, sources: list[Any]) -> None:
     first = sources[0]
     inputs = [first.inputs[0], weight, bias, first.inputs[2], scale, node.inputs[4], first.inputs[4], zero]
     attributes = [onnx_ir.AttrInt64("num_heads", node.attributes["num_heads"].as_int())]
-    new = onnx_ir.Node(MICROSOFT, "QAttention", inputs, attributes, num_outputs=1)
-    new.metadata_props.update(node.metadata_props)
+    name = (node.name or "").replace("MultiHeadAttention", "QAttention")
+    new = onnx_ir.Node(MICROSOFT, "QAttention", inputs, attributes, num_outputs=1, name=name)
     new.outputs[0].shape, new.outputs[0].type = node.outputs[0].shape, node.outputs[0].type
     new.outputs[0].name = f"{node.outputs[0].name}_fused"
     model.graph.insert_before(node, new)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from compressft.anatomy import anatomy
+from compressft.export.onnx import module_of
 from compressft.export.session import open_session
-
-SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 def diverging_layer(
@@ -66,9 +64,9 @@ def _layer_outputs(path: Path, names: list[str], batch: Mapping[str, Tensor], ex
     model = onnx.load(str(path))
     last: dict[str, str] = {}
     for node in model.graph.node:
-        scopes = {p.key: p.value for p in node.metadata_props}.get(SCOPES)
-        for name in ast.literal_eval(scopes) if scopes else ():
-            if name in names:
+        module = f"{module_of(node.name)}."
+        for name in names:
+            if module.startswith(f"{name}."):
                 last[name] = node.output[0]
     for output in last.values():
         model.graph.output.append(onnx.helper.make_empty_tensor_value_info(output))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import io
 import logging
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 
 from compressft.errors import UserError
 from compressft.export.pooled import compute_first_token
+
+# Where the exporter notes the modules that a node came from, outermost first.
+SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 def to_graph(model: nn.Module, inputs: dict[str, Tensor], tidy: bool = True) -> Any:
@@ -56,7 +60,33 @@ def to_graph(model: nn.Module, inputs: dict[str, Tensor], tidy: bool = True) -> 
     CommonSubexpressionEliminationPass()(graph)
     RemoveUnusedNodesPass()(graph)
     compute_first_token(graph)
+    strip(graph)
     return graph
+
+
+def strip(model: Any) -> None:
+    """Name every node after its module, "bert.encoder.layer.0.output/Add_12", and drop what the exporter noted.
+
+    Its notes are source lines and paths of the machine that exported: up to two thirds of a small file's bytes.
+    """
+    for number, node in enumerate(model.graph):
+        scopes = [scope for scope in ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))[:-1] if scope]
+        node.name = f"{scopes[-1] if scopes else ''}/{node.op_type}_{number}"
+        node.doc_string = None
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+        value.doc_string = None
+    for holder in (model.graph, model):
+        holder.metadata_props.clear()
+        holder.doc_string = None
+
+
+def module_of(name: str) -> str:
+    """The module that a node named by `strip` came from."""
+    return name.rpartition("/")[0]
 
 
 def merge_scalars(model: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import copy
 import tempfile
 from collections import defaultdict
@@ -21,8 +20,7 @@ from compressft.costs import CostTable, LayerCosts, monotone
 from compressft.errors import UserError
 from compressft.export.fold import fold
 from compressft.export.fuse import fuse_qattention
-from compressft.export.locate import SCOPES
-from compressft.export.onnx import save, to_graph
+from compressft.export.onnx import module_of, save, to_graph
 from compressft.export.pooled import computes_first_token
 from compressft.measure import hardware, usable_cores
 from compressft.modules.attention import TRAINING, register
@@ -245,11 +243,11 @@ def label_nodes(graph: Any, parts: Anatomy) -> None:
     roots = {layer.name: layer.index for layer in parts.layers}
     for number, node in enumerate(graph.graph):
         label = REST
-        for scope in ast.literal_eval(node.metadata_props.get(SCOPES, "[]")):
-            root = next((name for name in roots if scope == name or scope.startswith(name + ".")), None)
-            if root is not None:
-                first = scope[len(root) + 1 :].split(".")[0]
-                label = f"{roots[root]}.{kinds.get(first, 'layer')}"
+        module = module_of(node.name)
+        root = next((name for name in roots if f"{module}.".startswith(f"{name}.")), None)
+        if root is not None:
+            first = module[len(root) + 1 :].split(".")[0]
+            label = f"{roots[root]}.{kinds.get(first, 'layer')}"
         node.name = f"{label}|{number}"
 
 

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import onnx
 import onnxruntime
 import peft
 import pytest
@@ -80,3 +81,13 @@ def test_an_adapter_that_rewrites_its_base_is_refused(start, tmp_path):
             Adapted.from_pretrained(base, str(tmp_path / "theirs"))
     assert json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())["init_lora_weights"] == start
     assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
+
+
+def test_nothing_of_the_machine_that_exported_is_in_the_file(exported):
+    for path in filter(None, (exported("int8").path, exported("int8").fused)):
+        raw = path.read_bytes()
+        for word in (b"pkg.torch", b"stack_trace", b"site-packages", b"fx_node", b"class_hierarchy", b".py", b"/work"):
+            assert word not in raw, word
+        model = onnx.load(str(path))
+        names = [node.name for node in model.graph.node]
+        assert len(set(names)) == len(names) and any(name.startswith("bert.encoder.layer.1.") for name in names)
