@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import shlex
+import signal
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -67,6 +69,9 @@ def run(
     from compressft.report import terminal_table
     from compressft.run import run as run_recipe
 
+    # What schedulers and containers send, before and after training too.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)
     folder = output or Path("runs") / loaded.name
     try:
         report = run_recipe(loaded, folder, resume, err)
@@ -78,6 +83,10 @@ def run(
     out.print(terminal_table(report))
     shipped = f"   ONNX: {folder / 'onnx' / 'model.onnx'}" if loaded.export.enabled else ""
     out.print(f"Report: {folder / 'report' / 'report.html'}{shipped}", soft_wrap=True)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 @app.command()

@@ -16,7 +16,7 @@ class VerificationError(RuntimeError):
 
 
 class Interrupted(Exception):
-    """Training stopped by SIGINT after a checkpoint was published. Exit code 130."""
+    """Training stopped by SIGINT or SIGTERM after a checkpoint was published. Exit code 130."""
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

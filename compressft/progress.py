@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from compressft.folder import RunFolder
 
 
 class Reporter(TrainerCallback):
-    """Shows and records loss, metric, sparsity and bit width (now and target); publishes checkpoints; heeds SIGINT.
+    """Shows and records loss, metric, sparsity and bit width (now and target); publishes checkpoints; heeds signals.
 
     Args:
         offset: steps of the stages before this one, so that steps are cumulative.
@@ -42,7 +43,7 @@ class Reporter(TrainerCallback):
         self._start = time.perf_counter()
         self._progress: Progress | None = None
         self._line = 0.0
-        self._previous: Any = None
+        self._previous: dict[int, Any] = {}
         self._text = ""
 
     @property
@@ -52,7 +53,7 @@ class Reporter(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._start = time.perf_counter()
-        self._previous = _on_sigint(self._stop)
+        self._previous = _on_signals(self._stop)
         if self.console.is_terminal:
             columns = (
                 TextColumn("[bold]{task.fields[stage]}"),
@@ -151,13 +152,13 @@ class Reporter(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Stop the display and give SIGINT back; harmless when called twice."""
+        """Stop the display and give the signals back; harmless when called twice."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-            self._previous = None
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if self.interrupted:
@@ -182,9 +183,11 @@ def _amount(name: str, value: float) -> str:
     return f"{value:.0f}" if name == "bits" else f"{100 * value:.0f}%"
 
 
-def _on_sigint(handler: Callable[[int, FrameType | None], None]) -> Any:
-    """Install a handler; None where this is not the main thread."""
-    try:
-        return signal.signal(signal.SIGINT, handler)
-    except ValueError:
-        return None
+def _on_signals(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
+    """Install a handler for what stops a program, by hand or by a scheduler; the earlier ones by signal.
+
+    None of them where this is not the main thread.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}

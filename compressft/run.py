@@ -43,7 +43,7 @@ def run(recipe: Recipe, output: str | Path, resume: bool = False, console: Conso
     Raises:
         UserError: a mistake in recipe, data or directory.
         VerificationError: the exported file misses the recipe's tolerances.
-        Interrupted: stopped by SIGINT; a checkpoint was published.
+        Interrupted: stopped by SIGINT or SIGTERM; a checkpoint was published.
     """
     refuse_export(recipe)
     ranks.start()

@@ -238,7 +238,7 @@ def test_resume_of_a_finished_run_changes_nothing(recipe, reference, tmp_path, c
 
 @pytest.fixture(scope="module")
 def interrupted(recipe, tmp_path_factory) -> tuple[Path, str, int]:
-    """(directory, standard error, exit code) of a run that got SIGINT in its second stage."""
+    """(directory, standard error, exit code) of a run that a scheduler stopped (SIGTERM) in its second stage."""
     folder = tmp_path_factory.mktemp("interrupted") / "run"
     process = subprocess.Popen(
         [sys.executable, "-m", "compressft", *arguments(recipe, folder)],
@@ -248,7 +248,7 @@ def interrupted(recipe, tmp_path_factory) -> tuple[Path, str, int]:
         text=True,
     )
     wait_for(folder / "checkpoints" / f"step-{TEACHER + EVERY}", lambda: process.poll() is None)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
     stderr = process.communicate()[1]
     return folder, stderr, process.returncode
 
