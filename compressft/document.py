@@ -13,6 +13,8 @@ from compressft.texts import read_text
 
 # Where rows may come from: one of these at a time.
 SOURCES = ("sample", "dataset", "train")
+# Fields of `data` that another source's rows do not inherit.
+OF_THE_SOURCE = (*SOURCES, "subset", "validation", "test", "unlabelled", "columns", "per_class", "limit")
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -63,9 +65,12 @@ def _merge(base: Any, new: Any) -> Any:
 
 
 def _without_source(data: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """A new source of rows replaces the base's: its files, sample or hub id do not mix with it."""
+    """A new source of rows replaces the base's: its files, sample or hub id do not mix with it, nor what they left out.
+
+    How many rows were taken, and which columns, was said of the other rows.
+    """
     if any(new.get(source) is not None for source in SOURCES):
-        return {key: value for key, value in data.items() if key not in (*SOURCES, "validation", "test", "unlabelled")}
+        return {key: value for key, value in data.items() if key not in OF_THE_SOURCE}
     return data
 
 

@@ -47,9 +47,9 @@ def renew_head(model: Any) -> None:
     """Draw the head anew: what it has learnt was for other labels."""
     for module in head_layers(model):
         # Else the library takes it for loaded.
-        for parameter in module.parameters():
-            parameter.__dict__.pop("_is_hf_initialized", None)
-        module.__dict__.pop("_is_hf_initialized", None)
+        for one in (module, *module.parameters()):
+            if hasattr(one, "_is_hf_initialized"):
+                del one._is_hf_initialized
         model._init_weights(module)
 
 

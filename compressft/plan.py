@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from compressft.anatomy import anatomy
-from compressft.data import TASKS, load_splits, make_task
 from compressft.errors import UserError
 from compressft.measure import timed
 from compressft.model import load_empty, load_tokenizer
 from compressft.recipe import Recipe, Stage
+from compressft.run import load_task
 from compressft.transform import Context
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
@@ -96,9 +96,7 @@ def plan(recipe: Recipe, memory: str | None = None) -> Prediction:
     """
     budget = parse_bytes(memory) if memory else None
     tokenizer = load_tokenizer(recipe.model)
-    kind = TASKS[recipe.task]
-    splits = load_splits(recipe.data, kind.fields, tokenizer.mask_token)
-    task = make_task(recipe.task, tokenizer, recipe.data.max_length, kind.labels_of(splits.train))
+    task, splits = load_task(recipe, tokenizer)
     lengths = [len(feature["input_ids"]) for feature in task.encode(splits.train)]
     more = [len(feature["input_ids"]) for feature in task.encode_unlabelled(splits.unlabelled)]
     arguments = task.model_arguments()

@@ -55,10 +55,13 @@ def run(recipe: Recipe, output: str | Path, resume: bool = False, console: Conso
     with open_folder(output, recipe, resume) as folder:
         tokenizer = load_tokenizer(recipe.model)
         task, splits = load_task(recipe, tokenizer)
-        rows = ", ".join(
-            f"{len(split)} {name}" for name, split in vars(splits).items() if split or name != "unlabelled"
+        names = ("train", "validation", "test", *(["unlabelled"] if splits.unlabelled else []))
+        rows = ", ".join(f"{len(getattr(splits, name))} {name}" for name in names)
+        reasons = " and ".join(f"data.{name}" for name in ("per_class", "limit") if getattr(recipe.data, name))
+        left = (
+            f"; {splits.left_out} of {len(splits.known)} training rows left out ({reasons})" if splits.left_out else ""
         )
-        console.print(f"{recipe.name}: {rows} rows", highlight=False)
+        console.print(f"{recipe.name}: {rows} rows{left}", highlight=False, soft_wrap=True)
         info = model_info(recipe, task)
         model, task, stages = train_stages(recipe, folder, task, splits, info, console)
         report = ship(recipe, folder, task, splits, info, model, stages, console) if ranks.first() else None
@@ -116,10 +119,10 @@ def complete(exported: dict[str, Any], recipe: Recipe, stages: list[dict[str, An
 
 
 def load_task(recipe: Recipe, tokenizer: Any) -> tuple[Task, Splits]:
-    """The recipe's rows, and its task with the labels that occur in train."""
+    """The recipe's rows, and its task with the labels of all training rows as given."""
     kind = TASKS[recipe.task]
     splits = load_splits(recipe.data, kind.fields, tokenizer.mask_token)
-    labels = in_order_of(kind.labels_of(splits.train), load_config(resolve(recipe.model)))
+    labels = in_order_of(kind.labels_of(splits.known), load_config(resolve(recipe.model)))
     return make_task(recipe.task, tokenizer, recipe.data.max_length, labels), splits
 
 

@@ -504,6 +504,15 @@ def settings(recipe: Recipe) -> list[tuple[tuple[Any, ...], BaseModel]]:
 TOGETHER = {"variant", "rounding", "decide"}
 
 
+def test_another_source_inherits_nothing_of_the_first_ones_rows(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("extends: banking77-edge\nname: own\ndata: {train: rows.jsonl}\n")
+    for data in (load_recipe(path).data, load_recipe("banking77-edge", ["data.train=rows.jsonl"]).data):
+        assert (data.train, data.sample, data.per_class, data.limit) == ("rows.jsonl", None, None, None)
+        assert data.max_length == 64, "what is no sampling stays"
+    assert load_recipe("banking77-edge", ["data.train=rows.jsonl", "data.per_class=5"]).data.per_class == 5
+
+
 def test_hash_changes_with_every_field():
     """Each in a recipe of its own stage behind the first one, so that the number of stages does not multiply."""
     whole = full()

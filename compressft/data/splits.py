@@ -21,13 +21,21 @@ if TYPE_CHECKING:
 class Splits:
     """Rows with canonical keys (`text`, `label`, ...). `test` may be empty: the report then uses validation.
 
-    `unlabelled` rows have inputs alone.
+    `unlabelled` rows have inputs alone. `known` are the training rows as they were given, before any were set aside or
+    left out: which labels there are is theirs to say.
     """
 
     train: list[Row]
     validation: list[Row]
     test: list[Row]
     unlabelled: list[Row] = field(default_factory=list)
+    known: list[Row] = field(default_factory=list)
+
+    @property
+    def left_out(self) -> int:
+        """Training rows as given that nothing is trained or validated on."""
+        used = {row[ROW_KEY] for row in (*self.train, *self.validation)}
+        return sum(row[ROW_KEY] not in used for row in self.known)
 
     @property
     def report_split(self) -> str:
@@ -48,10 +56,11 @@ def load_splits(config: DataConfig, fields: Fields, mask: str | None = None) -> 
     raw = _raw(config)
     splits = {name: canonical_rows(rows, config.columns, fields) for name, rows in raw.items()}
     train, validation, test = splits["train"], splits.get("validation", []), splits.get("test", [])
+    given = train
     if not validation:
         train, validation = carve(train, config.validation_fraction, fields.label, config.seed)
     if fields.label:
-        known = {row[fields.label] for row in train}
+        known = {row[fields.label] for row in given}
         for row in (*validation, *test):
             if row[fields.label] not in known:
                 raise UserError(f"data: {row[ROW_KEY]}: label {row[fields.label]!r} does not occur in train")
@@ -59,12 +68,7 @@ def load_splits(config: DataConfig, fields: Fields, mask: str | None = None) -> 
         train = balanced(train, config.per_class, fields.label, config.seed)
     if config.limit:
         train, validation, test = (_limited(rows, config.limit, config.seed) for rows in (train, validation, test))
-        if fields.label:
-            # A few rows cannot hold all labels; those of the validation and test rows must still be known.
-            known = {row[fields.label] for row in train}
-            validation = [row for row in validation if row[fields.label] in known] or train[: max(config.limit // 4, 1)]
-            test = [row for row in test if row[fields.label] in known]
-    return Splits(train, validation, test, _unlabelled(config, fields, train, mask))
+    return Splits(train, validation, test, _unlabelled(config, fields, train, mask), given)
 
 
 def _unlabelled(config: DataConfig, fields: Fields, train: list[Row], mask: str | None) -> list[Row]:

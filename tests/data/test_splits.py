@@ -265,7 +265,10 @@ def test_limit_bounds_every_split_and_keeps_labels_known(files, limit, seed):
     assert len(splits.train) == min(limit, len(everything.train))
     assert 1 <= len(splits.validation) <= limit
     assert len(splits.test) <= limit
-    assert {row["label"] for row in splits.validation + splits.test} <= {row["label"] for row in splits.train}
+    known = TASKS["sequence-classification"].labels_of(splits.known)
+    assert set(known) == set(sizes), "labels are those of the rows as given, whatever was left out"
+    used = len(splits.train) + len(splits.validation)
+    assert splits.known == everything.known and splits.left_out == len(splits.known) - used
     assert all(row in everything.train for row in splits.train)
     assert splits == load_splits(DataConfig(**paths, limit=limit, seed=seed, validation_fraction=0.25), FIELDS)
 
