@@ -49,7 +49,7 @@ def renew_head(model: Any) -> None:
         # Else the library takes it for loaded.
         for one in (module, *module.parameters()):
             if hasattr(one, "_is_hf_initialized"):
-                del one._is_hf_initialized
+                delattr(one, "_is_hf_initialized")
         model._init_weights(module)
 
 
