@@ -18,18 +18,19 @@ import pytest
 
 BUDGET = {
     # Importing and collecting, all processes.
-    "collection": 60,
-    "tests": 330,
-    "tests/export": 200,
-    "tests/methods": 190,
-    "tests/kernels": 140,
+    "collection": 45,
+    "tests": 320,
+    "tests/export": 205,
+    "tests/methods": 185,
+    "tests/kernels": 130,
     "tests/passes": 90,
-    "tests/report": 45,
-    "tests/formats": 40,
-    "tests/objectives": 25,
-    "tests/modules": 25,
-    "tests/reference": 20,
-    "tests/data": 5,
+    "tests/report": 50,
+    "tests/trust": 45,
+    "tests/formats": 42,
+    "tests/objectives": 22,
+    "tests/modules": 15,
+    "tests/reference": 15,
+    "tests/data": 6,
 }
 # A folder that has none of its own.
 OTHER = 30
