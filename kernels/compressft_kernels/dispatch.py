@@ -23,6 +23,16 @@ TABLE: dict[str, Any] = json.loads((Path(__file__).parent / "table.json").read_t
 _pretended: ContextVar[str | None] = ContextVar("compressft_pretended", default=None)
 
 
+def tf32_allowed() -> bool:
+    """Whether float32 products may take tensor cores, by torch's setting of 2.9 and later or by the flag before it.
+
+    Once the setting was used the old flag raises when it is read.
+    """
+    matmul = torch.backends.cuda.matmul
+    setting = getattr(matmul, "fp32_precision", None)
+    return matmul.allow_tf32 if setting is None else setting == "tf32"
+
+
 @contextmanager
 def pretending(entry: str) -> Iterator[None]:
     """Inside, choices are made as on a device of this table entry, such as "sm_90".

@@ -8,12 +8,14 @@ import torch
 import triton
 import triton.language as tl
 
+from compressft_kernels.dispatch import tf32_allowed
+
 _DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 def dtypes(dtype: torch.dtype) -> dict[str, Any]:
     """COMPUTE, the dtype of tl.dot's operands; ACC, the dtype it adds up in; PRECISION, how float32 is multiplied."""
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    tf32 = dtype == torch.float32 and tf32_allowed()
     return {
         "COMPUTE": _DTYPES[dtype],
         "ACC": tl.float64 if dtype == torch.float64 else tl.float32,

@@ -35,12 +35,12 @@ def tables(size: int, double: bool) -> list[torch.Tensor | None]:
 @contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
     """float32 products by tensor cores, or exactly."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = allowed
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if allowed else "ieee"
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def linears() -> Iterator[tuple[str, Callable[[], Any]]]:

@@ -1,6 +1,10 @@
 """Which path an operation takes where: the rules, the table's rows, and what `explain` says."""
 
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +20,7 @@ from compressft_kernels import (
 from compressft_kernels.dispatch import OPERATIONS, TABLE, configuration, limit, pretending, table_of, unsupported
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+KERNELS = Path(__file__).parents[2] / "kernels"
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -142,3 +147,16 @@ def test_every_kernel_has_a_row_for_all_sizes(entry):
         if kernel != "limits":
             assert rows[-1]["when"] == {}, kernel
             assert all(row["when"] for row in rows[:-1]), kernel
+
+
+@pytest.mark.parametrize("new", [True, False])
+@pytest.mark.parametrize("allowed", [True, False])
+def test_tf32_is_read_from_the_new_setting_and_the_old_flag(new, allowed):
+    """Each in a process of its own: once the new one was used, torch refuses to read the old one."""
+    use = f"fp32_precision = {'tf32' if allowed else 'ieee'!r}" if new else f"allow_tf32 = {allowed}"
+    code = (
+        f"import torch; torch.backends.cuda.matmul.{use}\n"
+        "from compressft_kernels import dispatch\n"
+        f"assert dispatch.tf32_allowed() is {allowed}\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(KERNELS)})

@@ -36,7 +36,7 @@ def _runs_triton(x: Tensor, quant: bool, gate: Tensor | None) -> bool:
 def _scratch(x: Tensor, quant: list[Tensor]) -> bool:
     """Whether the weight is built once, for cuBLAS, instead of in registers: many rows, or no tensor cores to feed."""
     name = "scratch_rows_nf4" if quant else "scratch_rows_dense"
-    if x.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32:
+    if x.dtype == torch.float32 and not dispatch.tf32_allowed():
         name = "scratch_rows_float32"
     least = dispatch.limit(name, dispatch.entries(x.device))
     return least is not None and x.shape[0] >= least
