@@ -62,6 +62,9 @@ def run(recipe: Recipe, output: str | Path, resume: bool = False, console: Conso
             f"; {splits.left_out} of {len(splits.known)} training rows left out ({reasons})" if splits.left_out else ""
         )
         console.print(f"{recipe.name}: {rows} rows{left}", highlight=False, soft_wrap=True)
+        cut = task.cut([*splits.train, *splits.validation, *splits.test])
+        if cut:
+            console.print(cut, highlight=False, soft_wrap=True)
         info = model_info(recipe, task)
         model, task, stages = train_stages(recipe, folder, task, splits, info, console)
         report = ship(recipe, folder, task, splits, info, model, stages, console) if ranks.first() else None

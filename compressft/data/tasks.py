@@ -16,6 +16,8 @@ from compressft.data.rows import ROW_KEY, Row
 from compressft.errors import UserError
 
 IGNORE = -100
+# More tokens than any row has.
+UNCUT = 2**30
 
 
 class Task(ABC):
@@ -70,6 +72,15 @@ class Task(ABC):
             fill = self.tokenizer.pad_token_id if key == "input_ids" else 0
             batch[key] = torch.tensor([f[key] + [fill] * (width - len(f[key])) for f in features])
         return batch
+
+    def cut(self, rows: Sequence[Row]) -> str | None:
+        """How many rows are longer than `max_length` and lose their end, in a sentence; None where none does."""
+        whole = type(self)(self.tokenizer, UNCUT, self.labels).encode(rows) if rows else []
+        number = sum(len(feature["input_ids"]) > self.max_length for feature in whole)
+        if not number:
+            return None
+        share = f"{100 * number / len(rows):.1f}"
+        return f"{number} of {len(rows)} rows ({share}%) are longer than data.max_length {self.max_length} and are cut"
 
     def encode_unlabelled(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
         """Features of rows without labels, whose `labels` no loss counts."""
@@ -220,6 +231,10 @@ class CausalLM(Task):
 
     def model_arguments(self) -> dict[str, Any]:
         return {}
+
+    def cut(self, rows: Sequence[Row]) -> str | None:
+        # Running text goes on in the next block.
+        return super().cut(rows) if rows and "prompt" in rows[0] else None
 
     def encode(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
         if rows and "prompt" in rows[0]:

@@ -60,6 +60,8 @@ def export(recipe: Recipe, root: Path, splits: Splits, console: Console) -> dict
     baseline = baseline_folder(recipe, root)
     encoded = {name: task.encode(rows) for name, rows in vars(splits).items() if name in EVALUATED and rows}
     report = describe_run(recipe, root, model, baseline)
+    cut = task.cut([*splits.train, *splits.validation, *splits.test])
+    report["notes"] += [cut] if cut else []
     split = splits.report_split
     quality = {"metric": task.metric, "split": split, "baseline": None, "torch": None, "onnx": None}
     # A run of one stage without passes ships its baseline: no need to evaluate it twice.

@@ -337,3 +337,15 @@ def test_perplexity_agrees_with_the_models_own_loss(tokenizer):
     scores = task.score(*stacked(task, model_logits(model, task, features), features))
     assert scores["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
     assert not task.greater_is_better
+
+
+def test_rows_that_are_cut_are_counted(tokenizer):
+    rows = [{"text": "apple " * n, "label": "a", ROW_KEY: str(n)} for n in (2, 6, 7, 40)]
+    task = make_task("sequence-classification", tokenizer, 8, ["a"])
+    assert [len(feature["input_ids"]) for feature in task.encode(rows)] == [4, 8, 8, 8]
+    assert task.cut(rows) == "2 of 4 rows (50.0%) are longer than data.max_length 8 and are cut"
+    assert task.cut(rows[:2]) is None and task.cut([]) is None
+    running = make_task("causal-lm", tokenizer, 8, [])
+    assert running.cut([{"text": "apple " * 40, ROW_KEY: "x"}]) is None
+    answered = [{"prompt": "river", "text": "apple " * 40, ROW_KEY: "x"}]
+    assert running.cut(answered).startswith("1 of 1 rows (100.0%)")
