@@ -123,6 +123,7 @@ def test_export_of_a_trained_run(copy, trained, export):
 def test_a_run_of_a_version_with_one_grid_is_named(copy, export, tmp_path):
     """Its weights go on meaning what was trained; the outcome is the same on processors that saturate."""
     manifest = json.loads((copy / "model" / "compressft.json").read_text())
+    del manifest["hash"]
     entries = [one for one in manifest["modules"].values() if one["kind"] == "int8"]
     assert entries and {one.pop("target") for one in entries} == {"any"}
     (copy / "model" / "compressft.json").unlink()
