@@ -14,7 +14,7 @@ from compressft.texts import read_text
 # Where rows may come from: one of these at a time.
 SOURCES = ("sample", "dataset", "train")
 # Fields of `data` that another source's rows do not inherit.
-OF_THE_SOURCE = (*SOURCES, "subset", "validation", "test", "unlabelled", "columns", "per_class", "limit")
+OF_THE_SOURCE = (*SOURCES, "subset", "validation", "test", "unlabelled", "per_class", "limit")
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -67,7 +67,7 @@ def _merge(base: Any, new: Any) -> Any:
 def _without_source(data: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """A new source of rows replaces the base's: its files, sample or hub id do not mix with it, nor what they left out.
 
-    How many rows were taken, and which columns, was said of the other rows.
+    How many rows are taken was said of the other rows; a mapping of columns that does not fit is noticed.
     """
     if any(new.get(source) is not None for source in SOURCES):
         return {key: value for key, value in data.items() if key not in OF_THE_SOURCE}
