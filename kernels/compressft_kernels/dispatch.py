@@ -30,7 +30,7 @@ def tf32_allowed() -> bool:
     """
     matmul = torch.backends.cuda.matmul
     setting = getattr(matmul, "fp32_precision", None)
-    return matmul.allow_tf32 if setting is None else setting == "tf32"
+    return bool(matmul.allow_tf32) if setting is None else setting == "tf32"
 
 
 @contextmanager
