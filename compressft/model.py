@@ -111,6 +111,11 @@ def load_model(name: str, auto_class: str = "AutoModel", new_head: bool = False,
         wanted, has = kwargs.get("num_labels"), getattr(model.config, "num_labels", None)
         if wanted is not None and wanted != has:
             raise UserError(f"model: {name!r} was compressed for {has} labels, the data has {wanted}")
+        if new_head and answers_others(model.config, kwargs):
+            renew_head(model)
+        for field in ("id2label", "label2id"):
+            if field in kwargs:
+                setattr(model.config, field, kwargs[field])
         return model
     kind, pad = getattr(transformers, auto_class), kwargs.pop("pad_token_id", None)
     renewed = new_head and answers_others(load_config(source), kwargs)

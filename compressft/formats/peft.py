@@ -18,14 +18,14 @@ from compressft.formats import peft_prefix
 from compressft.formats.files import CONFIG, TENSORS, read_json, read_metadata, read_tensors, write_tensors
 from compressft.formats.peft_model import modules_to_save, task_type, unsaveable
 from compressft.formats.settled import Settled, own_head, put, shared_copy
-from compressft.methods.peft import Peft
+from compressft.methods.peft import KEEP_THE_BASE, Peft
 from compressft.modules.prefix import Prefix
 from compressft.modules.tuner import ORIGIN, PeftTuner, peft_config, peft_fields, plain
 from compressft.transform import Context
 
 BINARY = "adapter_model.bin"
 # Starts after which the base is as it was.
-LEAVE_THE_BASE = ("gaussian", "orthogonal", "eva")
+LEAVE_THE_BASE = (*KEEP_THE_BASE, "eva")
 # Where a tuner's tensors are in our models and in PEFT's, and where PEFT has its copies of the base's modules.
 OURS, THEIRS, COPIES = ".delta.tuner.", "base_model.model.", ".modules_to_save.default"
 

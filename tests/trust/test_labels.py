@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 
+from compressft.checkpoint import load_compressed, save_compressed
 from compressft.errors import UserError
 from compressft.labels import head_layers, in_order_of, names_of, renew_head, reorder
 from compressft.model import load_model, load_tokenizer
@@ -69,6 +70,19 @@ def test_a_head_for_other_labels_is_drawn_anew(family, tmp_path):
             assert same != (id(parameter) in heads) or name.endswith("bias"), name
     with pytest.raises(UserError, match="could not be loaded"):
         load_model(str(tmp_path), kind, num_labels=2)
+
+
+def test_a_compressed_folder_goes_on_with_other_labels(tmp_path):
+    """Its head answers for the old ones; the next folder names the new ones, in both of its files."""
+    saved = classifier("bert").eval()
+    save_compressed(saved, None, tmp_path / "one", {"labels": list(NAMES["id2label"].values())})
+    kind, names = "AutoModelForSequenceClassification", {0: "a", 1: "b", 2: "c"}
+    own = load_model(str(tmp_path / "one"), kind, new_head=True, num_labels=3, **NAMES)
+    assert torch.equal(own.classifier.weight, saved.classifier.weight)
+    model = load_model(str(tmp_path / "one"), kind, new_head=True, num_labels=3, id2label=names)
+    assert not torch.equal(model.classifier.weight, saved.classifier.weight)
+    save_compressed(model, None, tmp_path / "two", {"labels": list(names.values())})
+    assert names_of(load_compressed(tmp_path / "two").config) == ("a", "b", "c")
 
 
 def test_renewed_heads_differ():
