@@ -48,45 +48,62 @@ STUDENT = {"epochs": 1, "learning_rate": 5e-5}
 SEEDS = 3
 
 
-def cases(seeds: int = SEEDS) -> list[Case]:
-    """A dense model a task, and a student for every grid and seed."""
-    found = []
-    for task, data in DATA.items():
-        stage = {"name": "teacher", "train": TEACHER[task]}
-        found.append(_case(f"{task}-teacher", "minilm", data, stage, {"grid": "fp32"}))
+def cases(seeds: int = SEEDS, teachers: int = 1) -> list[Case]:
+    """Dense models of every task, and of each a student for every grid and seed."""
+    return [
+        case
+        for teacher in range(teachers)
+        for task in DATA
+        for case in (_teacher(task, teacher), *_students(task, teacher, seeds))
+    ]
+
+
+def _teacher(task: str, seed: int) -> Case:
+    # The first draws as a recipe does that names no seed.
+    train = TEACHER[task] | ({"seed": seed} if seed else {})
+    recipe = _recipe(_teacher_name(task, seed), "minilm", task, {"name": "teacher", "train": train})
+    return Case(recipe["name"], task, recipe, keep=True, facts={"task": task, "grid": "fp32", "teacher": seed})
+
+
+def _teacher_name(task: str, seed: int) -> str:
+    return f"{task}-teacher-{seed}" if seed else f"{task}-teacher"
+
+
+def _students(task: str, teacher: int, seeds: int) -> list[Case]:
+    source, found = _teacher_name(task, teacher), []
     for seed in range(seeds):
-        for task, data in DATA.items():
-            source = f"{{{task}-teacher}}/model"
-            for grid, fields in GRIDS.items():
-                stage = {
-                    "name": "student",
-                    "passes": [{"type": "int8", **fields}],
-                    "objectives": [{"type": "distill", "teacher": source, "task": 0.3, "logits": 0.7}],
-                    "train": {**STUDENT, "seed": seed},
-                }
-                facts = {"grid": grid, "seed": seed}
-                found.append(_case(f"{task}-{grid.replace(' ', '-')}-{seed}", source, data, stage, facts))
+        for grid, fields in GRIDS.items():
+            stage = {
+                "name": "student",
+                "passes": [{"type": "int8", **fields}],
+                "objectives": [{"type": "distill", "teacher": f"{{{source}}}/model", "task": 0.3, "logits": 0.7}],
+                "train": {**STUDENT, "seed": seed},
+            }
+            whose = f"-of-{teacher}" if teacher else ""
+            recipe = _recipe(f"{task}-{grid.replace(' ', '-')}-{seed}{whose}", f"{{{source}}}/model", task, stage)
+            facts = {"task": task, "grid": grid, "seed": seed, "teacher": teacher}
+            found.append(Case(recipe["name"], task, recipe, (source,), keep=not seed and not teacher, facts=facts))
     return found
 
 
-def _case(name: str, model: str, data: dict[str, Any], stage: dict[str, Any], facts: dict[str, Any]) -> Case:
-    task = name.split("-")[0]
-    recipe = {"name": name, "model": model, "data": data, "stages": [stage], "export": {"enabled": False}}
-    after = () if model == "minilm" else (f"{task}-teacher",)
-    return Case(name, task, recipe, after, keep=not after or facts.get("seed") == 0, facts={"task": task, **facts})
+def _recipe(name: str, model: str, task: str, stage: dict[str, Any]) -> dict[str, Any]:
+    return {"name": name, "model": model, "data": DATA[task], "stages": [stage], "export": {"enabled": False}}
 
 
 def main(arguments: list[str]) -> int:
     """Entry point of `python -m benchmarks arithmetic`."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks arithmetic", description=__doc__)
     parser.add_argument("parts", nargs="*", help="banking77, sst2, speed (default: everything)")
-    parser.add_argument("--seeds", type=positive, default=SEEDS, help="how many students of each grid")
+    parser.add_argument("--seeds", type=positive, default=SEEDS, help="how many students of each grid and dense model")
+    parser.add_argument("--teachers", type=positive, default=1, help="how many dense models of each task")
+    parser.add_argument("--grid", nargs="+", choices=tuple(GRIDS), default=tuple(GRIDS), help="these grids alone")
     options = parser.parse_args(arguments)
     unknown = sorted(set(options.parts) - {*DATA, "speed"})
     if unknown:
         parser.error(f"{unknown[0]!r} is no part; parts: {', '.join((*DATA, 'speed'))}")
-    everything, console = cases(options.seeds), Console(stderr=True)
+    everything, console = cases(options.seeds, options.teachers), Console(stderr=True)
     wanted = [c for c in everything if not options.parts or c.group in options.parts]
+    wanted = [c for c in wanted if c.facts["grid"] in ("fp32", *options.grid)]
     run_cases(SUITE, everything, wanted, RESULTS, console)
     if not options.parts or "speed" in options.parts:
         trained = prepared(SUITE, next(c for c in everything if c.name == "banking77-portable-0"), everything, console)
@@ -126,18 +143,17 @@ def render(document: dict[str, Any]) -> str:
         "# The grid of the int8 weights",
         "",
         "`python -m benchmarks arithmetic`; MiniLM-L6, int8 beside distillation, accuracy on the test split in "
-        "percent: mean of the seeds, in brackets each, and over seeds the standard error of the difference to 8 bits. "
+        "percent: mean, in brackets each seed (of one dense model after the other), and the difference to 8 bits with "
+        "its standard error: over the dense models where there are several, else over seeds. "
         "The rows are the same for all: what a test split of another draw would give is not in that error.",
         "",
         f"| task | dense | {' | '.join(GRIDS)} |",
         "| --- | ---: |" + " ---: |" * len(GRIDS),
     ]
     for task in DATA:
-        dense = found.get(f"{task}-teacher")
         scores = {grid: _scores(found, task, grid) for grid in GRIDS}
         cells = [_cell(scores[grid], scores["8 bits"] if grid != "8 bits" else None) for grid in GRIDS]
-        base = f"{100 * dense['quality']['torch']:.2f}" if dense else "-"
-        lines.append(f"| {task} | {base} | {' | '.join(cells)} |")
+        lines.append(f"| {task} | {_cell(_scores(found, task, 'fp32'), None)} | {' | '.join(cells)} |")
     if document.get("coarseness"):
         grids = document["coarseness"]
         steps = " | ".join(f"{one['step']:.2f}" for one in grids.values())
@@ -171,19 +187,29 @@ def render(document: dict[str, Any]) -> str:
     return "\n".join([*lines, "", ", ".join(facts)]) + "\n"
 
 
-def _scores(found: dict[str, Any], task: str, grid: str) -> dict[int, float]:
-    wanted = [c for c in found.values() if (c["task"], c["grid"]) == (task, grid)]
-    return {c["seed"]: 100 * c["quality"]["torch"] for c in wanted}
+def _scores(found: dict[str, Any], task: str, grid: str) -> dict[int, dict[int, float]]:
+    """Percent by the dense model's seed, then by the student's."""
+    scores: dict[int, dict[int, float]] = {}
+    for case in found.values():
+        if (case["task"], case["grid"]) == (task, grid):
+            scores.setdefault(case.get("teacher", 0), {})[case.get("seed", 0)] = 100 * case["quality"]["torch"]
+    return scores
 
 
-def _cell(scores: dict[int, float], base: dict[int, float] | None) -> str:
+def _cell(scores: dict[int, dict[int, float]], base: dict[int, dict[int, float]] | None) -> str:
     if not scores:
         return "-"
-    each = ", ".join(f"{scores[seed]:.2f}" for seed in sorted(scores))
-    text = f"{mean(scores.values()):.2f} ({each})"
+    each = "; ".join(", ".join(f"{of[seed]:.2f}" for seed in sorted(of)) for _, of in sorted(scores.items()))
+    text = f"{mean(score for of in scores.values() for score in of.values()):.2f} ({each})"
     if base is None:
         return text
-    differences = [scores[seed] - base[seed] for seed in scores if seed in base]
-    if len(differences) < 2:
+    differences = [
+        [of[seed] - base[teacher][seed] for seed in of if seed in base.get(teacher, {})]
+        for teacher, of in scores.items()
+    ]
+    differences = [of for of in differences if of]
+    # Students of one dense model err alike: with several of those, each is one draw.
+    draws = [mean(of) for of in differences] if len(differences) > 1 else [d for of in differences for d in of]
+    if len(draws) < 2:
         return text
-    return f"{text}: {mean(differences):+.2f} ± {stdev(differences) / len(differences) ** 0.5:.2f}"
+    return f"{text}: {mean(draws):+.2f} ± {stdev(draws) / len(draws) ** 0.5:.2f}"
