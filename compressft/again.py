@@ -17,6 +17,7 @@ from compressft.recipe import load_recipe
 from compressft.report import load_metrics, write_report
 from compressft.run import complete, load_task, refuse_export
 from compressft.texts import read_object
+from compressft.visible import PlainConsole
 
 
 def export_again(root: str | Path, overrides: Sequence[str], console: Console | None = None) -> dict[str, Any]:
@@ -35,7 +36,7 @@ def export_again(root: str | Path, overrides: Sequence[str], console: Console | 
     refuse_export(recipe)
     _, splits = load_task(recipe, load_tokenizer(str(folder / "model")))
     stages = [read_manifest(folder / "stages" / stage.name, "model", ("stage",))["stage"] for stage in recipe.stages]
-    report = complete(export(recipe, folder, splits, console or Console(stderr=True)), recipe, stages)
+    report = complete(export(recipe, folder, splits, console or PlainConsole(stderr=True)), recipe, stages)
     write_report(report, load_metrics(folder / "metrics.jsonl"), folder / "report")
     return report
 

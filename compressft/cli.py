@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from compressft import __version__
 from compressft.errors import Interrupted, UserError, VerificationError, trouble
+from compressft.visible import PlainConsole
 from compressft.waiting import sleep_while_waiting
 
 app = typer.Typer(
@@ -25,9 +25,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-# Names and paths are printed as they are: rich would read "[x]" and ":100:" as markup and emoji.
-out = Console(highlight=False, markup=False, emoji=False)
-err = Console(stderr=True, highlight=False, markup=False, emoji=False)
+out = PlainConsole()
+err = PlainConsole(stderr=True)
 
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override a field of the recipe.")]
 Output = Annotated[Path | None, typer.Option(help="Run directory (default: runs/RECIPE).")]
@@ -275,14 +274,14 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        err.print(f"error: {error}", soft_wrap=True, markup=False)
+        err.print(f"error: {error}", soft_wrap=True)
         sys.exit(2)
     except VerificationError as error:
-        err.print(f"not verified: {error}", soft_wrap=True, markup=False)
+        err.print(f"not verified: {error}", soft_wrap=True)
         sys.exit(1)
     except Exception as error:
         said = trouble(error)
         if said is None:
             raise
-        err.print(f"error: {said}", soft_wrap=True, markup=False)
+        err.print(f"error: {said}", soft_wrap=True)
         sys.exit(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,26 @@ def in_order_of(labels: Sequence[str], config: Any) -> tuple[str, ...]:
     """The labels in the order of a checkpoint that has just these, so that its head goes on; else as they are."""
     names = names_of(config)
     return names if names is not None and sorted(names) == sorted(labels) else tuple(labels)
+
+
+def refuse_alike(labels: Sequence[str]) -> None:
+    """Refuse labels that are two by an accident of writing: one number with and without a fraction, blanks around one.
+
+    A column of whole numbers with a gap is often written as fractions, in one file of several.
+
+    Raises:
+        UserError: two labels are one.
+    """
+    seen: dict[str, str] = {}
+    for label in labels:
+        other = seen.setdefault(_bare(label), label)
+        if other != label:
+            raise UserError(f"data: labels {other!r} and {label!r} are one label written in two ways; write them alike")
+
+
+def _bare(label: str) -> str:
+    text = " ".join(label.split())
+    return str(int(float(text))) if re.fullmatch(r"[+-]?(0|[1-9]\d{0,14})(\.0*)?", text) else text
 
 
 def other_labels(config: Any, labels: Sequence[str]) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from compressft.anatomy import anatomy, family_of
 from compressft.errors import UserError
+from compressft.finite import refuse_broken
 from compressft.foreign import foreign, load_config
 from compressft.labels import other_labels, renew_head
 from compressft.modules.attention import TRAINING, register
@@ -116,6 +117,7 @@ def load_model(name: str, auto_class: str = "AutoModel", new_head: bool = False,
         for field in ("id2label", "label2id"):
             if field in kwargs:
                 setattr(model.config, field, kwargs[field])
+        refuse_broken(model, name)
         return model
     kind, pad = getattr(transformers, auto_class), kwargs.pop("pad_token_id", None)
     renewed = new_head and answers_others(load_config(source), kwargs)
@@ -128,6 +130,7 @@ def load_model(name: str, auto_class: str = "AutoModel", new_head: bool = False,
             ignore_mismatched_sizes=renewed,
             **kwargs,
         )
+    refuse_broken(model, name)
     if renewed:
         renew_head(model)
     if model.config.pad_token_id is None:

@@ -99,7 +99,7 @@ class DataConfig(Strict):
 class TrainConfig(Strict):
     """How a stage trains. `precision` "auto" is bf16 autocast where the hardware computes in it, else fp32."""
 
-    epochs: float = Field(default=3.0, gt=0)
+    epochs: float = Field(default=3.0, gt=0, le=1e6)
     max_steps: int = Field(default=-1, ge=-1)
     batch_size: int = Field(default=32, ge=1)
     eval_batch_size: int = Field(default=64, ge=1)

@@ -16,13 +16,14 @@ from compressft.export import export
 from compressft.export.verify import model_logits
 from compressft.folder import RunFolder, open_folder
 from compressft.foreign import load_config
-from compressft.labels import in_order_of
+from compressft.labels import in_order_of, refuse_alike
 from compressft.memory import keep_freed_memory
 from compressft.model import load_tokenizer, resolve
 from compressft.quiet import quiet_libraries
 from compressft.recipe import Recipe
 from compressft.report import load_metrics, write_report
 from compressft.stages import SETTLE_ROWS, train_stages, unchanged
+from compressft.visible import PlainConsole
 
 INFO_KEYS = ("task", "labels", "max_length", "columns", "metric")
 
@@ -47,7 +48,7 @@ def run(recipe: Recipe, output: str | Path, resume: bool = False, console: Conso
     """
     refuse_export(recipe)
     ranks.start()
-    console = console or Console(stderr=True)
+    console = console or PlainConsole(stderr=True)
     if not ranks.first():
         console = Console(quiet=True)
     quiet_libraries()
@@ -125,7 +126,9 @@ def load_task(recipe: Recipe, tokenizer: Any) -> tuple[Task, Splits]:
     """The recipe's rows, and its task with the labels of all training rows as given."""
     kind = TASKS[recipe.task]
     splits = load_splits(recipe.data, kind.fields, tokenizer.mask_token)
-    labels = in_order_of(kind.labels_of(splits.known), load_config(resolve(recipe.model)))
+    known = kind.labels_of(splits.known)
+    refuse_alike(known)
+    labels = in_order_of(known, load_config(resolve(recipe.model)))
     return make_task(recipe.task, tokenizer, recipe.data.max_length, labels), splits
 
 

@@ -21,6 +21,7 @@ from compressft.errors import Interrupted, UserError, VerificationError
 from compressft.export.flow import sample_batch
 from compressft.export.table import Deployment, measure_reference, measure_table
 from compressft.export.verify import model_logits
+from compressft.finite import refuse_update
 from compressft.flops import FLOPS_LENGTH, flops
 from compressft.folder import RunFolder
 from compressft.foreign import load_config
@@ -228,6 +229,7 @@ def train_stage(
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if reporter.interrupted and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(f"stopped at step {trainer.state.global_step} of stage {stage.name!r}; saved")
+    refuse_update(model, trainer.state.global_step, stage.train.learning_rate, stage.train.weight_decay)
     differing = ranks.differing(model)
     if differing:
         raise RuntimeError(f"stage {stage.name!r}: {differing[0]} is not the same in all processes")

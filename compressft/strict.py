@@ -6,11 +6,15 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
+# What 32 bits hold, a seed's too: nothing here is counted further.
+LARGEST = 2**32 - 1
+
 
 class Strict(BaseModel):
     """Fields of exactly their types: text is no number, true is not 1; unknown fields and infinite numbers are refused.
 
-    A whole number may stand for a fraction's, and a list for a tuple, which YAML does not have.
+    A whole number may stand for a fraction's, and a list for a tuple, which YAML does not have. Whole numbers beyond
+    `LARGEST`, which no library counts to, are refused.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
@@ -18,7 +22,20 @@ class Strict(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _tuples(cls, value: Any) -> Any:
-        return {name: _frozen(item) for name, item in value.items()} if isinstance(value, dict) else value
+        if not isinstance(value, dict):
+            return value
+        for name, item in value.items():
+            _refuse_beyond(str(name), item)
+        return {name: _frozen(item) for name, item in value.items()}
+
+
+def _refuse_beyond(name: str, value: Any) -> None:
+    for item in value if isinstance(value, list | tuple) else (value,):
+        if isinstance(item, list | tuple):
+            _refuse_beyond(name, item)
+        elif isinstance(item, int) and abs(item) > LARGEST:
+            got = f"got one of {item.bit_length()} bits"
+            raise ValueError(f"{name}: wants a whole number of at most {LARGEST:,}; {got}")
 
 
 def _frozen(value: Any) -> Any:

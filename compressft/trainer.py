@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from transformers.trainer_utils import EvalPrediction
 from compressft import ranks
 from compressft.data.tasks import IGNORE, Task
 from compressft.errors import UserError
+from compressft.finite import broken_term, refuse_update
 from compressft.modules.kinds import Extra
 from compressft.precision import autocast_dtype
 from compressft.recipe import TrainConfig
@@ -158,15 +159,22 @@ class CompressionTrainer(Trainer):
                 terms |= transform.loss(plain, inputs, outputs, self.context)
             loss = torch.stack([term.float() for term in terms.values()]).sum()
             if not math.isfinite(loss.item()):
-                raise UserError(
-                    f"train: the loss became {loss.item()} at step {self.state.global_step + 1}; lower "
-                    f"train.learning_rate (now {self.args.learning_rate:g}) or set train.precision to fp32"
-                )
+                self._refuse_loss(plain, terms, loss.item())
             for name, term in terms.items():
                 self.terms[name] += float(term.detach())
             self.terms["steps"] += 1
             self.tokens += int(inputs["attention_mask"].sum())
         return (loss, outputs) if return_outputs else loss
+
+    def _refuse_loss(self, model: nn.Module, terms: Mapping[str, Tensor], value: float) -> NoReturn:
+        """Say what is not finite: a weight since the last update, one term, or their sum."""
+        step, rate = self.state.global_step, self.args.learning_rate
+        refuse_update(model, step, rate, self.args.weight_decay)
+        name, value = broken_term(terms) or ("sum", value)
+        raise UserError(
+            f"train: the loss ({name}) became {value} at step {step + 1}, all weights being finite; lower "
+            f"train.learning_rate (now {rate:g}) or set train.precision to fp32"
+        )
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the Trainer's; with the last batch of a step, gradients become the mean over the processes."""

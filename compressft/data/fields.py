@@ -50,6 +50,11 @@ class Fields:
             return value
         if name == self.label:
             return _class_name(name, value, place)
+        if isinstance(value, list) and value and all(isinstance(v, str) for v in value):
+            raise UserError(
+                f"data: {place}: {name} wants one text, this is a list of {len(value)}; write them into the file as "
+                'one, words with blanks between them (" ".join), or train a tag a word with task: token-classification'
+            )
         if not isinstance(value, str):
             raise UserError(f"data: {place}: {name} wants text; got {_shown(value)}")
         return value

@@ -16,6 +16,16 @@ from compressft.errors import UserError, nearest
 if TYPE_CHECKING:
     from compressft.recipe import DataConfig
 
+# What others call the two texts of a pair.
+STEMS = ("text", "text_", "sentence", "sentence_", "question", "question_", "sent", "s", "q", "string", "input_")
+PAIRS = (
+    *((stem + one, stem + two) for stem in STEMS for one, two in (("1", "2"), ("a", "b"), ("A", "B"))),
+    ("premise", "hypothesis"),
+    ("question", "sentence"),
+    ("query", "passage"),
+    ("question", "passage"),
+)
+
 
 @dataclass(frozen=True)
 class Splits:
@@ -124,7 +134,7 @@ def canonical_rows(rows: Sequence[Row], columns: dict[str, str], fields: Fields)
         if (name in fields.required or name in columns) and mapping[name] not in present:
             raise UserError(
                 f"data: {rows[0][ROW_KEY]}: no column {mapping[name]!r} for {name!r}; columns: {', '.join(present)}"
-                f"{nearest(mapping[name], present)}; map it with data.columns.{name}"
+                f"{_suggested(name, mapping[name], present)}; map it with data.columns.{name}"
             )
     used = {name: column for name, column in mapping.items() if column in present}
     result = []
@@ -137,6 +147,15 @@ def canonical_rows(rows: Sequence[Row], columns: dict[str, str], fields: Fields)
             new[name] = fields.convert(name, row[column], row[ROW_KEY])
         result.append(new)
     return result
+
+
+def _suggested(name: str, column: str, present: Sequence[str]) -> str:
+    """The column that is most likely meant; of a pair of texts it is the first for `text`."""
+    if name == column == "text":
+        for first, second in PAIRS:
+            if first in present and second in present:
+                return f" (did you mean {first!r}, with {second!r} for 'text_b'?)"
+    return nearest(column, present)
 
 
 def carve(rows: list[Row], fraction: float, label: str | None, seed: int) -> tuple[list[Row], list[Row]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from compressft.report.markdown import render_markdown
+from compressft.visible import all_visible
 
 
 def write_report(report: dict, metrics: list[dict], folder: str | Path) -> None:
@@ -20,12 +21,13 @@ def write_report(report: dict, metrics: list[dict], folder: str | Path) -> None:
     from compressft.report.html import render_html
 
     report = _finite_report(report)
-    pictures = draw(report, metrics)
+    shown = all_visible(report)
+    pictures = draw(shown, all_visible(metrics))
     files = {f"{picture.name}.png": picture.png for picture in pictures}
-    files["report.html"] = render_html(report, pictures).encode()
-    files["report.md"] = render_markdown(report).encode()
+    files["report.html"] = render_html(shown, pictures).encode()
+    files["report.md"] = render_markdown(shown).encode()
     # Last, so that a folder with a report.json is a complete one.
-    files["report.json"] = (json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    files["report.json"] = (json.dumps(report, indent=2, allow_nan=False) + "\n").encode()
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -86,9 +86,28 @@ GOOD = {"text": "a", "label": "x"}
         ("sequence-classification", [GOOD, GOOD | {"text_b": "b"}], {}, ["f.jsonl:1", "column 'text_b' is empty"]),
         (
             "sequence-classification",
-            [{"text": ["a"], "label": "x"}],
+            [{"text": ["a", "b"], "label": "x"}],
             {},
-            ["f.jsonl:1", "text wants text; got list"],
+            ["f.jsonl:1", "text wants one text, this is a list of 2", "with blanks between", "token-classification"],
+        ),
+        ("sequence-classification", [{"text": [1], "label": "x"}], {}, ["f.jsonl:1", "text wants text; got list [1]"]),
+        (
+            "sequence-classification",
+            [{"text_b": "b", "text_a": "a", "label": "x"}],
+            {},
+            ["no column 'text'", "mean 'text_a', with 'text_b' for 'text_b'?", "data.columns.text"],
+        ),
+        (
+            "regression",
+            [{"score": 1, "hypothesis": "b", "premise": "a"}],
+            {},
+            ["no column 'text'", "mean 'premise', with 'hypothesis' for 'text_b'?"],
+        ),
+        (
+            "sequence-classification",
+            [{"text_a": "a", "label": "x"}],
+            {},
+            ["no column 'text'", "(did you mean 'text_a'?)"],
         ),
         (
             "sequence-classification",

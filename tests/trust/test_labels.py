@@ -8,7 +8,7 @@ import transformers
 
 from compressft.checkpoint import load_compressed, save_compressed
 from compressft.errors import UserError
-from compressft.labels import head_layers, in_order_of, names_of, renew_head, reorder
+from compressft.labels import head_layers, in_order_of, names_of, refuse_alike, renew_head, reorder
 from compressft.model import load_model, load_tokenizer
 from compressft.stages import check_vocabulary, refuse_reader
 from tests.tiny import TINY, batch_for, logits, tiny
@@ -237,3 +237,33 @@ def test_decoders_without_padding_classify(tmp_path):
             both = model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"]).logits
             one = model(input_ids=alone["input_ids"], attention_mask=alone["attention_mask"]).logits
         torch.testing.assert_close(both[:1], one, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("labels", "double"),
+    [(("1", "1.0"), "'1' and '1.0'"), (("0", "2.", "2"), r"'2\.' and '2'"), (("yes", "yes "), "'yes' and 'yes '"),
+     (("-3", "-3.00"), r"'-3' and '-3\.00'"), (("B-x y", "B-x\xa0y"), "'B-x y' and")],
+)  # fmt: skip
+def test_one_label_in_two_writings(labels, double):
+    with pytest.raises(UserError, match=f"data: labels {double}.* are one label written in two ways"):
+        refuse_alike(labels)
+
+
+@pytest.mark.parametrize("labels", [("1", "01"), ("1.0", "2.5"), ("yes", "Yes"), ("1", "1e0"), ("", "0"), SORTED])
+def test_labels_that_are_two(labels):
+    refuse_alike(labels)
+
+
+def test_a_file_with_fractions_is_refused_before_training(tmp_path, call):
+    rows = [{"text": f"{row['text']} {i}", "label": "1.0" if i % 3 else "1"} for i, row in enumerate(rows_of())]
+    write_csv = "text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in rows)
+    (tmp_path / "rows.csv").write_text(write_csv)
+    recipe = document(save_tiny(tmp_path / "base"), "rows.csv")
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    for command in (("plan", "recipe.yaml"), ("run", "recipe.yaml", "--output", "out")):
+        done = call(*command)
+        assert (done.code, done.out) == (2, "")
+        assert done.err.strip() == (
+            "error: data: labels '1' and '1.0' are one label written in two ways; write them alike"
+        )
+    assert not (tmp_path / "out").exists()
