@@ -1,5 +1,6 @@
 """For every test: no model hub, one torch thread, the share of cases that runs, and its CPU seconds."""
 
+import copy
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -27,6 +28,26 @@ def pytest_xdist_make_scheduler(config, log):
     from tests.workers import ByCost
 
     return ByCost(config, log) if config.getoption("dist") == "loadfile" else None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _kept_registry():
+    """torch's table of ONNX operators, a second of work, is made once a process and copied for each export."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    make, made = ONNXRegistry.from_torchlib.__func__, {}
+
+    def kept(cls, **version):
+        key = tuple(version.values())
+        if key not in made:
+            made[key] = make(cls, **version)
+        found = copy.copy(made[key])
+        found.functions = {name: list(functions) for name, functions in found.functions.items()}
+        return found
+
+    ONNXRegistry.from_torchlib = classmethod(kept)
+    yield
+    ONNXRegistry.from_torchlib = classmethod(make)
 
 
 def pytest_configure(config):

@@ -14,16 +14,15 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import transformers
 from safetensors import safe_open
 
 from compressft import cli
 from compressft.checkpoint import load_compressed
-from compressft.model import load_tokenizer
+from compressft.model import load_tokenizer, resolve
 from compressft.recipe import load_recipe
 from compressft.run import load_task
 
-LAYERS = 6
-COMMAND = ["run", "banking77-edge", "--smoke"]
 REPORT_KEYS = {
     "quality": {"metric", "split", "baseline", "torch", "onnx"},
     "parity": {"split", "max_abs_error", "label_agreement"},
@@ -35,12 +34,34 @@ LATENCY_KEYS = {"runtime", "model", "batch", "length", "p50", "p90", "threads"}
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory) -> Path:
+def base(request, tmp_path_factory) -> str:
+    """What the demo starts from: MiniLM, of which `make test` takes two layers (a layer more is seconds more)."""
+    if request.config.getoption("all"):
+        return "minilm"
+    folder = tmp_path_factory.mktemp("base")
+    transformers.AutoModel.from_pretrained(resolve("minilm"), num_hidden_layers=2).save_pretrained(folder)
+    load_tokenizer("minilm").save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def layers(base) -> int:
+    return transformers.AutoConfig.from_pretrained(resolve(base)).num_hidden_layers
+
+
+@pytest.fixture(scope="session")
+def smoke(base) -> list[str]:
+    """The command line."""
+    return ["run", "banking77-edge", "--smoke", "--set", f"model={base}"]
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, smoke) -> Path:
     """The directory of a finished `compressft run banking77-edge --smoke`; tests must not change it."""
     folder = tmp_path_factory.mktemp("smoke") / "run"
     paths = os.pathsep.join(p for p in sys.path if p)
     done = subprocess.run(
-        [sys.executable, "-m", "compressft", *COMMAND, "--output", str(folder)],
+        [sys.executable, "-m", "compressft", *smoke, "--output", str(folder)],
         env={**os.environ, "PYTHONPATH": paths},
         capture_output=True,
         text=True,
@@ -157,7 +178,7 @@ def test_report_is_about_the_files(finished, report):
     assert report["versions"]["torch"] == version("torch")
 
 
-def test_report_values_are_sane(report):
+def test_report_values_are_sane(report, layers):
     quality = report["quality"]
     assert (quality["metric"], quality["split"]) == ("accuracy", "test")
     assert all(0 <= quality[name] <= 1 for name in ("baseline", "torch", "onnx"))
@@ -173,18 +194,18 @@ def test_report_values_are_sane(report):
     # Of MiniLM's 384 values a token: a head's four matrices have 32 of them, a neuron's two have one.
     sizes = [sum(4 * 32 * layer["heads"] + 2 * layer["ffn"] for layer in side) for side in (kept, base)]
     assert 1 - sizes[0] / sizes[1] == pytest.approx(ziplm.target.sparsity, abs=0.02)
-    assert report["portable"] and report["pair_sums"]["products"] > LAYERS
+    assert report["portable"] and report["pair_sums"]["products"] > layers
 
 
-def test_onnx_operators(finished):
+def test_onnx_operators(finished, layers):
     """One QAttention per layer, one QuantizeLinear per distinct input, no float product but the head's."""
     found = operators(finished / "onnx" / "model.onnx")
     # The last layer's one query attends by itself.
-    assert found["QAttention"] == LAYERS - 1 and found["MultiHeadAttention"] == 1
+    assert found["QAttention"] == layers - 1 and found["MultiHeadAttention"] == 1
     assert found["SkipLayerNormalization"] == 0
     # Output projection, FFN up and down of every layer, and the pooler; q, k and v are inside QAttention but there.
-    assert found["MatMulIntegerToFloat"] == 3 * LAYERS + 3 + 1
-    assert found["QuantizeLinear"] == 4 * LAYERS + 1
+    assert found["MatMulIntegerToFloat"] == 3 * layers + 3 + 1
+    assert found["QuantizeLinear"] == 4 * layers + 1
     assert found["MatMul"] + found["Gemm"] == 1
 
 
@@ -199,17 +220,17 @@ def test_onnx_embeddings_are_int8(finished):
     assert largest <= 31_000, "a weight matrix was left in floating point"
 
 
-def test_onnxruntime_keeps_the_operators(finished, tmp_path):
+def test_onnxruntime_keeps_the_operators(finished, tmp_path, layers):
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
     onnxruntime.InferenceSession(str(finished / "onnx" / "model.onnx"), options, providers=["CPUExecutionProvider"])
     found = operators(tmp_path / "optimised.onnx")
     assert found["SkipLayerNormalization"] == 0
-    assert found["LayerNormalization"] == 2 * LAYERS + 1
-    assert found["QAttention"] == LAYERS - 1
-    assert found["MatMulIntegerToFloat"] == 3 * LAYERS + 3 + 1
-    assert found["QuantizeLinear"] == 4 * LAYERS + 1
+    assert found["LayerNormalization"] == 2 * layers + 1
+    assert found["QAttention"] == layers - 1
+    assert found["MatMulIntegerToFloat"] == 3 * layers + 3 + 1
+    assert found["QuantizeLinear"] == 4 * layers + 1
 
 
 def test_onnx_runs_without_compressft(finished, report, held_out):
@@ -239,16 +260,16 @@ def test_evaluate_agrees_with_the_report(finished, report, held_out, command, tm
     assert result["accuracy"] == report["quality"]["onnx" if "onnx" in source else "torch"]
 
 
-def test_second_run_is_refused(finished, command):
+def test_second_run_is_refused(finished, smoke, command):
     before = fingerprint(finished)
-    code, _, stderr = command(*COMMAND, "--output", finished)
+    code, _, stderr = command(*smoke, "--output", finished)
     assert code == 2 and "--resume" in stderr and "Traceback" not in stderr
     assert fingerprint(finished) == before
 
 
-def test_resume_with_another_recipe_is_refused(finished, command):
+def test_resume_with_another_recipe_is_refused(finished, smoke, command):
     before = fingerprint(finished)
-    code, _, stderr = command(*COMMAND, "--set", "data.seed=1", "--output", finished, "--resume")
+    code, _, stderr = command(*smoke, "--set", "data.seed=1", "--output", finished, "--resume")
     assert code == 2 and str(finished / "recipe.yaml") in stderr
     assert fingerprint(finished) == before
 

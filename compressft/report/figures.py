@@ -36,23 +36,23 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     title: str
     caption: str
     draw: "Callable[[dict, list[dict]], Figure | None]"
     wide: bool = False
 
 
-_PLANS = {
-    "tradeoff": _Plan("Quality against latency", "Up and to the left is better.", bars.tradeoff),
-    "latency": _Plan("Latency", "Median per call; each panel has its own scale from zero.", bars.latency),
-    "size": _Plan("Size on disk", "Bytes of the files as they lie on disk.", bars.size),
-    "sparsity": _Plan("Compression schedule", "Solid: reached. Dashed: planned. Dotted: target.", curves.schedule),
-    "metric": _Plan("Quality while training", "Evaluations during the run.", curves.metric),
-    "loss": _Plan("Training loss", "The total, and its terms where there are several.", curves.loss),
-    "shapes": _Plan("What is left of each layer", "Pale: base model. Dark: kept.", bars.shapes, wide=True),
+PLANS = {
+    "tradeoff": Plan("Quality against latency", "Up and to the left is better.", bars.tradeoff),
+    "latency": Plan("Latency", "Median per call; each panel has its own scale from zero.", bars.latency),
+    "size": Plan("Size on disk", "Bytes of the files as they lie on disk.", bars.size),
+    "sparsity": Plan("Compression schedule", "Solid: reached. Dashed: planned. Dotted: target.", curves.schedule),
+    "metric": Plan("Quality while training", "Evaluations during the run.", curves.metric),
+    "loss": Plan("Training loss", "The total, and its terms where there are several.", curves.loss),
+    "shapes": Plan("What is left of each layer", "Pale: base model. Dark: kept.", bars.shapes, wide=True),
 }
-FIGURE_NAMES = tuple(_PLANS)
+FIGURE_NAMES = tuple(PLANS)
 
 
 def draw(report: dict, metrics: list[dict]) -> list[Picture]:
@@ -60,7 +60,7 @@ def draw(report: dict, metrics: list[dict]) -> list[Picture]:
     from matplotlib import rc_context
 
     pictures = []
-    for name, plan in _PLANS.items():
+    for name, plan in PLANS.items():
         with rc_context(STYLE):
             figure = plan.draw(report, metrics)
             if figure is not None:
@@ -71,6 +71,8 @@ def draw(report: dict, metrics: list[dict]) -> list[Picture]:
 def _png(figure: "Figure") -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=160)
+    # Its parts have their places now; looking for them again takes longer than drawing.
+    figure.set_layout_engine("none")
     return buffer.getvalue()
 
 

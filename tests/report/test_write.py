@@ -111,8 +111,14 @@ def test_what_is_missing_reads_not_measured(report, tmp_path):
         assert "no baseline in this run" in html
 
 
-def test_each_contract_value_may_be_null_alone(report, tmp_path, monkeypatch):
+@pytest.fixture
+def text_alone(monkeypatch):
+    """Pictures take seconds, and say nothing in words."""
     monkeypatch.setattr("compressft.report.figures.draw", lambda report, metrics: [])
+
+
+@pytest.mark.usefixtures("text_alone")
+def test_each_contract_value_may_be_null_alone(report, tmp_path):
     for section in ("quality", "parity", "size_bytes", "parameters", "training", "hardware"):
         for key in report[section]:
             partial = copy.deepcopy(report)
@@ -121,6 +127,7 @@ def test_each_contract_value_may_be_null_alone(report, tmp_path, monkeypatch):
             assert "None" not in html + markdown.replace("session.run(None", ""), (section, key)
 
 
+@pytest.mark.usefixtures("text_alone")
 def test_regression_has_no_label_agreement(report, metrics, tmp_path):
     report["task"] = "regression"
     report["quality"] = {"metric": "pearson", "split": "test", "baseline": 0.9, "torch": 0.88, "onnx": 0.879}
@@ -134,6 +141,7 @@ def test_regression_has_no_label_agreement(report, metrics, tmp_path):
     assert "argmax" not in markdown
 
 
+@pytest.mark.usefixtures("text_alone")
 def test_not_finite_figures_become_null_and_are_said(report, metrics, tmp_path):
     report["parity"]["max_abs_error"] = float("nan")
     report["latency_ms"][0]["p50"] = float("inf")
@@ -156,6 +164,7 @@ def test_second_report_replaces_the_first(report, metrics, tmp_path):
     assert left == {"tradeoff.png", "latency.png", "size.png", "mine.png"}
 
 
+@pytest.mark.usefixtures("text_alone")
 def test_failure_leaves_the_earlier_report_whole(report, metrics, tmp_path, monkeypatch):
     _write(report, metrics, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -167,6 +176,7 @@ def test_failure_leaves_the_earlier_report_whole(report, metrics, tmp_path, monk
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.usefixtures("text_alone")
 def test_usage_code_in_the_card_is_valid_python(report, metrics, tmp_path):
     _, markdown = _write(report, metrics, tmp_path)
     (code,) = re.findall(r"```python\n(.*?)```", markdown, flags=re.DOTALL)
