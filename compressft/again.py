@@ -9,11 +9,16 @@ from typing import Any
 from rich.console import Console
 
 from compressft.checkpoint import MANIFEST, read_manifest
+from compressft.document import refuse_edited
+from compressft.entries import refuse_links
 from compressft.errors import UserError
 from compressft.export import export
+from compressft.export.flow import baseline_folder
+from compressft.folder import held
+from compressft.identity import UNKNOWN, inputs, read, refuse_changed
 from compressft.model import load_tokenizer
 from compressft.quiet import quiet_libraries
-from compressft.recipe import load_recipe
+from compressft.recipe import Recipe, load_recipe
 from compressft.report import load_metrics, write_report
 from compressft.run import complete, load_task, refuse_export
 from compressft.texts import read_object
@@ -24,7 +29,8 @@ def export_again(root: str | Path, overrides: Sequence[str], console: Console | 
     """Export a trained run once more, with overrides below `export.`; the run's recipe file is left as it is.
 
     Raises:
-        UserError: not a finished run, or an override of something else than export.
+        UserError: not a finished run, an override of something else than export, another recipe than the one that was
+            trained, or data that has changed since.
         VerificationError: as `run`.
     """
     other = [o for o in overrides if not o.startswith("export.")]
@@ -32,11 +38,29 @@ def export_again(root: str | Path, overrides: Sequence[str], console: Console | 
         raise UserError(f"--set {other[0]!r}: training is done; only export.* can be set here")
     quiet_libraries()
     folder = finished_run(root)
-    recipe = load_recipe(folder / "recipe.yaml", overrides)
-    refuse_export(recipe)
+    console = console or PlainConsole(stderr=True)
+    with held(folder):
+        refuse_edited(folder / "recipe.yaml", read_manifest(folder / "model", "model").get("recipe_hash"))
+        recipe = load_recipe(folder / "recipe.yaml", overrides)
+        refuse_export(recipe)
+        _refuse_changed(recipe, folder, console)
+        return _export(recipe, folder, console)
+
+
+def _refuse_changed(recipe: Recipe, folder: Path, console: Console) -> None:
+    """Compare what an export reads: all data, of the base its labels, its weights where the run has no dense stage."""
+    begun, dense = read(folder), baseline_folder(recipe, folder)
+    if begun is None:
+        console.print(f"{folder}: {UNKNOWN}", highlight=False, soft_wrap=True)
+        return
+    reads = ("data.", "model/config.json" if dense else "model")
+    refuse_changed(begun, inputs(recipe, [stage.name for stage in recipe.stages]), lambda key: key.startswith(reads))
+
+
+def _export(recipe: Recipe, folder: Path, console: Console) -> dict[str, Any]:
     _, splits = load_task(recipe, load_tokenizer(str(folder / "model")))
     stages = [read_manifest(folder / "stages" / stage.name, "model", ("stage",))["stage"] for stage in recipe.stages]
-    report = complete(export(recipe, folder, splits, console or PlainConsole(stderr=True)), recipe, stages)
+    report = complete(export(recipe, folder, splits, console), recipe, stages)
     write_report(report, load_metrics(folder / "metrics.jsonl"), folder / "report")
     return report
 
@@ -48,7 +72,8 @@ def report_again(root: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: does not exist; the run has not been exported: compressft export {folder}")
     report = read_object(path)
-    write_report(report, load_metrics(folder / "metrics.jsonl"), folder / "report")
+    with held(folder):
+        write_report(report, load_metrics(folder / "metrics.jsonl"), folder / "report")
     return report
 
 
@@ -56,7 +81,7 @@ def finished_run(root: str | Path) -> Path:
     """A run directory whose training is done.
 
     Raises:
-        UserError: it is none.
+        UserError: it is none, or has links out of it.
     """
     folder = Path(root)
     if not (folder / "recipe.yaml").is_file():
@@ -64,4 +89,5 @@ def finished_run(root: str | Path) -> Path:
     if not (folder / "model" / MANIFEST).is_file():
         fix = f"go on with: compressft run ... --output {root} --resume"
         raise UserError(f"{str(root)!r}: its training is not finished; {fix}")
+    refuse_links(folder)
     return folder

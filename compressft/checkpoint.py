@@ -37,11 +37,12 @@ DELTA = "delta.safetensors"
 def file_hash(path: Path) -> str:
     """SHA-256 of a file's bytes; computed anew where its size or time of change is another."""
     state = path.stat()
-    return _hash(path.resolve(), state.st_size, state.st_mtime_ns, state.st_ino)
+    # The time of change of the inode cannot be set back, that of the content can.
+    return _hash(path.resolve(), state.st_size, (state.st_mtime_ns, state.st_ctime_ns), state.st_ino)
 
 
 @lru_cache(maxsize=1024)
-def _hash(path: Path, size: int, changed: int, number: int) -> str:
+def _hash(path: Path, size: int, changed: tuple[int, int], number: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

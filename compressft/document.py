@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -47,6 +49,36 @@ def read_document(source: str | Path, seen: tuple[Path, ...] = ()) -> dict[str, 
     beside = path.parent / str(base_name)
     base = read_document(beside if beside.is_file() else str(base_name), (*seen, path.resolve()))
     return _merge(base, document)
+
+
+def document_hash(document: Any) -> str:
+    """Content hash of plain data, "sha256:..."; the order of keys says nothing."""
+    return "sha256:" + hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def recorded_hash(path: Path) -> str:
+    """`document_hash` of a run's `recipe.yaml` as it was written, whatever later versions add to a recipe.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    return document_hash(read_yaml(read_text(path), str(path)))
+
+
+def refuse_edited(path: Path, trained: str | None) -> None:
+    """Compare a run's `recipe.yaml` with the hash that the run's folders have of the recipe that was trained.
+
+    Args:
+        trained: None where a folder of before does not say it.
+
+    Raises:
+        UserError: it is another recipe.
+    """
+    if trained is not None and recorded_hash(path) != trained:
+        raise UserError(
+            f"{path}: is not the recipe that was trained (its hash is another); restore it; "
+            "other export settings are given with --set export.FIELD=VALUE"
+        )
 
 
 def _merge(base: Any, new: Any) -> Any:

@@ -6,22 +6,22 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from compressft import ranks
 from compressft.checkpoint import MANIFEST, read_manifest, sync, verify_files, write_manifest
+from compressft.document import recorded_hash
+from compressft.entries import DROPPED, refuse_links, sweep
 from compressft.errors import UserError, trouble
+from compressft.identity import FILE as IDENTITY
 from compressft.recipe import Recipe, parse_recipe
+from compressft.space import shipping_bytes, training_bytes
 from compressft.strict_yaml import read_yaml
 from compressft.texts import read_json, read_text
-
-FREE_SPACE_FACTOR = 8
-# Name prefix of a checkpoint that is being deleted.
-DROPPED = ".dropped-"
 
 
 class RunFolder:
@@ -35,7 +35,7 @@ class RunFolder:
         resume: go on with what is there; without it a directory that holds a run is refused.
 
     Raises:
-        UserError: in use by another run, not empty, not writable, or of another recipe.
+        UserError: in use by another run, not empty, not writable, of another recipe, or with links out of it.
     """
 
     def __init__(self, root: str | Path, recipe: Recipe, resume: bool) -> None:
@@ -46,13 +46,15 @@ class RunFolder:
         self._claimed = False
         try:
             self.root.mkdir(parents=True, exist_ok=True)
+            refuse_links(self.root)
             self._refuse_others()
             self._lock = (self.root / ".lock").open("a")
         except OSError as error:
             raise UserError(f"--output {str(self.root)!r}: cannot be written to: {error.strerror or error}") from None
         try:
-            self._hold()
+            _hold(self._lock, f"--output {str(self.root)!r}")
             self._claim(resume)
+            sweep(self.root)
         except BaseException:
             self._lock.close()
             raise
@@ -73,14 +75,15 @@ class RunFolder:
             ) from error
 
     def _give_up(self) -> None:
-        recipe, lock = self.root / "recipe.yaml", self.root / ".lock"
+        recipe, lock, identity = (self.root / name for name in ("recipe.yaml", ".lock", IDENTITY))
         found = set(self.root.rglob("*"))
         folders = {path for path in found if path.is_dir() and not path.is_symlink()}
-        if found - folders != {recipe, lock}:
+        if found - folders - {identity} != {recipe, lock}:
             return
         # The Trainer makes its folder before it has anything to write.
         for folder in sorted(folders, reverse=True):
             folder.rmdir()
+        identity.unlink(missing_ok=True)
         recipe.unlink()
         # Windows keeps a file that is open.
         with suppress(OSError):
@@ -92,19 +95,6 @@ class RunFolder:
         names = sorted(path.name for path in self.root.iterdir() if path.name not in (".lock", ".recipe.tmp"))
         if names and "recipe.yaml" not in names:
             raise UserError(f"--output {str(self.root)!r}: is not empty ({names[0]!r}); choose an empty directory")
-
-    def _hold(self) -> None:
-        try:
-            import fcntl
-        except ImportError:
-            # Windows: no advisory locks; the claim below still refuses a directory that holds a run.
-            return
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"--output {str(self.root)!r}: another run is writing there; wait for it or choose another"
-            ) from None
 
     def _claim(self, resume: bool) -> None:
         saved = self.root / "recipe.yaml"
@@ -127,18 +117,36 @@ class RunFolder:
         self._claimed = True
 
     def check_space(self, model_bytes: int) -> None:
-        """Refuse to start what cannot be saved: checkpoints hold weights and two optimiser moments, twice for a while.
+        """Refuse to start what cannot be saved: the checkpoints, or, where nothing is left to train, what ships.
+
+        Args:
+            model_bytes: of the uncompressed model.
 
         Raises:
             UserError: less is free than that.
         """
         free = shutil.disk_usage(self.root).free
-        wanted = FREE_SPACE_FACTOR * model_bytes
+        if all(self._trained(stage.name) for stage in self.recipe.stages):
+            what, wanted = "what is left to write needs", shipping_bytes(self.root, self.recipe, model_bytes)
+        else:
+            what, wanted = "checkpoints need", training_bytes(self.root, model_bytes)
         if free < wanted:
             raise UserError(
                 f"--output {str(self.root)!r}: {free / 1e9:.2f} GB free, "
-                f"checkpoints need about {wanted / 1e9:.2f} GB; free some space"
+                f"{what} about {wanted / 1e9:.2f} GB; free some space"
             )
+
+    def _trained(self, stage: str) -> bool:
+        """Whether a stage's last step is in a checkpoint, or the stage is finished."""
+        return (self.stage(stage) / MANIFEST).is_file() or any(
+            manifest.get("stage") == stage and manifest.get("done", False)
+            for manifest in (read_manifest(path, "checkpoint", files=False) for path in self.checkpoints())
+        )
+
+    @property
+    def recipe_hash(self) -> str:
+        """Hash of the recipe as it was written when the run began, which all that it ships records."""
+        return recorded_hash(self.root / "recipe.yaml")
 
     # Finished stages: a compressed model folder each.
 
@@ -147,10 +155,20 @@ class RunFolder:
         return self.root / "stages" / name
 
     def finished(self, name: str) -> dict[str, Any] | None:
-        """What was recorded of a finished stage, None before."""
+        """What was recorded of a finished stage, None before.
+
+        Raises:
+            UserError: it is damaged, or another recipe's.
+        """
         if not (self.stage(name) / MANIFEST).is_file():
             return None
-        return read_manifest(self.stage(name), "model", ("stage",))["stage"]
+        manifest = read_manifest(self.stage(name), "model", ("stage",))
+        if manifest.get("recipe_hash", self.recipe_hash) != self.recipe_hash:
+            raise UserError(
+                f"{self.stage(name)}: was trained by another recipe than {self.root / 'recipe.yaml'}; restore the two, "
+                "or start a new run in another directory"
+            )
+        return manifest["stage"]
 
     # What must not be measured or drawn again by a resumed run.
 
@@ -282,6 +300,35 @@ def open_folder(root: str | Path, recipe: Recipe, resume: bool) -> RunFolder:
     folder = RunFolder(root, recipe, resume) if ranks.first() else SharedFolder(root, recipe)
     ranks.wait()
     return folder
+
+
+@contextmanager
+def held(root: Path) -> Iterator[None]:
+    """Inside, this process alone writes to a finished run's directory, without what a killed one left there.
+
+    Raises:
+        UserError: another process writes there, or it is not writable.
+    """
+    try:
+        lock = (root / ".lock").open("a")
+    except OSError as error:
+        raise UserError(f"{str(root)!r}: cannot be written to: {error.strerror or error}") from None
+    with lock:
+        _hold(lock, repr(str(root)))
+        sweep(root)
+        yield
+
+
+def _hold(lock: Any, where: str) -> None:
+    try:
+        import fcntl
+    except ImportError:
+        # Windows: no advisory locks; a claim still refuses a directory that holds a run.
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"{where}: another run is writing there; wait for it or choose another") from None
 
 
 def sync_directory(path: Path) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from compressft.document import document_hash
 from compressft.errors import UserError, nearest
 
 FORMAT = 1
@@ -92,9 +92,14 @@ def check_manifest(entry: Any, path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: format {entry['format']!r}; this compressft reads {FORMAT}")
     require(entry, REQUIRED[kind], path)
     check_types(entry, kind, path)
+    check_seal(entry, path)
+    return entry
+
+
+def check_seal(entry: Mapping[str, Any], path: Path) -> None:
+    """UserError where what was `sealed` has changed; older files have no seal."""
     if SEAL in entry and entry[SEAL] != _digest(entry):
         raise UserError(f"{path}: was changed after it was written (its hash is another); restore the file")
-    return entry
 
 
 def sealed(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,8 +109,7 @@ def sealed(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 def _digest(entry: Mapping[str, Any]) -> str:
     # Through JSON, as it will be read.
-    plain = json.loads(json.dumps({name: value for name, value in entry.items() if name != SEAL}))
-    return "sha256:" + hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+    return document_hash(json.loads(json.dumps({name: value for name, value in entry.items() if name != SEAL})))
 
 
 def compare_labels(entry: Mapping[str, Any], config: Any, path: Path) -> None:

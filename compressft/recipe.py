@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from compressft.document import SOURCES, override_all, read_document
+from compressft.document import SOURCES, document_hash, override_all, read_document
 from compressft.errors import UserError, nearest
 from compressft.methods import METHODS
 from compressft.methods.full import Full
@@ -228,8 +227,7 @@ class Recipe(Strict):
     @property
     def hash(self) -> str:
         """Content hash, "sha256:..."; equal recipes have equal hashes."""
-        payload = json.dumps(json.loads(self.model_dump_json()), sort_keys=True)
-        return "sha256:" + hashlib.sha256(payload.encode()).hexdigest()
+        return document_hash(json.loads(self.model_dump_json()))
 
 
 def _listed(value: Any) -> Sequence[Any]:

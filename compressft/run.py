@@ -16,6 +16,7 @@ from compressft.export import export
 from compressft.export.verify import model_logits
 from compressft.folder import RunFolder, open_folder
 from compressft.foreign import load_config
+from compressft.identity import identify, with_threads
 from compressft.labels import in_order_of, refuse_alike
 from compressft.memory import keep_freed_memory
 from compressft.model import load_tokenizer, resolve
@@ -54,22 +55,26 @@ def run(recipe: Recipe, output: str | Path, resume: bool = False, console: Conso
     quiet_libraries()
     keep_freed_memory()
     with open_folder(output, recipe, resume) as folder:
-        tokenizer = load_tokenizer(recipe.model)
-        task, splits = load_task(recipe, tokenizer)
-        names = ("train", "validation", "test", *(["unlabelled"] if splits.unlabelled else []))
-        rows = ", ".join(f"{len(getattr(splits, name))} {name}" for name in names)
-        reasons = " and ".join(f"data.{name}" for name in ("per_class", "limit") if getattr(recipe.data, name))
-        left = (
-            f"; {splits.left_out} of {len(splits.known)} training rows left out ({reasons})" if splits.left_out else ""
-        )
-        console.print(f"{recipe.name}: {rows} rows{left}", highlight=False, soft_wrap=True)
-        cut = task.cut([*splits.train, *splits.validation, *splits.test])
-        if cut:
-            console.print(cut, highlight=False, soft_wrap=True)
-        info = model_info(recipe, task)
-        model, task, stages = train_stages(recipe, folder, task, splits, info, console)
-        report = ship(recipe, folder, task, splits, info, model, stages, console) if ranks.first() else None
-        return ranks.shared(report)
+        threads = ranks.shared(identify(folder.root, recipe, console) if ranks.first() else None)
+        with with_threads(threads):
+            return _run(recipe, folder, console)
+
+
+def _run(recipe: Recipe, folder: RunFolder, console: Console) -> dict[str, Any]:
+    tokenizer = load_tokenizer(recipe.model)
+    task, splits = load_task(recipe, tokenizer)
+    names = ("train", "validation", "test", *(["unlabelled"] if splits.unlabelled else []))
+    rows = ", ".join(f"{len(getattr(splits, name))} {name}" for name in names)
+    reasons = " and ".join(f"data.{name}" for name in ("per_class", "limit") if getattr(recipe.data, name))
+    left = f"; {splits.left_out} of {len(splits.known)} training rows left out ({reasons})" if splits.left_out else ""
+    console.print(f"{recipe.name}: {rows} rows{left}", highlight=False, soft_wrap=True)
+    cut = task.cut([*splits.train, *splits.validation, *splits.test])
+    if cut:
+        console.print(cut, highlight=False, soft_wrap=True)
+    info = {**model_info(recipe, task), "recipe_hash": folder.recipe_hash}
+    model, task, stages = train_stages(recipe, folder, task, splits, info, console)
+    report = ship(recipe, folder, task, splits, info, model, stages, console) if ranks.first() else None
+    return ranks.shared(report)
 
 
 def refuse_export(recipe: Recipe) -> None:

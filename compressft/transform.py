@@ -165,6 +165,10 @@ class Transform(Strict):
         """Factor on the task's own loss now; the factors of all objectives multiply."""
         return 1.0
 
+    def inputs(self) -> Sequence[str]:
+        """Files, folders and hub ids that it reads besides the recipe's model and data; earlier stages may be named."""
+        return ()
+
     def conflict(self, others: Sequence[Transform]) -> str | None:
         """Why this cannot run beside `others` (with the fix), or None."""
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import re
@@ -191,10 +192,7 @@ def hub_rows(dataset: str, subset: str | None = None) -> dict[str, list[Row]]:
     """
     import datasets
 
-    try:
-        loaded = datasets.load_dataset(dataset, subset)
-    except Exception as error:
-        raise UserError(f"data.dataset: {dataset!r} could not be loaded: {' '.join(str(error).split())}") from error
+    loaded = _load_hub(dataset, subset)
     result: dict[str, list[Row]] = {}
     for split in loaded:
         table = loaded[split]
@@ -212,3 +210,33 @@ def hub_rows(dataset: str, subset: str | None = None) -> dict[str, list[Row]]:
             for number, row in enumerate(rows, 1)
         ]
     return result
+
+
+def _load_hub(dataset: str, subset: str | None) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(dataset, subset)
+    except Exception as error:
+        raise UserError(f"data.dataset: {dataset!r} could not be loaded: {' '.join(str(error).split())}") from error
+
+
+def hub_hash(dataset: str, subset: str | None = None) -> str:
+    """Hash of what a hub data set's splits hold now, whatever the revision and the cache are that it comes from.
+
+    Raises:
+        UserError: as `hub_rows`.
+    """
+    loaded = _load_hub(dataset, subset)
+    digest = hashlib.sha256()
+    for split in sorted(loaded):
+        digest.update(f"{split} {_class_names(loaded[split].features)}".encode())
+        # Arrow's own values: nothing is decoded.
+        for batch in loaded[split].with_format("arrow").iter(batch_size=1000):
+            digest.update(repr(sorted(batch.to_pydict().items())).encode("utf-8", "surrogatepass"))
+    return "sha256:" + digest.hexdigest()
+
+
+def _class_names(features: Any) -> dict[str, Any]:
+    """What the numbers of classes stand for, in columns of classes and of lists of classes."""
+    return {name: getattr(getattr(f, "feature", f), "names", None) for name, f in features.items()}

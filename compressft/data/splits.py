@@ -84,8 +84,8 @@ def load_splits(config: DataConfig, fields: Fields, mask: str | None = None) -> 
 def _unlabelled(config: DataConfig, fields: Fields, train: list[Row], mask: str | None) -> list[Row]:
     """Rows of files without labels, then rewritten training rows."""
     rows: list[Row] = []
-    if config.unlabelled is not None:
-        files = config.unlabelled if isinstance(config.unlabelled, tuple) else (config.unlabelled,)
+    files = source_files(config).get("unlabelled", ())
+    if files:
         raw = [row for file in files for row in read_rows(file)]
         columns = {name: column for name, column in config.columns.items() if name in fields.inputs}
         rows = canonical_rows(raw, columns, Fields.of_inputs(fields))
@@ -102,16 +102,27 @@ def _raw(config: DataConfig) -> dict[str, list[Row]]:
         if "train" not in rows:
             raise UserError(f"data.dataset: {config.dataset!r} has no split 'train'; splits: {', '.join(rows)}")
         return rows
-    paths: dict[str, Any] = dict(sample_files(config.sample)) if config.sample else {}
-    for name in ("train", "validation", "test"):
+    files = source_files(config)
+    return {
+        name: [row for file in files[name] for row in read_rows(file)]
+        for name in ("train", "validation", "test")
+        if name in files
+    }
+
+
+def source_files(config: DataConfig) -> dict[str, tuple[str, ...]]:
+    """The files that a recipe's rows are read from, by split; those of a hub data set are left out.
+
+    Raises:
+        UserError: an unknown sample.
+    """
+    found: dict[str, Any] = dict(sample_files(config.sample)) if config.sample else {}
+    # A data set on the hub has its own splits.
+    labelled = () if config.dataset else ("train", "validation", "test")
+    for name in (*labelled, "unlabelled"):
         if getattr(config, name):
-            paths[name] = getattr(config, name)
-    rows = {}
-    for name in ("train", "validation", "test"):
-        if name in paths:
-            files = paths[name] if isinstance(paths[name], tuple) else (paths[name],)
-            rows[name] = [row for file in files for row in read_rows(file)]
-    return rows
+            found[name] = getattr(config, name)
+    return {name: files if isinstance(files, tuple) else (files,) for name, files in found.items()}
 
 
 def canonical_rows(rows: Sequence[Row], columns: dict[str, str], fields: Fields) -> list[Row]:

@@ -20,6 +20,7 @@ from compressft.checkpoint import (
     write_manifest,
 )
 from compressft.data import Splits, Task, make_task
+from compressft.entries import MEASURING
 from compressft.errors import VerificationError
 from compressft.export.fold import fold
 from compressft.export.fuse import fuse_qattention
@@ -232,7 +233,7 @@ def measure(
 ) -> None:
     """Latency and bytes against the uncompressed model: its fp32 ONNX as transformers exports it, and torch eager."""
     console.print("measuring latency", highlight=False)
-    with tempfile.TemporaryDirectory(dir=root) as scratch:
+    with tempfile.TemporaryDirectory(prefix=MEASURING, dir=root) as scratch:
         dense_folder = baseline or Path(scratch) / "dense"
         if baseline is None:
             dense = load_model(recipe.model, task.auto_class, new_head=True, **task.model_arguments())

@@ -150,5 +150,8 @@ class Adapter(Transform):
         new = Invertible(width, size, self.activation or activation, zero, generator)
         return new.to(table.weight.device)
 
+    def inputs(self) -> Sequence[str]:
+        return self.stack
+
     def conflict(self, others: Sequence[Transform]) -> str | None:
         return cut_before(others, "method adapter.stack") if self.stack else None

@@ -88,6 +88,9 @@ class Fusion(Transform):
         for fusion in fusions(model):
             fusion.annealed = False
 
+    def inputs(self) -> Sequence[str]:
+        return self.adapters
+
     def conflict(self, others: Sequence[Transform]) -> str | None:
         return cut_before(others, "method fusion")
 

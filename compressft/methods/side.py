@@ -117,6 +117,9 @@ class Side(Transform):
         side: SideModule = getattr(anatomy(model).backbone, NAME)
         return [{"params": [side.blend], "weight_decay": 0.0}]
 
+    def inputs(self) -> Sequence[str]:
+        return () if self.network in ("copy", "ladder") else (self.network,)
+
     def conflict(self, others: Sequence[Transform]) -> str | None:
         for other in others:
             # Fewer layers or rows a configuration can state.

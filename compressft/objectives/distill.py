@@ -104,6 +104,9 @@ class Distill(Transform):
     def finalize(self, model: nn.Module) -> None:
         Distillation.of(model).remove(model)
 
+    def inputs(self) -> Sequence[str]:
+        return () if self.teacher in OWN else (self.teacher,)
+
     def conflict(self, others: Sequence[Transform]) -> str | None:
         return reason(self, others)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -63,6 +64,9 @@ class Vocabulary(Transform):
 
         context.fit_teacher.append(fit)
         context.data.retokenise(tokenizer)
+
+    def inputs(self) -> Sequence[str]:
+        return () if self.reserve_file is None else (self.reserve_file,)
 
     def _reserved(self, tokenizer: Any) -> list[int]:
         texts = list(self.reserve)
