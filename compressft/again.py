@@ -15,7 +15,7 @@ from compressft.errors import UserError
 from compressft.export import export
 from compressft.export.flow import baseline_folder
 from compressft.folder import held
-from compressft.identity import UNKNOWN, inputs, read, refuse_changed
+from compressft.identity import UNKNOWN, read, refuse_changed
 from compressft.model import load_tokenizer
 from compressft.quiet import quiet_libraries
 from compressft.recipe import Recipe, load_recipe
@@ -54,7 +54,7 @@ def _refuse_changed(recipe: Recipe, folder: Path, console: Console) -> None:
         console.print(f"{folder}: {UNKNOWN}", highlight=False, soft_wrap=True)
         return
     reads = ("data.", "model/config.json" if dense else "model")
-    refuse_changed(begun, inputs(recipe, [stage.name for stage in recipe.stages]), lambda key: key.startswith(reads))
+    refuse_changed(begun, recipe, [stage.name for stage in recipe.stages], lambda key: key.startswith(reads))
 
 
 def _export(recipe: Recipe, folder: Path, console: Console) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -89,20 +89,28 @@ def inputs(recipe: Recipe, done: Collection[str] = ()) -> Iterator[Input]:
     Args:
         done: names of finished stages, whose teachers and adapters are not read again.
     """
-    yield from _of_folder("model", recipe.model)
     data = recipe.data
     if data.dataset is not None:
         load = partial(hub_hash, data.dataset, data.subset)
         yield Input("data.dataset", f"data.dataset: {data.dataset!r}", lambda before: load())
-    for split, files in source_files(data).items():
-        for number, file in enumerate(files):
-            yield _file(f"data.{split}.{number}", Path(file).expanduser())
-    names = [stage.name for stage in recipe.stages]
+    for key, name in _named(recipe, done):
+        if key.startswith("data."):
+            yield _file(key, Path(name).expanduser())
+        else:
+            yield from _of_folder(key, name)
+
+
+def _named(recipe: Recipe, done: Collection[str]) -> Iterator[tuple[str, str]]:
+    """(key, name) of the files, folders and models on the hub that a recipe names."""
+    yield "model", recipe.model
+    for split, files in source_files(recipe.data).items():
+        yield from ((f"data.{split}.{number}", file) for number, file in enumerate(files))
+    stages = [stage.name for stage in recipe.stages]
     for stage in recipe.stages:
         for transform in stage.transforms if stage.name not in done else ():
             for number, name in enumerate(transform.inputs()):
-                if name not in names:
-                    yield from _of_folder(f"stages.{stage.name}.{transform.type}.{number}", name)
+                if name not in stages:
+                    yield f"stages.{stage.name}.{transform.type}.{number}", name
 
 
 def _file(key: str, path: Path) -> Input:
@@ -118,19 +126,22 @@ def _file(key: str, path: Path) -> Input:
 
 def _of_folder(key: str, name: str) -> Iterator[Input]:
     """The files of a folder that loaders read; else a file, or a model on the hub."""
-    path = Path(name).expanduser()
-    if path.is_file():
-        yield _file(key, path)
-        return
-    try:
-        path = Path(resolve(name))
-    except UserError:
-        # Whoever loads it says so.
-        return
+    path = _place(name)
     if path.is_dir():
         yield from (_file(f"{key}/{file.name}", file) for file in _read_of(path))
+    elif path.is_file() or name.startswith((".", "/", "~")):
+        yield _file(key, path)
     else:
         yield Input(key, f"{field_of(key)}: {name!r} (on the hub)", partial(_revision_digest, name))
+
+
+def _place(name: str) -> Path:
+    path = Path(name).expanduser()
+    try:
+        return path if path.is_file() else Path(resolve(name))
+    except UserError:
+        # Whoever loads it says so.
+        return path
 
 
 def _read_of(folder: Path) -> list[Path]:
@@ -188,7 +199,7 @@ def identify(root: Path, recipe: Recipe, console: Console) -> int:
     if begun.recipe != recorded_hash(root / "recipe.yaml"):
         raise UserError(f"{root / 'recipe.yaml'}: has changed since the run began; restore it")
     done = [stage.name for stage in recipe.stages if (root / "stages" / stage.name).is_dir()]
-    refuse_changed(begun, inputs(recipe, done))
+    refuse_changed(begun, recipe, done)
     others = [f"{name} {now} ({was})" for name, was, now in _differences(begun.about, _about())]
     if others:
         said = "goes on with other versions or processors than it began with, so that last bits may differ"
@@ -199,18 +210,29 @@ def identify(root: Path, recipe: Recipe, console: Console) -> int:
     return begun.threads
 
 
-def refuse_changed(begun: Identity, now: Iterable[Input], wanted: Callable[[str], bool] = lambda key: True) -> None:
+def refuse_changed(
+    begun: Identity, recipe: Recipe, done: Collection[str] = (), wanted: Callable[[str], bool] = lambda key: True
+) -> None:
     """Compare what a run reads with what it read when it began.
 
     Args:
+        done: as for `inputs`.
         wanted: says of an `Input.key` whether it is compared.
 
     Raises:
         UserError: something has changed, is missing or new; the message names it.
     """
     fix = "or start a new run in another directory"
-    compared = {one.key: one for one in now if wanted(one.key)}
-    for key, one in compared.items():
+    present = {one.key: one for one in inputs(recipe, done) if wanted(one.key)}
+    names = dict(_named(recipe, done))
+    for key in begun.inputs:
+        root, _, file = key.partition("/")
+        if key not in present and root in names and wanted(key):
+            path = _place(names[root]) / file
+            # Pickled weights are there, but no longer read, where others have come.
+            if not path.is_file():
+                raise UserError(f"{path}: is missing, and the run began with it ({field_of(key)}); restore it, {fix}")
+    for key, one in present.items():
         was = begun.inputs.get(key)
         found = one.digest(was)
         if was is None and found is not None:
@@ -219,13 +241,6 @@ def refuse_changed(begun: Identity, now: Iterable[Input], wanted: Callable[[str]
             raise UserError(f"{one.shown}: is missing, and the run began with it ({one.field}); restore it, {fix}")
         if was != found:
             raise UserError(f"{one.shown}: has changed since the run began ({one.field}); restore it, {fix}")
-    roots = {key.partition("/")[0]: Path(one.shown).parent for key, one in compared.items() if "/" in key}
-    for key in begun.inputs:
-        root, _, name = key.partition("/")
-        if key not in compared and root in roots and wanted(key):
-            raise UserError(
-                f"{roots[root] / name}: is missing, and the run began with it ({field_of(root)}); restore it, {fix}"
-            )
 
 
 def read(root: Path) -> Identity | None:
