@@ -105,6 +105,7 @@ def evaluate(
         str, typer.Argument(metavar="DIR|model.onnx", help="Run directory, model/, onnx/ or model.onnx.")
     ],
     data: Annotated[Path, typer.Option(help="JSONL, CSV or Parquet file.")],
+    batch: Annotated[int, typer.Option(min=1, help="Rows at a time.")] = 32,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """Score a torch checkpoint or an ONNX file with the same metrics."""
@@ -112,7 +113,7 @@ def evaluate(
     from compressft.quiet import quiet_libraries
 
     quiet_libraries()
-    result = score(source, data)
+    result = score(source, data, batch)
     if as_json:
         print(json.dumps(result))
         return

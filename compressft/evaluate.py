@@ -20,6 +20,7 @@ def evaluate(source: str | Path, data: str | Path, batch: int = 32) -> dict[str,
     Args:
         source: a run directory, a `model/`, `delta/` or `onnx/` folder, or a `model.onnx` file.
         data: JSONL, CSV or Parquet with the columns of the recipe.
+        batch: rows at a time; what of the logits is in memory.
 
     Returns:
         {"runtime", "rows", metric name: value, ..., "portable"}; the last says whether the ONNX file that this is or
@@ -29,8 +30,8 @@ def evaluate(source: str | Path, data: str | Path, batch: int = 32) -> dict[str,
         UserError: nothing of ours at `source`, or a wrong file, column or label.
     """
     from compressft.export.portable import model_portability, portability
-    from compressft.export.session import open_session, session_logits
-    from compressft.export.verify import model_logits, stacked
+    from compressft.export.session import open_session, session_run
+    from compressft.export.verify import model_run, scored
 
     path = Path(source)
     if not path.exists():
@@ -53,11 +54,11 @@ def evaluate(source: str | Path, data: str | Path, batch: int = 32) -> dict[str,
     if manifest["kind"] == "onnx":
         file = path if path.suffix == ".onnx" else folder / "model.onnx"
         proof = portability(file)
-        runtime, logits = "onnxruntime", session_logits(open_session(file), task, features, batch)
+        runtime, run = "onnxruntime", session_run(open_session(file), task)
     else:
         model = (load_delta if manifest["kind"] == "delta" else load_compressed)(folder)
         proof = model_portability(model)
-        runtime, logits = "torch", model_logits(model, task, features, batch)
-    result = {"runtime": runtime, "rows": len(rows), **task.score(*stacked(task, logits, features))}
+        runtime, run = "torch", model_run(model, task)
+    result = {"runtime": runtime, "rows": len(rows), **scored(run, task, features, batch)}
     note = proof.warning()
     return {**result, "portable": proof.portable, **({"note": note} if note else {})}

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from compressft.anatomy import anatomy
+from compressft.anatomy import anatomy, linear_shape
 from compressft.errors import UserError
 from compressft.measure import timed
 from compressft.model import load_empty, load_tokenizer
@@ -24,6 +24,8 @@ UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "G
 # dense stage and one with distillation, pruning and int8).
 PROCESS_BYTES = 570 * 2**20
 ALLOCATOR_SHARE = 0.25
+# Tensors as large as a batch's logits that are there at once.
+TRAINED_COPIES, EVALUATED_COPIES = 3, 2
 # Share of the plain matrix product's speed that training reaches, evaluation and checkpoints included: 0.21 for a dense
 # stage and 0.20 for one with distillation, pruning and int8, measured with MiniLM-L6 on two Zen 4 cores in bf16.
 MATMUL_SHARE = 0.2
@@ -127,6 +129,7 @@ def _stage(stage: Stage, model: Any, lengths: list[int]) -> dict[str, Any]:
         "gradients": 4 * trainable,
         "optimiser": moments * trainable,
         "activations": activation_bytes(model, tokens, stage),
+        "logits": logits_bytes(model, longest, stage),
         "process": PROCESS_BYTES,
     }
     bytes_["allocator"] = int(ALLOCATOR_SHARE * sum(bytes_.values()))
@@ -166,6 +169,19 @@ def activation_bytes(model: Any, tokens: int, stage: Stage) -> int:
         return tokens * (max(layers) + 4 * len(layers) * hidden)
     trained = [size for layer, size in zip(parts.layers, layers, strict=True) if _has_graph(parts, layer.index)]
     return tokens * (sum(trained) if trained else max(layers))
+
+
+def logits_bytes(model: Any, longest: int, stage: Stage) -> int:
+    """A vocabulary's logits: those of the training batch, or of the evaluation batch where that takes more.
+
+    In training the loss keeps its log-probabilities beside them, and both have a gradient for a while; in evaluation
+    there are the logits and the log-probabilities.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        return 0
+    rows = max(TRAINED_COPIES * stage.train.batch_size, EVALUATED_COPIES * stage.train.eval_batch_size)
+    return 4 * linear_shape(head)[1] * longest * rows
 
 
 def _has_graph(parts: Any, index: int) -> bool:

@@ -30,6 +30,8 @@ from compressft.transform import Transform
 TaskType = Literal["sequence-classification", "regression", "token-classification", "causal-lm"]
 
 
+# Rows at a time outside of training, where a stage's eval_batch_size does not want fewer.
+EVALUATION_BATCH = 32
 # Tasks whose rows may lack a label while a teacher answers.
 TEACHABLE = ("sequence-classification", "token-classification")
 
@@ -219,6 +221,11 @@ class Recipe(Strict):
                         "which has not run by then; name an earlier stage"
                     )
         return self
+
+    @property
+    def evaluation_batch(self) -> int:
+        """Rows at a time where a model is evaluated outside of training."""
+        return min(EVALUATION_BATCH, self.stages[-1].train.eval_batch_size)
 
     def to_yaml(self) -> str:
         """The fully resolved recipe."""

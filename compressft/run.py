@@ -13,7 +13,6 @@ from compressft.checkpoint import base_tensors, load_compressed, save_compressed
 from compressft.data import TASKS, Splits, Task, load_splits, make_task
 from compressft.errors import UserError
 from compressft.export import export
-from compressft.export.verify import model_logits
 from compressft.folder import RunFolder, open_folder
 from compressft.foreign import load_config
 from compressft.identity import identify, with_threads
@@ -23,7 +22,7 @@ from compressft.model import load_tokenizer, resolve
 from compressft.quiet import quiet_libraries
 from compressft.recipe import Recipe
 from compressft.report import load_metrics, write_report
-from compressft.stages import SETTLE_ROWS, train_stages, unchanged
+from compressft.stages import SETTLE_ROWS, settled, train_stages, unchanged
 from compressft.visible import PlainConsole
 
 INFO_KEYS = ("task", "labels", "max_length", "columns", "metric")
@@ -106,7 +105,8 @@ def ship(
     save_compressed(model, task.tokenizer, folder.root / "model", info)
     sample = task.encode(splits.validation[:SETTLE_ROWS])
     loaded = load_compressed(folder.root / "model")
-    unchanged("saving and loading model/", model_logits(model, task, sample), model_logits(loaded, task, sample))
+    before, after = (settled(one, task, sample, recipe.evaluation_batch) for one in (model, loaded))
+    unchanged("saving and loading model/", before, after)
     save_delta(model, task.tokenizer, base_tensors(recipe.model, type(model).__name__), folder.root / "delta", info)
     report = complete(export(recipe, folder.root, splits, console), recipe, stages)
     write_report(report, load_metrics(folder.metrics), folder.root / "report")

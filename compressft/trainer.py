@@ -120,6 +120,7 @@ class CompressionTrainer(Trainer):
             # Rows of one length together are evaluated with hardly any padding; what does not fit shows at once.
             eval_dataset=sorted(eval_features, key=lambda f: -len(f["input_ids"])),  # type: ignore[arg-type]
             compute_metrics=_metrics(task),
+            preprocess_logits_for_metrics=_evidence(task),
             callbacks=[Hooks(self.transforms), *callbacks],
         )
         self.remove_callback(PrinterCallback)
@@ -296,11 +297,17 @@ def training_arguments(config: TrainConfig, output: Path, device: str, dtype: to
     )
 
 
+def _evidence(task: Task) -> Callable[[Any, Tensor], Tensor]:
+    """What the Trainer keeps of a batch's outputs until the evaluation's end."""
+
+    def reduce(outputs: Any, labels: Tensor) -> Tensor:
+        return task.evidence(outputs[0] if isinstance(outputs, tuple) else outputs, labels)
+
+    return reduce
+
+
 def _metrics(task: Task) -> Callable[[EvalPrediction], dict[str, float]]:
     def compute(prediction: EvalPrediction) -> dict[str, float]:
-        logits = prediction.predictions
-        if isinstance(logits, tuple):
-            logits = logits[0]
-        return task.score(logits, prediction.label_ids)  # type: ignore[arg-type]
+        return task.metrics(prediction.predictions, prediction.label_ids)  # type: ignore[arg-type]
 
     return compute

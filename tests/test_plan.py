@@ -137,6 +137,18 @@ def test_predictions_move_the_right_way(recipe):
     assert 0 < plain["seconds"] < math.inf
 
 
+@pytest.mark.parametrize(("batch", "evaluated", "rows"), [(8, 4, 3 * 8), (8, 64, 2 * 64)])
+def test_a_vocabularys_logits_are_counted(recipe, tmp_path, batch, evaluated, rows):
+    """Of the batch that holds more of them: training's or evaluation's."""
+    folder = save_tiny(tmp_path, "gpt2", pad_token_id=0, n_positions=16)
+    train = {"batch_size": batch, "eval_batch_size": evaluated}
+    chosen = recipe(family_folder=folder, train=train)
+    model = load_model(str(folder), "AutoModelForCausalLM")
+    assert plan(chosen).stages[0]["bytes"]["logits"] == 0
+    (stage,) = plan(chosen.model_copy(update={"task": "causal-lm"})).stages
+    assert stage["bytes"]["logits"] == 4 * rows * chosen.data.max_length * model.config.vocab_size
+
+
 def test_peak_is_the_largest_stage_and_the_budget_is_judged(recipe):
     chosen = recipe(extra=[{"name": "big", "train": {"batch_size": 256}}], method="probe")
     prediction = plan(chosen)

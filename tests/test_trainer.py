@@ -1,6 +1,7 @@
 """The trainer: what it minimises, which parameter has which settings, in which order rows come."""
 
 import math
+import weakref
 from collections.abc import Mapping, Sequence
 from itertools import chain, pairwise
 from typing import Any, ClassVar
@@ -298,8 +299,35 @@ def test_evaluation_pads_as_little_as_it_can(tmp_path):
     lengths = sorted((len(row["input_ids"]) for row in rows), reverse=True)
     assert widths == [lengths[i] for i in (0, 4, 8)] * 2 and lengths[0] > lengths[8]
     assert found[0]["eval_loss"] == pytest.approx(found[1]["eval_loss"])
-    logits = model(**task.collate(rows)).logits.detach().numpy()
-    assert found[0]["eval_accuracy"] == task.score(logits, task.collate(rows)["labels"].numpy())["accuracy"]
+    predicted = model(**task.collate(rows)).logits.argmax(-1)
+    assert found[0]["eval_accuracy"] == (predicted == task.collate(rows)["labels"]).float().mean().item()
+
+
+def test_evaluation_of_a_language_model_holds_one_batch_of_logits(tmp_path):
+    """Earlier batches' logits are gone when the next one's are computed; the figure is that of all rows at once."""
+    model = tiny("llama", architecture="LlamaForCausalLM")
+    rows = [{**row, "labels": row["input_ids"]} for row in features(12, seed=3)]
+    task = make_task("causal-lm", Pads(), 16)
+    config = TrainConfig(precision="fp32", save="no", max_steps=1, batch_size=4, eval_batch_size=2)
+    logits, alive = [], []
+
+    def watch(module, args, output):
+        alive.append(sum(one() is not None for one in logits))
+        logits.append(weakref.ref(output.logits))
+
+    kept, metrics = [], task.metrics
+    task.metrics = lambda evidence, labels: kept.append(evidence.shape) or metrics(evidence, labels)
+    trainer = CompressionTrainer(model, task, config, Context(), rows, rows, tmp_path)
+    hook = model.register_forward_hook(watch)
+    found = trainer.evaluate()
+    hook.remove()
+    assert len(alive) == 6 and max(alive) == 0
+    assert kept == [(12, 2)]
+    batch = task.collate(rows)
+    with torch.no_grad():
+        scores = model(**batch).logits[:, :-1].double()
+    surprise = torch.nn.functional.cross_entropy(scores.flatten(0, 1), batch["labels"][:, 1:].flatten())
+    assert found["eval_perplexity"] == pytest.approx(surprise.exp().item(), rel=1e-5)
 
 
 # Precision.

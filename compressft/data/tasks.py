@@ -53,13 +53,22 @@ class Task(ABC):
     def encode(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
         """Features of rows: token ids without padding, and `labels` where rows have them."""
 
-    @abstractmethod
-    def score(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """Metrics of logits (rows, ...) against labels; the key `self.metric` is the one that counts."""
-
-    def predictions(self, logits: np.ndarray) -> np.ndarray:
-        """What a user would read off the logits; compared for label agreement."""
+    def predictions(self, logits: Tensor) -> Tensor:
+        """What a user would read off the logits (B, ...); compared for label agreement."""
         return logits.argmax(-1)
+
+    def evidence(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """What the metrics need of each row of a batch, (B, ...): all that is kept of its logits.
+
+        Args:
+            logits: (B, C) or (B, T, C), float.
+            labels: as `collate` makes them.
+        """
+        return self.predictions(logits)
+
+    @abstractmethod
+    def metrics(self, evidence: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """Metrics of all rows' evidence (rows, ...) against labels; the key `self.metric` is the one that counts."""
 
     def collate(self, features: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Pad on the right to the longest row: int64 tensors (B, T), `labels` as the task needs them."""
@@ -120,13 +129,12 @@ class SequenceClassification(Task):
                 feature["labels"] = self._label(row, "label", row["label"])
         return features
 
-    def score(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    def metrics(self, evidence: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         from sklearn.metrics import accuracy_score, f1_score
 
-        predicted = logits.argmax(-1)
         return {
-            "accuracy": float(accuracy_score(labels, predicted)),
-            "f1_macro": float(f1_score(labels, predicted, average="macro", zero_division=0.0)),  # type: ignore[arg-type]
+            "accuracy": float(accuracy_score(labels, evidence)),
+            "f1_macro": float(f1_score(labels, evidence, average="macro", zero_division=0.0)),  # type: ignore[arg-type]
         }
 
 
@@ -151,13 +159,13 @@ class Regression(Task):
     def _collate_labels(self, labels: list[Any], width: int) -> Tensor:
         return torch.tensor(labels, dtype=torch.float32)
 
-    def predictions(self, logits: np.ndarray) -> np.ndarray:
-        return logits.reshape(len(logits))
+    def predictions(self, logits: Tensor) -> Tensor:
+        return logits.reshape(len(logits)).double()
 
-    def score(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    def metrics(self, evidence: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         from scipy.stats import pearsonr, spearmanr
 
-        predicted = logits.reshape(len(logits)).astype(np.float64)
+        predicted = evidence
         if np.ptp(predicted) == 0 or np.ptp(labels) == 0 or len(labels) < 2:
             return {"pearson": 0.0, "spearman": 0.0}
         return {"pearson": float(pearsonr(predicted, labels)[0]), "spearman": float(spearmanr(predicted, labels)[0])}  # type: ignore[arg-type]
@@ -203,16 +211,15 @@ class TokenClassification(Task):
     def _collate_labels(self, labels: list[Any], width: int) -> Tensor:
         return torch.tensor([row + [IGNORE] * (width - len(row)) for row in labels])
 
-    def score(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        predicted = logits.argmax(-1)
+    def metrics(self, evidence: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         keep = labels != IGNORE
-        accuracy = float((predicted[keep] == labels[keep]).mean()) if keep.any() else 0.0
+        accuracy = float((evidence[keep] == labels[keep]).mean()) if keep.any() else 0.0
         if not all(name == "O" or name[:2] in ("B-", "I-") for name in self.labels):
             return {"f1": accuracy, "accuracy": accuracy}
         from seqeval.metrics import f1_score
 
         truth = [[self.labels[i] for i in row[m]] for row, m in zip(labels, keep, strict=True)]
-        guess = [[self.labels[i] for i in row[m]] for row, m in zip(predicted, keep, strict=True)]
+        guess = [[self.labels[i] for i in row[m]] for row, m in zip(evidence, keep, strict=True)]
         return {"f1": float(f1_score(truth, guess, zero_division=0)), "accuracy": accuracy}  # type: ignore[arg-type]
 
 
@@ -268,15 +275,20 @@ class CausalLM(Task):
     def _collate_labels(self, labels: list[Any], width: int) -> Tensor:
         return torch.tensor([row + [IGNORE] * (width - len(row)) for row in labels])
 
-    def score(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        total, tokens = 0.0, 0
-        for row, target in zip(logits, labels, strict=True):
-            keep = target[1:] != IGNORE
-            scores = torch.from_numpy(row[:-1][keep]).float()
-            goal = torch.from_numpy(target[1:][keep]).long()
-            total += float(torch.nn.functional.cross_entropy(scores, goal, reduction="sum"))
-            tokens += int(keep.sum())
-        return {"perplexity": math.exp(min(total / max(tokens, 1), 80.0))}
+    def evidence(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Per row the summed surprise in nats and the number of tokens that it was summed over, (B, 2) float64."""
+        found = torch.zeros(len(logits), 2, dtype=torch.float64, device=logits.device)
+        # Row by row: the log-probabilities of a whole batch would be as large as its logits.
+        for i, (row, target) in enumerate(zip(logits, labels[:, 1:], strict=True)):
+            keep = target != IGNORE
+            scores, goal = row[:-1][keep].float(), target[keep]
+            found[i, 0] = torch.nn.functional.cross_entropy(scores, goal, reduction="none").double().sum()
+            found[i, 1] = len(goal)
+        return found
+
+    def metrics(self, evidence: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        surprise, tokens = evidence.sum(0)
+        return {"perplexity": math.exp(min(surprise / max(tokens, 1), 80.0))}
 
 
 TASKS: dict[str, type[Task]] = {

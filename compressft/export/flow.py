@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from compressft.export.locate import diverging_layer
 from compressft.export.onnx import save, to_graph
 from compressft.export.portable import portability
 from compressft.export.reached import missed, shapes_to_time
-from compressft.export.verify import Check, metric, model_logits, verify
+from compressft.export.verify import Check, model_run, scored, verify
 from compressft.flops import FLOPS_LENGTH, flops
 from compressft.measure import hardware, latencies, versions
 from compressft.model import count, load_model, load_tokenizer
@@ -72,9 +72,9 @@ def export(recipe: Recipe, root: Path, splits: Splits, console: Console) -> dict
         # Its vocabulary may be larger than that of the model that ships.
         own = make_task(recipe.task, load_tokenizer(str(baseline)), recipe.data.max_length, manifest["labels"])
         features = own.encode(getattr(splits, split))
-        quality["baseline"] = metric(own, model_logits(dense, own, features), features)
+        quality["baseline"] = score(dense, own, features, recipe)
     if not recipe.export.enabled:
-        quality["torch"] = metric(task, model_logits(model, task, encoded[split]), encoded[split])
+        quality["torch"] = score(model, task, encoded[split], recipe)
         quality["baseline"] = quality["torch"] if dense_ships else quality["baseline"]
         return {**report, "quality": quality}
     checks: list[Check] = []
@@ -108,6 +108,11 @@ def export(recipe: Recipe, root: Path, splits: Splits, console: Console) -> dict
     report["quality"] = quality
     measure(recipe, root, task, encoded, baseline, report, console)
     return report
+
+
+def score(model: nn.Module, task: Task, features: Sequence[Mapping[str, Any]], recipe: Recipe) -> float:
+    """The task's metric of a torch model on a split, in the recipe's evaluation batches."""
+    return scored(model_run(model, task), task, features, recipe.evaluation_batch)[task.metric]
 
 
 def _badness(task: Task) -> Any:

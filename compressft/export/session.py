@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,9 @@ import numpy as np
 
 from compressft.data.tasks import Task
 from compressft.foreign import foreign
+
+# Rows to the logits of their padded batch, (B, C) or (B, T, C) fp32.
+Run = Callable[[Sequence[Mapping[str, Any]]], np.ndarray]
 
 
 def open_session(model: str | Path | bytes, threads: int | None = None, exact: bool = False) -> Any:
@@ -25,6 +28,8 @@ def open_session(model: str | Path | bytes, threads: int | None = None, exact: b
     options.log_severity_level = 3
     # Several live sessions would spin against each other; measuring has a process of its own.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # What a batch took goes back at once: logits of a vocabulary are large, and there may be several sessions.
+    options.enable_cpu_mem_arena = False
     if exact:
         options.add_session_config_entry("session.x64quantprecision", "1")
     if threads:
@@ -34,18 +39,35 @@ def open_session(model: str | Path | bytes, threads: int | None = None, exact: b
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
+def session_run(session: Any, task: Task) -> Run:
+    """The model of a session as a `Run`."""
+    names = {value.name for value in session.get_inputs()}
+
+    def run(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        feed = {name: tensor.numpy() for name, tensor in unlabelled(task, rows).items() if name in names}
+        return session.run(["logits"], feed)[0]
+
+    return run
+
+
+def unlabelled(task: Task, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A padded batch of rows without their labels."""
+    return task.collate([{k: v for k, v in row.items() if k != "labels"} for row in rows])
+
+
 def session_logits(session: Any, task: Task, features: Sequence[Mapping[str, Any]], batch: int) -> list[np.ndarray]:
+    """Logits per row of an onnxruntime session; see `by_row`."""
+    return by_row(session_run(session, task), features, batch)
+
+
+def by_row(run: Run, features: Sequence[Mapping[str, Any]], batch: int) -> list[np.ndarray]:
     """Logits per row (padding cut off for token tasks), in the rows' order, computed in padded batches.
 
-    Batches take neighbours in length, as a server that sorts its queue would.
+    Batches take neighbours in length, as a server that sorts its queue would. All logits are held at once: for samples.
     """
-    names = {value.name for value in session.get_inputs()}
     rows: list[Any] = [None] * len(features)
     for indices in batches_by_length(features, batch):
-        padded = task.collate([{k: v for k, v in features[i].items() if k != "labels"} for i in indices])
-        feed = {name: tensor.numpy() for name, tensor in padded.items() if name in names}
-        logits = session.run(["logits"], feed)[0]
-        scatter(rows, indices, logits, features)
+        scatter(rows, indices, run([features[i] for i in indices]), features)
     return rows
 
 

@@ -9,10 +9,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from compressft.data.scores import Scores
 from compressft.data.tasks import Task
-from compressft.export.session import batches_by_length, open_session, scatter, session_logits
+from compressft.export.session import (
+    Run,
+    batches_by_length,
+    by_row,
+    open_session,
+    session_run,
+    unlabelled,
+)
 
 KERNELS = ("exact", "default")
 
@@ -40,68 +48,102 @@ class Check:
         return {name: value for name, value in vars(self).items() if name != "failure"}
 
 
-@torch.no_grad()
+def model_run(model: nn.Module, task: Task) -> Run:
+    """A torch model, put into eval mode, as a `Run`."""
+    model.eval()
+    device = next(model.parameters()).device
+
+    @torch.no_grad()
+    def run(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        batch = unlabelled(task, rows)
+        return model(**{k: v.to(device) for k, v in batch.items()}).logits.float().cpu().numpy()
+
+    return run
+
+
 def model_logits(
     model: nn.Module, task: Task, features: Sequence[Mapping[str, Any]], batch: int = 32
 ) -> list[np.ndarray]:
-    """Logits per row of a torch model in eval mode, fp32, padding cut off for token tasks."""
-    model.eval()
-    device = next(model.parameters()).device
-    rows: list[Any] = [None] * len(features)
+    """Logits per row of a torch model in eval mode; see `by_row`."""
+    return by_row(model_run(model, task), features, batch)
+
+
+def scored(run: Run, task: Task, features: Sequence[Mapping[str, Any]], batch: int = 32) -> dict[str, float]:
+    """The task's metrics of a model on rows, with one batch of logits in memory at a time."""
+    scores = Scores(task)
     for indices in batches_by_length(features, batch):
-        padded = task.collate([{k: v for k, v in features[i].items() if k != "labels"} for i in indices])
-        logits = model(**{k: v.to(device) for k, v in padded.items()}).logits
-        scatter(rows, indices, logits.float().cpu().numpy(), features)
-    return rows
+        rows = [features[i] for i in indices]
+        scores.add(torch.from_numpy(run(rows)), labels_of(task, rows))
+    return scores.metrics()
 
 
-def metric(task: Task, rows: Sequence[np.ndarray], features: Sequence[Mapping[str, Any]]) -> float:
-    """The task's metric of per-row logits."""
-    return task.score(*stacked(task, rows, features))[task.metric]
-
-
-def stacked(
-    task: Task, rows: Sequence[np.ndarray], features: Sequence[Mapping[str, Any]]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Per-row logits and labels as arrays; token tasks are padded (labels with the ignored index)."""
-    labels = task.collate([dict(f) for f in features])["labels"].numpy()
-    if rows[0].ndim == 1:
-        return np.stack(rows), labels
-    width = labels.shape[1]
-    return np.stack([np.pad(row, ((0, width - len(row)), (0, 0))) for row in rows]), labels
+def labels_of(task: Task, rows: Sequence[Mapping[str, Any]]) -> Tensor:
+    """The labels of a padded batch."""
+    return task.collate([dict(row) for row in rows])["labels"]
 
 
 @dataclass(frozen=True)
 class Ran:
-    """What was run: a split's name and rows, in batches of a size, by kernels ("default" or "exact")."""
+    """What was run: a split's rows in batches of a size, by kernels ("default" or "exact")."""
 
     split: str
-    features: Sequence[Mapping[str, Any]]
     batch: int
     kernels: str = "default"
 
 
-def compare(ran: Ran, task: Task, trained: Sequence[np.ndarray], exported: Sequence[np.ndarray], limits: Any) -> Check:
-    """Compare logits row by row against a recipe's export limits."""
-    features = ran.features
-    error = max(float(np.abs(a - b).max()) for a, b in zip(trained, exported, strict=True))
-    agreement = None
-    if task.type != "regression":
-        same = [task.predictions(a[None]) == task.predictions(b[None]) for a, b in zip(trained, exported, strict=True)]
-        agreement = float(np.concatenate([s.reshape(-1) for s in same]).mean())
-    scores = [metric(task, rows, features) for rows in (trained, exported)]
-    drop = (scores[0] - scores[1]) * (1 if task.greater_is_better else -1 / max(scores[0], 1e-9))
-    failure = None
-    if not np.isfinite(error):
-        failure = "the file's logits are not finite"
-    elif agreement is not None and agreement < limits.label_agreement:
-        failure = f"label agreement {agreement:.4f} is below export.label_agreement {limits.label_agreement}"
-    elif drop > limits.metric_drop:
-        worse = f"more than export.metric_drop {limits.metric_drop} worse"
-        failure = f"{task.metric} {scores[1]:.4f} is {worse} than {scores[0]:.4f}"
-    elif limits.max_abs_error is not None and error > limits.max_abs_error:
-        failure = f"logit error {error:.3g} is above export.max_abs_error {limits.max_abs_error}"
-    return Check(ran.split, ran.kernels, ran.batch, len(features), error, agreement, scores[0], scores[1], failure)
+class Comparison:
+    """Compares the logits of the trained model and of its file batch by batch, against a recipe's export limits.
+
+    Args:
+        trained: what the trained model scores on the same rows, added by whoever runs it.
+    """
+
+    def __init__(self, ran: Ran, task: Task, trained: Scores) -> None:
+        self.ran = ran
+        self.task = task
+        self.trained = trained
+        self.exported = Scores(task)
+        self.rows = 0
+        self.error = 0.0
+        self.same = self.places = 0
+
+    def add(self, trained: np.ndarray, exported: np.ndarray, rows: Sequence[Mapping[str, Any]]) -> None:
+        """One batch.
+
+        Args:
+            trained, exported: logits (B, C), or (B, T, C) of which the rows' own tokens count.
+        """
+        self.exported.add(torch.from_numpy(exported), labels_of(self.task, rows))
+        self.rows += len(rows)
+        for one, other, row in zip(trained, exported, rows, strict=True):
+            length = len(row["input_ids"]) if exported.ndim == 3 else len(other)
+            one, other = one[:length], other[:length]
+            # Unlike Python's, this maximum keeps what is no number.
+            self.error = float(np.maximum(self.error, np.abs(one - other).max()))
+            same = self._read(one) == self._read(other)
+            self.same, self.places = self.same + int(same.sum()), self.places + same.numel()
+
+    def _read(self, logits: np.ndarray) -> Tensor:
+        return self.task.predictions(torch.from_numpy(logits)[None])
+
+    def check(self, limits: Any) -> Check:
+        """The outcome against a recipe's `export`."""
+        agreement = None if self.task.type == "regression" else self.same / self.places
+        torch_score, onnx_score = (scores.metrics()[self.task.metric] for scores in (self.trained, self.exported))
+        drop = (torch_score - onnx_score) * (1 if self.task.greater_is_better else -1 / max(torch_score, 1e-9))
+        failure = None
+        if not np.isfinite(self.error):
+            failure = "the file's logits are not finite"
+        elif agreement is not None and agreement < limits.label_agreement:
+            failure = f"label agreement {agreement:.4f} is below export.label_agreement {limits.label_agreement}"
+        elif drop > limits.metric_drop:
+            worse = f"more than export.metric_drop {limits.metric_drop} worse"
+            failure = f"{self.task.metric} {onnx_score:.4f} is {worse} than {torch_score:.4f}"
+        elif limits.max_abs_error is not None and self.error > limits.max_abs_error:
+            failure = f"logit error {self.error:.3g} is above export.max_abs_error {limits.max_abs_error}"
+        ran = self.ran
+        figures = (self.rows, self.error, agreement, torch_score, onnx_score)
+        return Check(ran.split, ran.kernels, ran.batch, *figures, failure)
 
 
 def verify(
@@ -109,17 +151,25 @@ def verify(
 ) -> list[Check]:
     """Every split, with exact and with default kernels, at batch 1 and in padded batches.
 
+    The model and the file run side by side: a batch of the logits of each is in memory, not a split of them.
+
     Args:
         limits: a recipe's `export`.
     """
-    trained = {name: model_logits(model, task, features) for name, features in splits.items()}
+    trained = model_run(model, task)
+    exported = {kernels: session_run(open_session(file, exact=kernels == "exact"), task) for kernels in KERNELS}
     checks = []
-    for kernels in KERNELS:
-        # One live session at a time: several would spin against each other.
-        session = open_session(file, exact=kernels == "exact")
-        for name, features in splits.items():
-            for size in (1, limits.batch):
-                exported = session_logits(session, task, features, size)
-                checks.append(compare(Ran(name, features, size, kernels), task, trained[name], exported, limits))
-        del session
-    return checks
+    for name, features in splits.items():
+        scores = Scores(task)
+        ran = [Ran(name, size, kernels) for kernels in KERNELS for size in (1, limits.batch)]
+        comparisons = [Comparison(one, task, scores) for one in ran]
+        for indices in batches_by_length(features, limits.batch):
+            rows = [features[i] for i in indices]
+            logits = trained(rows)
+            scores.add(torch.from_numpy(logits), labels_of(task, rows))
+            for one in comparisons:
+                for start in range(0, len(rows), one.ran.batch):
+                    part = slice(start, start + one.ran.batch)
+                    one.add(logits[part], exported[one.ran.kernels](rows[part]), rows[part])
+        checks += [one.check(limits) for one in comparisons]
+    return sorted(checks, key=lambda check: KERNELS.index(check.kernels))

@@ -10,9 +10,10 @@ import torch
 
 from compressft.data import TASKS, make_task
 from compressft.data.rows import ROW_KEY
+from compressft.data.scores import Scores
 from compressft.data.tasks import IGNORE, Task
 from compressft.errors import UserError
-from compressft.export.verify import model_logits, stacked
+from compressft.export.verify import labels_of, model_logits, model_run, scored
 from tests.tiny import tiny
 
 TEXTS = ["a short one", "where is the card that I ordered two weeks ago?", "hm"]
@@ -38,6 +39,13 @@ def example(name, tokenizer) -> tuple[Task, list]:
         "causal-lm": rows_of(text=TEXTS),
     }[name]
     return make_task(name, tokenizer, 8 if name == "causal-lm" else 32, TASKS[name].labels_of(rows)), rows
+
+
+def score(task, logits, labels):
+    """Metrics of arrays that are one batch."""
+    scores = Scores(task)
+    scores.add(torch.from_numpy(np.asarray(logits)), torch.from_numpy(np.asarray(labels)))
+    return scores.metrics()
 
 
 # All tasks.
@@ -82,17 +90,20 @@ def test_score_does_not_depend_on_padding(tokenizer, name):
     alone, together = (model_logits(model, task, features, batch) for batch in (1, 3))
     for a, b in zip(alone, together, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
-    scores, labels = stacked(task, together, features)
-    expected = task.score(scores, labels)
+    scores, labels = model_run(model, task)(features), labels_of(task, features).numpy()
+    expected = score(task, scores, labels)
     assert task.metric in expected
+    # One batch or several, whose widths differ.
+    for batch in (1, 2):
+        assert scored(model_run(model, task), task, features, batch) == pytest.approx(expected, rel=1e-5)
     if scores.ndim == 3:
         # Garbage at ignored positions changes nothing.
         padded = np.pad(scores, ((0, 0), (0, 3), (0, 0)), constant_values=1e4)
         wider = np.pad(labels, ((0, 0), (0, 3)), constant_values=IGNORE)
-        assert task.score(padded, wider) == pytest.approx(expected)
+        assert score(task, padded, wider) == pytest.approx(expected)
         scores = np.where((labels == IGNORE)[..., None], 1e4 * np.arange(scores.shape[-1]), scores)
         if name == "token-classification":
-            assert task.score(scores, labels) == expected
+            assert score(task, scores, labels) == expected
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -154,12 +165,12 @@ def test_pairs_carry_segments(tokenizer):
 def test_accuracy_and_macro_f1_are_hand_counts(tokenizer):
     task = make_task("sequence-classification", tokenizer, 8, ("a", "b", "c"))
     predicted, labels = np.array([0, 0, 1, 1, 2, 0]), np.array([0, 1, 1, 1, 2, 2])
-    scores = task.score(np.eye(3)[predicted], labels)
+    scores = score(task, np.eye(3)[predicted], labels)
     assert scores["accuracy"] == pytest.approx(4 / 6)
     # a: 1 of 3 guesses, 1 of 1 rows; b: 2 of 2, 2 of 3; c: 1 of 1, 1 of 2.
     f1 = [2 * p * r / (p + r) for p, r in ((1 / 3, 1), (1, 2 / 3), (1, 1 / 2))]
     assert scores["f1_macro"] == pytest.approx(sum(f1) / 3)
-    np.testing.assert_array_equal(task.predictions(np.eye(3)[predicted]), predicted)
+    np.testing.assert_array_equal(task.predictions(torch.from_numpy(np.eye(3)[predicted])), predicted)
 
 
 # Regression.
@@ -181,20 +192,20 @@ def test_pearson_is_the_covariance_over_the_deviations(tokenizer):
     logits = (0.7 * labels + generator.normal(size=50) + 100).astype(np.float32)[:, None]
     x, y = logits[:, 0].astype(float), labels.astype(float)
     pearson = ((x - x.mean()) * (y - y.mean())).mean() / (x.std() * y.std())
-    scores = task.score(logits, labels)
+    scores = score(task, logits, labels)
     assert 0.2 < pearson < 0.9
     assert scores["pearson"] == pytest.approx(pearson, abs=1e-6)
     # Spearman is Pearson on ranks, and blind to monotone maps.
     ranks = [a.argsort().argsort() for a in (x, y)]
     assert scores["spearman"] == pytest.approx(np.corrcoef(*ranks)[0, 1], abs=1e-6)
-    assert task.score(np.exp(logits - 100), labels)["spearman"] == pytest.approx(scores["spearman"])
-    assert task.score(-logits, labels)["pearson"] == pytest.approx(-pearson, abs=1e-6)
+    assert score(task, np.exp(logits - 100), labels)["spearman"] == pytest.approx(scores["spearman"])
+    assert score(task, -logits, labels)["pearson"] == pytest.approx(-pearson, abs=1e-6)
 
 
 def test_constant_predictions_score_nothing(tokenizer):
     task, _ = example("regression", tokenizer)
     for logits, labels in (([[1.0], [1.0]], [0.0, 1.0]), ([[0.0], [1.0]], [2.0, 2.0]), ([[0.0]], [1.0])):
-        assert task.score(np.array(logits), np.array(labels)) == {"pearson": 0.0, "spearman": 0.0}
+        assert score(task, np.array(logits), np.array(labels)) == {"pearson": 0.0, "spearman": 0.0}
 
 
 # Token classification.
@@ -237,7 +248,7 @@ def token_score(tokenizer, names, truth, guess):
         for column, (a, b) in enumerate(zip(right, said, strict=True), 1):
             labels[row, column] = names.index(a)
             logits[row, column, names.index(b)] = 1.0
-    return task.score(logits, labels)
+    return score(task, logits, labels)
 
 
 def test_span_f1_counts_whole_spans(tokenizer):
@@ -318,14 +329,14 @@ def test_perplexity_is_the_exponential_of_the_mean_surprise(tokenizer):
                 surprise.append(math.log(sum(math.exp(s) for s in scores)) - scores[target])
     assert len(surprise) == 6 + 4 + 1
     expected = math.exp(sum(surprise) / len(surprise))
-    assert task.score(logits, labels) == {"perplexity": pytest.approx(expected, rel=1e-5)}
+    assert score(task, logits, labels) == {"perplexity": pytest.approx(expected, rel=1e-5)}
 
 
 @pytest.mark.parametrize("vocabulary", [2, 97])
 def test_uniform_logits_have_the_vocabulary_as_perplexity(tokenizer, vocabulary):
     task = make_task("causal-lm", tokenizer, 8)
     labels = np.random.default_rng(1).integers(0, vocabulary, (2, 6))
-    assert task.score(np.full((2, 6, vocabulary), 3.0), labels)["perplexity"] == pytest.approx(vocabulary, rel=1e-5)
+    assert score(task, np.full((2, 6, vocabulary), 3.0), labels)["perplexity"] == pytest.approx(vocabulary, rel=1e-5)
 
 
 def test_perplexity_agrees_with_the_models_own_loss(tokenizer):
@@ -334,7 +345,7 @@ def test_perplexity_agrees_with_the_models_own_loss(tokenizer):
     model = tiny("llama", architecture="LlamaForCausalLM", vocab_size=len(tokenizer))
     with torch.no_grad():
         loss = float(model(**task.collate(features)).loss)
-    scores = task.score(*stacked(task, model_logits(model, task, features), features))
+    scores = scored(model_run(model, task), task, features)
     assert scores["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
     assert not task.greater_is_better
 
@@ -349,3 +360,33 @@ def test_rows_that_are_cut_are_counted(tokenizer):
     assert running.cut([{"text": "apple " * 40, ROW_KEY: "x"}]) is None
     answered = [{"prompt": "river", "text": "apple " * 40, ROW_KEY: "x"}]
     assert running.cut(answered).startswith("1 of 1 rows (100.0%)")
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_metrics_of_batches_are_those_of_all_rows(tokenizer, name):
+    """Bit for bit, in any cut: sums are kept in float64, and everything else is counted."""
+    task, _ = example(name, tokenizer)
+    generator = np.random.default_rng(5)
+    pieces = {"regression": 1, "causal-lm": 50}.get(name, len(task.labels))
+    rows, width = 24, 7
+    tokens = name in ("token-classification", "causal-lm")
+    logits = generator.normal(size=(rows, width, pieces) if tokens else (rows, pieces)).astype(np.float32)
+    labels = generator.integers(0, pieces, logits.shape[:-1])
+    if name == "regression":
+        labels = generator.normal(size=rows).astype(np.float32)
+    if tokens:
+        labels[::3, 4:] = IGNORE
+    expected = score(task, logits, labels)
+    for cuts in ([1, 2, 3, 9], [12], range(1, rows)):
+        scores = Scores(task)
+        for a, b in zip(np.split(logits, cuts), np.split(labels, cuts), strict=True):
+            scores.add(torch.from_numpy(a), torch.from_numpy(b))
+        assert scores.metrics() == expected
+
+
+def test_a_vocabulary_leaves_two_numbers_a_row(tokenizer):
+    """What an evaluation keeps does not grow with vocabulary or length."""
+    task = make_task("causal-lm", tokenizer, 8)
+    found = task.evidence(torch.zeros(3, 7, 1000), torch.ones(3, 7, dtype=torch.long))
+    assert found.dtype == torch.float64
+    assert found.tolist() == [[pytest.approx(6 * math.log(1000)), 6]] * 3

@@ -13,7 +13,7 @@ import yaml
 
 from compressft import cli
 from compressft.evaluate import evaluate
-from compressft.export.verify import model_logits
+from compressft.export.verify import scored
 from compressft.recipe import parse_recipe
 from compressft.run import run
 from tests.tiny_folder import document, rows_of, save_tiny, write_jsonl
@@ -76,11 +76,11 @@ def test_a_baseline_that_ships_is_evaluated_once(stages, tmp_path, monkeypatch):
     recipe["data"]["test"] = str(write_jsonl(tmp_path / "test.jsonl", rows_of(30)))
     evaluated = []
 
-    def counted(model, task, features, batch=32):
+    def counted(run, task, features, batch=32):
         evaluated.append(len(features))
-        return model_logits(model, task, features, batch)
+        return scored(run, task, features, batch)
 
-    monkeypatch.setattr("compressft.export.flow.model_logits", counted)
+    monkeypatch.setattr("compressft.export.flow.scored", counted)
     quality = run(parse_recipe(recipe), tmp_path / "run")["quality"]
     assert len(evaluated) == stages
     dense, ships = (tmp_path / "run" / name for name in ("stages/dense", "model"))

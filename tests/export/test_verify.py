@@ -5,12 +5,14 @@ from types import SimpleNamespace
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import numpy_helper
 
 from compressft.data import make_task
+from compressft.data.scores import Scores
 from compressft.export.flow import blame
 from compressft.export.locate import diverging_layer
-from compressft.export.verify import Ran, compare, model_logits, stacked, verify
+from compressft.export.verify import Comparison, Ran, labels_of, model_logits, model_run, verify
 from compressft.recipe import ExportConfig
 
 LIMITS = ExportConfig(batch=5)
@@ -87,10 +89,17 @@ def test_wrong_file_is_put_aside(exported, tmp_path):
 # Figures of a comparison.
 
 
-def outcome(trained, exported, limits=LIMITS, task="sequence-classification", labels=(0, 1, 0, 1)):
+def outcome(trained, exported, limits=LIMITS, task="sequence-classification", labels=(0, 1, 0, 1), batch=2):
     made = make_task(task, SimpleNamespace(pad_token_id=0), 8, ["a", "b"] if task != "regression" else ())
-    features = [{"input_ids": [1], "attention_mask": [1], "labels": label} for label in labels]
-    return compare(Ran("test", features, 1), made, list(np.array(trained)), list(np.array(exported)), limits)
+    rows = [{"input_ids": [1], "attention_mask": [1], "labels": label} for label in labels]
+    scores = Scores(made)
+    comparison = Comparison(Ran("test", batch), made, scores)
+    for start in range(0, len(rows), batch):
+        part = slice(start, start + batch)
+        one, other = np.array(trained[part]), np.array(exported[part])
+        scores.add(torch.from_numpy(one), labels_of(made, rows[part]))
+        comparison.add(one, other, rows[part])
+    return comparison.check(limits)
 
 
 RIGHT = [[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0]]
@@ -100,6 +109,7 @@ def test_compare_measures():
     check = outcome(RIGHT, [[1.25, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0]])
     assert check.max_abs_error == 1.0 and check.label_agreement == 0.75
     assert (check.torch, check.onnx) == (1.0, 0.75)
+    assert (check.split, check.batch, check.rows) == ("test", 2, 4)
     assert "label agreement 0.7500 is below export.label_agreement 0.99" in check.failure
 
 
@@ -115,7 +125,9 @@ def test_compare_limits():
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_compare_refuses_what_is_not_finite(value):
-    assert "not finite" in outcome(RIGHT, [[value, 0.0], *RIGHT[1:]]).failure
+    for row in range(4):
+        wrong = [*RIGHT[:row], [value, 0.0], *RIGHT[row + 1 :]]
+        assert "not finite" in outcome(RIGHT, wrong).failure
 
 
 def test_compare_regression_by_error_and_correlation():
@@ -128,9 +140,35 @@ def test_compare_regression_by_error_and_correlation():
     assert outcome(truth, far, limits, "regression", labels).failure is not None
 
 
-def test_stacked_pads_tokens_with_ignored_labels(exported):
-    model = exported("tokens")
-    logits, labels = stacked(model.task, model_logits(model.model, model.task, model.features), model.features)
-    assert logits.shape == (12, 14, 3) and labels.shape == (12, 14)
-    for row, feature in enumerate(model.features):
-        assert labels[row].tolist() == feature["labels"] + [-100] * (14 - len(feature["labels"]))
+@pytest.mark.parametrize("kind", ["tokens", "llama"])
+def test_figures_of_batches_are_those_of_all_logits(exported, kind):
+    """Differences, agreement and metric, from logits that are held all at once."""
+    model = exported(kind)
+    trained, file = model_logits(model.model, model.task, model.features), model.logits(1)
+    check = verify(model.path, model.model, model.task, {"test": model.features}, LIMITS)[0]
+    assert (check.kernels, check.batch) == ("exact", 1)
+    assert check.max_abs_error == pytest.approx(
+        max(np.abs(a - b).max() for a, b in zip(trained, file, strict=True)), rel=0.2
+    )
+    same = np.concatenate([a.argmax(-1) == b.argmax(-1) for a, b in zip(trained, file, strict=True)])
+    assert check.label_agreement == same.mean()
+    for rows, found in ((trained, check.torch), (file, check.onnx)):
+        scores = Scores(model.task)
+        for row, feature in zip(rows, model.features, strict=True):
+            scores.add(torch.from_numpy(row[None]), torch.tensor([feature["labels"]]))
+        assert found == pytest.approx(scores.metrics()[model.task.metric], rel=1e-5)
+
+
+def test_verification_holds_a_batch_of_logits(exported, monkeypatch):
+    """Four rows at a time, of twelve, go through either model."""
+    model = exported("llama")
+    seen = []
+
+    def counting(module, task):
+        run = model_run(module, task)
+        return lambda rows: seen.append(len(rows)) or run(rows)
+
+    monkeypatch.setattr("compressft.export.verify.model_run", counting)
+    checks = verify(model.path, model.model, model.task, {"test": model.features}, ExportConfig(batch=4))
+    assert seen == [4, 4, 4]
+    assert [check.rows for check in checks] == [12] * 4
