@@ -98,7 +98,16 @@ def sample_inputs(names: Sequence[str], batch: int, length: int, pieces: int = 4
 
     ids = np.random.default_rng(0).integers(10 if pieces >= 400 else 0, min(pieces, 400), (batch, length))
     values = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+    values["position_ids"] = np.broadcast_to(np.arange(length), ids.shape)
     return {name: values[name] for name in names if name in values}
+
+
+def empty_past(inputs: Sequence[Any], batch: int) -> dict[str, Any]:
+    """No earlier tokens, for those of a session's inputs that are a language model's cache: (batch, heads, 0, size)."""
+    import numpy as np
+
+    past = [value for value in inputs if value.name.startswith("past_key_values.")]
+    return {value.name: np.zeros((batch, value.shape[1], 0, value.shape[3]), np.float32) for value in past}
 
 
 def table_rows(path: str | Path) -> int:
@@ -123,10 +132,10 @@ def _onnx_calls(path: str, threads: int) -> Callable[[int, int], Callable[[], An
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    names, pieces = [value.name for value in session.get_inputs()], table_rows(path)
+    inputs, pieces = session.get_inputs(), table_rows(path)
 
     def build(batch: int, length: int) -> Callable[[], Any]:
-        feed = sample_inputs(names, batch, length, pieces)
+        feed = sample_inputs([value.name for value in inputs], batch, length, pieces) | empty_past(inputs, batch)
         return lambda: session.run(None, feed)
 
     return build

@@ -19,7 +19,9 @@ from compressft.checkpoint import load_compressed, save_compressed
 from compressft.costs import CostTable
 from compressft.data import Splits, Task, make_task
 from compressft.errors import Interrupted, UserError, VerificationError
+from compressft.export.cache import has_cache
 from compressft.export.flow import sample_batch
+from compressft.export.refuse import refuse_model
 from compressft.export.session import by_row
 from compressft.export.table import Deployment, measure_reference, measure_table
 from compressft.export.verify import model_run
@@ -76,6 +78,7 @@ def train_stages(
     base = {"shapes": shapes(model), "parameters": count(model)["total"], "flops": flops(model, FLOPS_LENGTH)}
     rows = StageRows(task, splits)
     check_positions(recipe, model, rows)
+    refuse_model(recipe, model)
     costs = known_costs(recipe, folder, model, rows, console)
     records: list[dict[str, Any]] = []
     for stage in recipe.stages:
@@ -283,6 +286,7 @@ def known_costs(
                 options.attention,
                 options.threads,
                 options.latency_rounds,
+                has_cache(recipe),
             )
             table = measure_table(deployment, target.batch, target.length)
             reference = measure_reference(deployment, target.batch, target.length, table.about["between_nodes"])

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from compressft.measure import child_environment, sample_inputs, table_rows, timed
+from compressft.measure import child_environment, empty_past, sample_inputs, table_rows, timed
 
 REST = "rest"
 # Percentile of a node's times that stands for a quiet machine's median: other processes only ever slow it down.
@@ -91,8 +91,10 @@ def _runs(arguments: argparse.Namespace, prefix: str | None, least: int, budget:
         options.enable_profiling = True
         options.profile_file_prefix = prefix
     session = onnxruntime.InferenceSession(arguments.path, options, providers=["CPUExecutionProvider"])
-    names = [value.name for value in session.get_inputs()]
+    inputs = session.get_inputs()
+    names = [value.name for value in inputs]
     feed = sample_inputs(names, arguments.batch, arguments.length, table_rows(arguments.path))
+    feed |= empty_past(inputs, arguments.batch)
     samples = timed(lambda: session.run(None, feed), least=least, budget=budget)
     return samples, session.end_profiling() if prefix else ""
 

@@ -16,18 +16,22 @@ from compressft.checkpoint import (
     load_compressed,
     read_manifest,
     save_compressed,
+    uniform_config,
     write_atomically,
     write_manifest,
 )
 from compressft.data import Splits, Task, make_task
 from compressft.entries import MEASURING
 from compressft.errors import VerificationError
+from compressft.export.cache import has_cache, with_cache
+from compressft.export.continuation import continue_rows
 from compressft.export.fold import fold
 from compressft.export.fuse import fuse_qattention
 from compressft.export.locate import diverging_layer
 from compressft.export.onnx import save, to_graph
 from compressft.export.portable import portability
 from compressft.export.reached import missed, shapes_to_time
+from compressft.export.refuse import refuse_model
 from compressft.export.verify import Check, model_run, scored, verify
 from compressft.flops import FLOPS_LENGTH, flops
 from compressft.measure import hardware, latencies, versions
@@ -48,8 +52,8 @@ def export(recipe: Recipe, root: Path, splits: Splits, console: Console) -> dict
     """Export `root/model` to `root/onnx`, prove it and measure it.
 
     Returns:
-        the report's quality, parity, verification, portable, pair_sums, size_bytes, parameters, latency_ms, shapes,
-        versions and hardware.
+        the report's quality, parity, verification, continuation (of a file with a cache), portable, pair_sums,
+        size_bytes, parameters, latency_ms, shapes, versions and hardware.
 
     Raises:
         VerificationError: the file misses the recipe's limits; it is kept as `onnx.failed/`; an older `onnx/` stays.
@@ -58,6 +62,7 @@ def export(recipe: Recipe, root: Path, splits: Splits, console: Console) -> dict
     tokenizer = load_tokenizer(str(root / "model"))
     task = make_task(recipe.task, tokenizer, recipe.data.max_length, manifest["labels"])
     model = load_compressed(root / "model")
+    refuse_model(recipe, model)
     baseline = baseline_folder(recipe, root)
     encoded = {name: task.encode(rows) for name, rows in vars(splits).items() if name in EVALUATED and rows}
     report = describe_run(recipe, root, model, baseline)
@@ -92,6 +97,14 @@ def export(recipe: Recipe, root: Path, splits: Splits, console: Console) -> dict
         failed = [check for check in checks if check.failure and (not proof.saturates or check.kernels == "exact")]
         if failed and not recipe.smoke:
             raise VerificationError(blame(target, root / "onnx.failed", model, task, encoded, failed[0]))
+        if has_cache(recipe):
+            continued = continue_rows(target / "model.onnx", model, task, next(iter(encoded.values())))
+            report["continuation"] = [one.row() for one in continued]
+            counted = [one for one in continued if not proof.saturates or one.kernels == "exact"]
+            reasons = [reason for one in counted if (reason := one.failure(recipe.export.label_agreement))]
+            if reasons and not recipe.smoke:
+                aside = set_aside(target, root / "onnx.failed")
+                raise VerificationError(f"export: {reasons[0]}; the file is kept in {aside}")
 
     # The folder appears (or replaces an older one) only once its file is proved.
     write_atomically(root / "onnx", write_and_prove)
@@ -189,12 +202,18 @@ def write_onnx(
     target: Path,
 ) -> None:
     """Write `model.onnx`, tokenizer, configuration and manifest into a folder."""
-    graph = to_graph(fold(model), sample_batch(task, encoded))
+    inputs: Mapping[str, Any] = sample_batch(task, encoded)
+    if has_cache(recipe):
+        inputs = with_cache(model, inputs)
+    graph = to_graph(fold(model), inputs)
     if recipe.export.attention == "qattention":
         fuse_qattention(graph)
     save(graph, target / "model.onnx")
     tokenizer.save_pretrained(target)
-    model.config.save_pretrained(target)  # type: ignore[union-attr, operator]
+    # Readers of a cache take the number of heads from there.
+    uniform_config(model).save_pretrained(target)
+    if has_cache(recipe):
+        model.generation_config.save_pretrained(target)  # type: ignore[union-attr, operator]
     kinds = sorted({entry["kind"] for entry in describe(model).values()})
     info = {**{key: manifest[key] for key in SHIPPED_FIELDS}, "shapes": shapes(model), "modules": kinds}
     write_manifest(target, "onnx", info)
@@ -221,10 +240,14 @@ def blame(
 ) -> str:
     """Why the export failed and where it diverged; the folder is moved `aside` so that nobody ships it."""
     where = diverging_layer(folder / "model.onnx", model, sample_batch(task, encoded), exact=check.kernels == "exact")
-    shutil.rmtree(aside, ignore_errors=True)
-    folder.rename(aside)
     ran = f"{check.split}, batch {check.batch}, {check.kernels} kernels"
-    return f"export: {check.failure} ({ran}); {where}; the file is kept in {aside}"
+    return f"export: {check.failure} ({ran}); {where}; the file is kept in {set_aside(folder, aside)}"
+
+
+def set_aside(folder: Path, aside: Path) -> Path:
+    """Move a folder that must not ship out of the way; returns where it is."""
+    shutil.rmtree(aside, ignore_errors=True)
+    return folder.rename(aside)
 
 
 def measure(

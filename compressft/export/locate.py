@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from compressft.anatomy import anatomy
 from compressft.export.onnx import module_of
-from compressft.export.session import open_session
+from compressft.export.session import feed, open_session
 
 
 def diverging_layer(
@@ -71,7 +71,5 @@ def _layer_outputs(path: Path, names: list[str], batch: Mapping[str, Tensor], ex
     for output in last.values():
         model.graph.output.append(onnx.helper.make_empty_tensor_value_info(output))
     session = open_session(model.SerializeToString(), exact=exact)
-    wanted = {value.name for value in session.get_inputs()}
-    feed = {name: tensor.numpy() for name, tensor in batch.items() if name in wanted}
-    results: Any = session.run(list(last.values()), feed)
+    results: Any = session.run(list(last.values()), feed(session, batch))
     return dict(zip(last, results, strict=True))

@@ -8,26 +8,28 @@ import io
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from compressft.errors import UserError
+from compressft.export.cache import PAST, dynamic_axes, name_cache
 from compressft.export.pooled import compute_first_token
 
 # Where the exporter notes the modules that a node came from, outermost first.
 SCOPES = "pkg.torch.onnx.name_scopes"
 
 
-def to_graph(model: nn.Module, inputs: dict[str, Tensor], tidy: bool = True) -> Any:
+def to_graph(model: nn.Module, inputs: Mapping[str, Any], tidy: bool = True) -> Any:
     """Export with dynamic batch and length to an `onnx_ir.Model`.
 
     Args:
-        inputs: sample batch (B, T) with B and T above 1, so that neither is taken for a constant.
+        inputs: sample batch (B, T) with B and T above 1, so that neither is taken for a constant; of `with_cache`
+            where the file is to take and give keys and values.
         tidy: apply our graph passes; off gives exactly what transformers exports.
 
     Raises:
@@ -44,12 +46,13 @@ def to_graph(model: nn.Module, inputs: dict[str, Tensor], tidy: bool = True) -> 
         ) from None
     from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 
-    batch_and_length = dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC)
-    config = OnnxConfig(dynamic_shapes=dict.fromkeys(inputs, batch_and_length))
+    config = OnnxConfig(dynamic_shapes={name: dynamic_axes(value) for name, value in inputs.items()})
     with warnings.catch_warnings(), torch.no_grad(), redirect_stdout(io.StringIO()), _quiet("torch.onnx"):
         warnings.simplefilter("ignore")
         copied: Any = copy.deepcopy(model)
-        exported = OnnxExporter().export(copied, dict(inputs), config=config)
+        # Without an input for them nobody could use the keys and values that decoders also give.
+        given = {**inputs, "use_cache": PAST in inputs}
+        exported = OnnxExporter().export(copied, given, config=config)
     graph: Any = exported.program
     if not tidy:
         return graph
@@ -60,6 +63,8 @@ def to_graph(model: nn.Module, inputs: dict[str, Tensor], tidy: bool = True) -> 
     CommonSubexpressionEliminationPass()(graph)
     RemoveUnusedNodesPass()(graph)
     compute_first_token(graph)
+    if PAST in inputs:
+        name_cache(graph)
     strip(graph)
     return graph
 

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from compressft.data.tasks import Task
 from compressft.foreign import foreign
+from compressft.measure import empty_past
 
 # Rows to the logits of their padded batch, (B, C) or (B, T, C) fp32.
 Run = Callable[[Sequence[Mapping[str, Any]]], np.ndarray]
@@ -41,11 +43,9 @@ def open_session(model: str | Path | bytes, threads: int | None = None, exact: b
 
 def session_run(session: Any, task: Task) -> Run:
     """The model of a session as a `Run`."""
-    names = {value.name for value in session.get_inputs()}
 
     def run(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
-        feed = {name: tensor.numpy() for name, tensor in unlabelled(task, rows).items() if name in names}
-        return session.run(["logits"], feed)[0]
+        return session.run(["logits"], feed(session, unlabelled(task, rows)))[0]
 
     return run
 
@@ -69,6 +69,20 @@ def by_row(run: Run, features: Sequence[Mapping[str, Any]], batch: int) -> list[
     for indices in batches_by_length(features, batch):
         scatter(rows, indices, run([features[i] for i in indices]), features)
     return rows
+
+
+def feed(session: Any, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """What a session is given for a collated batch: where it has a cache, an empty one and the tokens' places."""
+    inputs = session.get_inputs()
+    values = {name: tensor.numpy() for name, tensor in batch.items()}
+    values["position_ids"] = places(values["attention_mask"])
+    values |= empty_past(inputs, len(values["attention_mask"]))
+    return {value.name: values[value.name] for value in inputs if value.name in values}
+
+
+def places(mask: np.ndarray) -> np.ndarray:
+    """Which of its row's tokens each one is, (B, T) int64, by the mask alone: paddings on either side do not count."""
+    return np.maximum(mask.cumsum(-1) - 1, 0)
 
 
 def scatter(rows: list[Any], indices: Sequence[int], logits: np.ndarray, features: Sequence[Mapping[str, Any]]) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from compressft.anatomy import Anatomy, anatomy, positions
 from compressft.costs import CostTable, LayerCosts, monotone
 from compressft.errors import UserError
+from compressft.export.cache import with_cache
 from compressft.export.fold import fold
 from compressft.export.fuse import fuse_qattention
 from compressft.export.onnx import module_of, save, to_graph
@@ -52,6 +53,7 @@ class Deployment:
         inputs: two padded rows, as the exporter traces them.
         int8: the pass that quantises it; None: fp32.
         attention, threads, rounds: as in the recipe's `export`.
+        cache: whether its file takes and gives keys and values.
     """
 
     architecture: type[nn.Module]
@@ -61,6 +63,7 @@ class Deployment:
     attention: str = "qattention"
     threads: int | None = None
     rounds: int = 3
+    cache: bool = False
 
 
 Timer = Callable[[Path, int, int, int], Timing]
@@ -108,7 +111,7 @@ def measure_reference(deployment: Deployment, batch: int, length: int, between: 
         config = copy.deepcopy(deployment.config)
         model = deployment.architecture._from_config(config, attn_implementation="sdpa", dtype=torch.float32)  # type: ignore[attr-defined]
         file = Path(scratch) / "base.onnx"
-        save(to_graph(model.eval(), dict(deployment.inputs), tidy=False), file)
+        save(to_graph(model.eval(), deployment.inputs, tidy=False), file)
         threads = deployment.threads or usable_cores()
         return quietest([trace(file, batch, length, threads) for _ in range(deployment.rounds)], between)
 
@@ -144,7 +147,8 @@ def write_samples(deployment: Deployment, folder: Path) -> Samples:
         sample, short = [*grids, largest], [smallest] * SHORT
         for name, layers in (("sample", sample), ("short", short)):
             model = sample_model(deployment, layers)
-            graph = to_graph(fold(model), dict(deployment.inputs))
+            inputs = with_cache(model, deployment.inputs) if deployment.cache else deployment.inputs
+            graph = to_graph(fold(model), inputs)
             if deployment.attention == "qattention":
                 fuse_qattention(graph)
             label_nodes(graph, anatomy(model))

@@ -123,41 +123,61 @@ def onnx_attention(
 ) -> tuple[Tensor, None]:
     """The same as one `com.microsoft::MultiHeadAttention` node; only meaningful while exporting.
 
-    `attention_mask` is the (B, S) int32 padding mask. K/V heads of grouped-query models are repeated. A prefix is
-    joined to the keys and values before the node. A sliding window is a bias, which the node has no attribute for.
+    `attention_mask` is the (B, S) int32 padding mask. K/V heads of grouped-query models are repeated; with keys of
+    earlier tokens in front (a cache) their query heads become queries instead, so that no step copies the cache. A
+    prefix is joined to the keys and values before the node. A sliding window is a bias, which the node has no
+    attribute for, and so is causality behind a cache or a prefix.
 
     Raises:
         UserError: the model hashes its queries, which no node of onnxruntime does.
     """
+    # It imports sympy.
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
     if isinstance(getattr(module, "lsh", None), Lsh):
         raise UserError("export: attention over hashed buckets (method lsh_attention) has no ONNX form; ship model/")
     batch, heads, length, head_dim = query.shape
     causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
     bias, prefix, window = None, prefix_of(module), kwargs.get("sliding_window")
     own, size = key.shape[2], 0
+    cached = not statically_known_true(own == length)
+    if cached and attention_mask is not None:
+        # The same size, of one tensor that all layers are given: their biases are recognised as one.
+        own = attention_mask.shape[1]
     if prefix is not None:
         key, value = prefix.joined(key, value)
         size = prefix()[0].shape[1]
         if attention_mask is not None:
             attention_mask = F.pad(attention_mask, (size, 0), value=1)
-    if causal and (prefix is not None or window is not None):
+    if causal and (prefix is not None or window is not None or cached):
         # `unidirectional` lets query t see the first t + 1 keys, the prefix counted.
         bias, causal = causal_bias(query, own, size, window), False
     groups = heads // key.shape[1]
+    attributes: dict[str, Any] = {"num_heads": int(heads), "unidirectional": int(causal)}
+    if scaling is not None:
+        attributes["scale"] = float(scaling)
+    if cached:
+        attributes["num_heads"] = int(key.shape[1])
+        queries = query.unflatten(1, (-1, groups)).flatten(2, 3).transpose(1, 2).flatten(2)
+        repeated = None if bias is None else bias.repeat(1, 1, groups, 1)
+        out = _attention_node([queries, key, value, None, attention_mask, repeated], attributes)
+        out = out.view(batch, groups, length, key.shape[1], head_dim)
+        return out.permute(0, 2, 3, 1, 4).flatten(2, 3), None
     if groups > 1:
         key = key.repeat_interleave(groups, dim=1)
         value = value.repeat_interleave(groups, dim=1)
     q, k, v = (t.transpose(1, 2).flatten(2) for t in (query, key, value))
-    attributes: dict[str, Any] = {"num_heads": int(heads), "unidirectional": int(causal)}
-    if scaling is not None:
-        attributes["scale"] = float(scaling)
-    inputs = [q, k, v, None, attention_mask, bias]
+    return _attention_node([q, k, v, None, attention_mask, bias], attributes).view(batch, length, heads, head_dim), None
+
+
+def _attention_node(inputs: list[Any], attributes: dict[str, Any]) -> Tensor:
+    """The node's output, of the shape of its queries (B, T, heads * head_dim)."""
     while inputs[-1] is None:
         inputs.pop()
-    out = torch.onnx.ops.symbolic(
-        "com.microsoft::MultiHeadAttention", inputs, attributes, dtype=q.dtype, shape=q.shape, version=1
+    shape = inputs[0].shape
+    return torch.onnx.ops.symbolic(
+        "com.microsoft::MultiHeadAttention", inputs, attributes, dtype=inputs[0].dtype, shape=shape, version=1
     )
-    return out.view(batch, length, heads, head_dim), None
 
 
 def causal_bias(query: Tensor, keys: int, size: int, window: int | None = None) -> Tensor:
