@@ -24,7 +24,7 @@ def evaluate(source: str | Path, data: str | Path, batch: int = 32) -> dict[str,
 
     Returns:
         {"runtime", "rows", metric name: value, ..., "portable"}; the last says whether the ONNX file that this is or
-        becomes gives the same answers on every processor, and "note" where it does not.
+        becomes gives the same answers on every processor, and "note" where it does not or rows were cut.
 
     Raises:
         UserError: nothing of ours at `source`, or a wrong file, column or label.
@@ -60,5 +60,5 @@ def evaluate(source: str | Path, data: str | Path, batch: int = 32) -> dict[str,
         proof = model_portability(model)
         runtime, run = "torch", model_run(model, task)
     result = {"runtime": runtime, "rows": len(rows), **scored(run, task, features, batch)}
-    note = proof.warning()
-    return {**result, "portable": proof.portable, **({"note": note} if note else {})}
+    notes = [note for note in (task.cut(rows), proof.warning()) if note]
+    return {**result, "portable": proof.portable, **({"note": "; ".join(notes)} if notes else {})}

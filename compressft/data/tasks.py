@@ -197,6 +197,30 @@ class TokenClassification(Task):
             features.append(feature)
         return features
 
+    def cut(self, rows: Sequence[Row]) -> str | None:
+        said = super().cut(rows)
+        if said is None:
+            return None
+        spans, lost = 0, 0
+        for row, feature in zip(rows, self.encode(rows), strict=True):
+            # A tag a word, of the first words.
+            kept = sum(label != IGNORE for label in feature["labels"])
+            ends = self._ends(row["tags"])
+            spans, lost = spans + len(ends), lost + sum(end >= kept for end in ends)
+        what = "entities" if self.bio else "tags"
+        return f"{said}; {lost} of {spans} {what} end behind the cut, where no metric counts them"
+
+    @property
+    def bio(self) -> bool:
+        """Whether tags mark entities: O, B-TYPE, I-TYPE."""
+        return all(name == "O" or name[:2] in ("B-", "I-") for name in self.labels)
+
+    def _ends(self, tags: Sequence[str]) -> list[int]:
+        """The last word of every entity, or every word where tags are no entities'."""
+        from seqeval.metrics.sequence_labeling import get_entities
+
+        return [end for _, _, end in get_entities(list(tags))] if self.bio else list(range(len(tags)))
+
     def _no_label(self, feature: dict[str, Any]) -> list[int]:
         return [IGNORE] * len(feature["input_ids"])
 
@@ -214,7 +238,7 @@ class TokenClassification(Task):
     def metrics(self, evidence: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         keep = labels != IGNORE
         accuracy = float((evidence[keep] == labels[keep]).mean()) if keep.any() else 0.0
-        if not all(name == "O" or name[:2] in ("B-", "I-") for name in self.labels):
+        if not self.bio:
             return {"f1": accuracy, "accuracy": accuracy}
         from seqeval.metrics import f1_score
 

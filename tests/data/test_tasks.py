@@ -362,6 +362,21 @@ def test_rows_that_are_cut_are_counted(tokenizer):
     assert running.cut(answered).startswith("1 of 1 rows (100.0%)")
 
 
+def test_entities_behind_the_cut_are_counted(tokenizer):
+    tags = ["B-X", "O", "O", "B-X", "O", "B-X", "I-X", "B-X"]
+    rows = [
+        {"tokens": ["apple"] * len(tags), "tags": tags, ROW_KEY: "1"},
+        {"tokens": ["a"], "tags": ["B-X"], ROW_KEY: "2"},
+    ]
+    # [CLS], six words, [SEP]: the third entity is cut in two, the fourth is gone.
+    task = make_task("token-classification", tokenizer, 8, ["B-X", "I-X", "O"])
+    assert task.cut(rows).endswith("and are cut; 2 of 5 entities end behind the cut, where no metric counts them")
+    plain = make_task("token-classification", tokenizer, 8, ["NN", "VB"])
+    words = [{"tokens": ["apple"] * 9, "tags": ["NN", "VB", "NN"] * 3, ROW_KEY: "1"}]
+    assert plain.cut(words).endswith("; 3 of 9 tags end behind the cut, where no metric counts them")
+    assert plain.cut([{"tokens": ["apple"], "tags": ["NN"], ROW_KEY: "1"}]) is None
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_metrics_of_batches_are_those_of_all_rows(tokenizer, name):
     """Bit for bit, in any cut: sums are kept in float64, and everything else is counted."""
