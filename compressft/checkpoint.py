@@ -312,7 +312,7 @@ def save_delta(
     changed one its new values and where they are, rows of the base's are their numbers.
 
     Args:
-        base: `base_tensors` of the model that training started from.
+        base: `base_tensors` of the model that training started from, or of an earlier stage's ("from_stage").
         info: recorded in the manifest; "model" names the base for `load_delta`.
     """
     from safetensors.torch import save_file
@@ -348,11 +348,28 @@ def layers_hash(model: nn.Module, tensors: Mapping[str, Tensor]) -> str:
     return content_hash({name: tensor for name, tensor in tensors.items() if name.startswith(f"{root}.")})
 
 
+def base_of(folder: Path, manifest: Mapping[str, Any]) -> str:
+    """Where a delta's base is: what the recipe named, or the model of the stage that the delta goes on from.
+
+    Raises:
+        UserError: the stage's folder is not beside it.
+    """
+    stage = manifest.get("from_stage")
+    if stage is None:
+        return manifest["model"]
+    beside = folder.parent / "stages" / stage
+    if not beside.is_dir():
+        raise UserError(
+            f"{folder}: goes on from the model of stage {stage!r}; give it as the base, or put it at {beside}"
+        )
+    return str(beside)
+
+
 def load_delta(folder: str | Path, base: str | None = None) -> Any:
     """Rebuild the task's model from its base and a `delta/` folder.
 
     Args:
-        base: where the base is now (default: where the recipe found it).
+        base: where the base is now (default: where `base_of` finds it).
 
     Raises:
         UserError: a file is damaged, or the base is not the one the delta was made on.
@@ -364,7 +381,7 @@ def load_delta(folder: str | Path, base: str | None = None) -> Any:
     if not (folder / DELTA).is_file():
         raise UserError(f"{folder / DELTA}: is missing; the folder is incomplete")
     _class_of(manifest["architecture"], folder)
-    name = base or manifest["model"]
+    name = base or base_of(folder, manifest)
     tensors = base_tensors(name, manifest["architecture"])
     if content_hash(tensors) != manifest["base_hash"]:
         raise UserError(

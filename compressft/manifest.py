@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,8 @@ TEXT: Check = ("a string", lambda value: isinstance(value, str))
 # Field -> (what it wants, whether a value is that).
 CHECKS: dict[str, Check] = {
     **dict.fromkeys(("architecture", "base_hash", "layers_hash", "model", "base", "task"), TEXT),
+    # A folder's name beside the delta's.
+    "from_stage": ("a stage's name", lambda v: isinstance(v, str) and re.fullmatch(r"[A-Za-z0-9_-]+", v) is not None),
     "origin_hash": ("a string or null", lambda value: value is None or isinstance(value, str)),
     "config": ("an object with model_type", lambda v: isinstance(v, dict) and isinstance(v.get("model_type"), str)),
     "shapes": ("a list of layers with kv_heads and ffn", lambda v: isinstance(v, list) and all(map(_layer, v))),

@@ -191,7 +191,10 @@ class ExportConfig(Strict):
 
 
 class Recipe(Strict):
-    """A whole run. Its `name` is also a folder's, below `runs/`: letters, digits and `. _ -` or blanks between them."""
+    """A whole run. Its `name` is also a folder's, below `runs/`: letters, digits and `. _ -` or blanks between them.
+
+    `delta/` holds what differs from `model`, or from the model of an earlier stage where `delta_from` names one.
+    """
 
     name: str = Field(pattern=r"^\w([\w. -]{0,98}\w)?$")
     description: str = ""
@@ -200,6 +203,7 @@ class Recipe(Strict):
     data: DataConfig
     stages: tuple[Stage, ...] = Field(min_length=1)
     export: ExportConfig = Field(default_factory=ExportConfig)
+    delta_from: str | None = None
     smoke: bool = False
 
     @model_validator(mode="after")
@@ -215,6 +219,9 @@ class Recipe(Strict):
         for taken in ("self", "base"):
             if taken in names:
                 raise ValueError(f"stages: the name {taken!r} is taken by the distillation teacher")
+        if self.delta_from is not None and self.delta_from not in names[:-1]:
+            earlier = f"one of {', '.join(names[:-1])}" if names[:-1] else "nothing, there is none"
+            raise ValueError(f"delta_from: {self.delta_from!r} is no earlier stage; name {earlier}")
         for position, stage in enumerate(self.stages):
             for objective in stage.objectives:
                 teacher = getattr(objective, "teacher", None)

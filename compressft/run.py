@@ -107,7 +107,10 @@ def ship(
     loaded = load_compressed(folder.root / "model")
     before, after = (settled(one, task, sample, recipe.evaluation_batch) for one in (model, loaded))
     unchanged("saving and loading model/", before, after)
-    save_delta(model, task.tokenizer, base_tensors(recipe.model, type(model).__name__), folder.root / "delta", info)
+    base = recipe.model
+    if recipe.delta_from is not None:
+        base, info = str(folder.stage(recipe.delta_from)), {**info, "from_stage": recipe.delta_from}
+    save_delta(model, task.tokenizer, base_tensors(base, type(model).__name__), folder.root / "delta", info)
     report = complete(export(recipe, folder.root, splits, console), recipe, stages)
     write_report(report, load_metrics(folder.metrics), folder.root / "report")
     # The teachers' answers, hundreds of megabytes, that only a resumed training would read.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressft.checkpoint import base_tensors, load_delta, plain_state, read_manifest
+from compressft.checkpoint import base_of, base_tensors, load_delta, plain_state, read_manifest
 from compressft.codes import Code, decode, encode
 from compressft.errors import UserError
 from compressft.foreign import foreign
@@ -150,9 +150,8 @@ def of_delta(folder: str | Path, base: str | None = None) -> TaskVector:
         UserError: as `load_delta` and `between`.
     """
     model = load_delta(folder, base)
-    return between(
-        base_tensors(base or read_manifest(folder, "delta", ("model",))["model"], type(model).__name__), model
-    )
+    name = base or base_of(Path(folder), read_manifest(folder, "delta", ("model",)))
+    return between(base_tensors(name, type(model).__name__), model)
 
 
 def load(path: str | Path) -> TaskVector:

@@ -42,6 +42,8 @@ from compressft.shrink import shapes
 
 # Dead rows and columns are removed; this share of zeros is from single weights.
 NOTEWORTHY_ZEROS = 0.1
+# Below this share of its bytes in the last stage, a delta is mostly an earlier one's.
+DELTA_SHARE = 0.5
 # Fields of model/'s manifest that onnx/ has too.
 SHIPPED_FIELDS = ("task", "labels", "max_length", "columns", "metric", "model")
 # Splits that a file is verified on.
@@ -151,7 +153,7 @@ def describe_run(recipe: Recipe, root: Path, model: nn.Module, baseline: Path | 
         },
         "shapes": {"base": report_shapes(stages[0]["base"]["shapes"]), "kept": report_shapes(shapes(model))},
         "flops": {"length": FLOPS_LENGTH, "base": stages[0]["base"].get("flops"), "kept": flops(model, FLOPS_LENGTH)},
-        "notes": notes(counted, model, weight_bytes(root / "delta")),
+        "notes": notes(counted, model, weight_bytes(root / "delta")) + delta_notes(recipe, root, stages),
         "latency_ms": [],
         "parity": None,
         "versions": versions(),
@@ -170,6 +172,20 @@ def notes(counted: Mapping[str, int], model: nn.Module, delta_bytes: int) -> lis
         "the ONNX file is neither faster nor smaller for them. What they save is storage: delta/ holds pruned matrices "
         f"as bits and values, {delta_bytes / 1e6:.1f} MB; the dense parameters take {dense / 1e6:.1f} MB. For speed, "
         "remove structures (pass 'structured' or 'ziplm')."
+    ]
+
+
+def delta_notes(recipe: Recipe, root: Path, stages: Sequence[Mapping[str, Any]]) -> list[str]:
+    """That most of `delta/` is an earlier stage's, where a folder of the last one's alone would be small."""
+    if len(stages) < 2 or recipe.delta_from is not None:
+        return []
+    trained, whole = 4 * stages[-1]["trainable"], weight_bytes(root / "delta")
+    if trained > DELTA_SHARE * whole:
+        return []
+    before, last = stages[-2]["name"], stages[-1]["name"]
+    return [
+        f"delta/ holds what all stages changed, {whole / 1e6:.1f} MB; {last} trained {trained / 1e6:.1f} MB of it. "
+        f"`delta_from: {before}` keeps those alone, for whoever has stages/{before}."
     ]
 
 

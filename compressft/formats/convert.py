@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from compressft.checkpoint import read_manifest
+from compressft.checkpoint import base_of, read_manifest
 from compressft.errors import UserError, nearest
 from compressft.foreign import load_config
 from compressft.formats import own, peft
@@ -139,7 +139,9 @@ def _needs(kind: Kind, folder: Path) -> Needs:
         return Needs(entry["base"], entry["architecture"], _labels(entry["labels"]))
     if kind == "delta":
         entry = read_manifest(folder, "delta")
-        return Needs(entry.get("model", ""), entry["architecture"], _labels(entry["config"].get("id2label")))
+        return Needs(
+            base_of(folder, {"model": "", **entry}), entry["architecture"], _labels(entry["config"].get("id2label"))
+        )
     if kind == "peft":
         return _needs_of_peft(folder)
     entry = read_json(folder / (FUSION_CONFIG if kind == "fusion" else CONFIG))
