@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,8 @@ from safetensors.torch import load_file
 
 from compressft import cli
 from compressft.folder import RunFolder
+from compressft.identity import with_threads
+from compressft.manifest import sealed
 from compressft.methods import METHODS
 from compressft.model import load_model
 from compressft.recipe import load_recipe
@@ -30,7 +33,7 @@ from compressft.trainer import CompressionTrainer
 from tests import settings
 from tests.methods.added import save_adapter
 from tests.share import drawn
-from tests.tiny_folder import rows_of, save_tiny, write_jsonl
+from tests.tiny_folder import document, rows_of, save_tiny, write_jsonl
 
 EVERY, TEACHER, STUDENT = 3, 6, 14
 STEPS = TEACHER + STUDENT
@@ -170,9 +173,15 @@ def test_reference_trained_something(reference):
     assert not torch.equal(student["classifier.weight"], teacher["classifier.weight"])
 
 
+LEFT = (
+    *("checkpoints/.writing/checkpoint-99/model.safetensors", ".model.tmp/x", "stages/.student.tmp/x"),
+    *("tmpab12cd34/base.onnx", ".onnx.old/x", ".delta.tmp/x"),
+)
+
+
 def leave_behind(folder: Path) -> None:
     """Half-written files where a kill may leave some."""
-    for name in ("checkpoints/.writing/checkpoint-99/model.safetensors", ".model.tmp/x", "stages/.student.tmp/x"):
+    for name in LEFT:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"half a file")
 
@@ -196,7 +205,13 @@ def kill_and_resume(recipe: Path, folder: Path, points: list[str]) -> None:
     process = start(recipe, folder, "--resume")
     process.join()
     assert process.exitcode == 0
-    assert not (folder / ".model.tmp").exists()
+    assert not any((folder / name).exists() for name in LEFT)
+    # What stood aside for a folder that never came is back.
+    assert {path.name for path in folder.iterdir()} == NAMES
+
+
+NAMES = {".lock", "recipe.yaml", "identity.json", "metrics.jsonl"}
+NAMES |= {"checkpoints", "delta", "model", "onnx", "report", "stages"}
 
 
 def test_killed_and_resumed(recipe, reference, tmp_path):
@@ -292,6 +307,146 @@ def test_damaged_checkpoint_is_refused(interrupted, recipe, tmp_path, command, n
     assert str(shown) in stderr
 
 
+def fingerprint(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Time of change and content of every file."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.read_bytes()) for p in files}
+
+
+def rotated(raw: bytes) -> bytes:
+    """The rows with the label of the next one each."""
+    rows = [json.loads(line) for line in raw.splitlines()]
+    labels = [row["label"] for row in rows]
+    return b"".join(
+        json.dumps({**row, "label": label}).encode() + b"\n"
+        for row, label in zip(rows, labels[1:] + labels[:1], strict=True)
+    )
+
+
+def flipped(raw: bytes) -> bytes:
+    return raw[:-9] + bytes([raw[-9] ^ 1]) + raw[-8:]
+
+
+CHANGES = {
+    "rotated labels": ("train.jsonl", rotated),
+    "a new label": ("train.jsonl", lambda raw: raw.replace(b'"odd"', b'"new"', 1)),
+    "weights": ("base/model.safetensors", flipped),
+    "configuration": ("base/config.json", lambda raw: raw.replace(b"0.1", b"0.2", 1)),
+    "tokenizer": ("base/tokenizer.json", flipped),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_other_inputs_are_refused_by_name(interrupted, base, recipe, tmp_path, command, case):
+    """Before anything is read or written, by a resume and, where it reads them, by an export."""
+    name, change = CHANGES[case]
+    shutil.copytree(interrupted[0], tmp_path / "run")
+    before, path = fingerprint(tmp_path / "run"), base / name
+    raw = path.read_bytes()
+    assert change(raw) != raw
+    try:
+        path.write_bytes(change(raw))
+        code, stderr = command(*arguments(recipe, tmp_path / "run", "--resume"))
+    finally:
+        path.write_bytes(raw)
+    assert (
+        code == 2 and stderr.startswith(f"error: {path}: has changed since the run began") and stderr.count("\n") == 1
+    )
+    assert fingerprint(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize(("name", "refused"), [("train.jsonl", True), ("base/model.safetensors", False)])
+def test_an_export_wants_the_data_of_the_run(reference, base, tmp_path, command, name, refused):
+    """It reads the base's weights only where the run has no dense stage."""
+    folder, path = tmp_path / "run", base / name
+    shutil.copytree(reference, folder)
+    raw = path.read_bytes()
+    try:
+        path.write_bytes(flipped(raw))
+        code, stderr = command("export", str(folder))
+    finally:
+        path.write_bytes(raw)
+    assert code == (2 if refused else 0), stderr
+    assert refused == (f"{path}: has changed since the run began" in stderr)
+
+
+def test_an_edited_recipe_is_not_the_one_that_was_trained(reference, tmp_path, command):
+    folder = tmp_path / "run"
+    shutil.copytree(reference, folder)
+    path = folder / "recipe.yaml"
+    text = path.read_text()
+    before = fingerprint(folder / "report")
+    path.write_text(text.replace("learning_rate: 0.001", "learning_rate: 0.002"))
+    code, stderr = command("export", str(folder))
+    assert code == 2 and f"{path}: is not the recipe that was trained" in stderr
+    assert fingerprint(folder / "report") == before
+    # Both edited alike: what was trained is recorded beside them.
+    code, stderr = command(*arguments(path, folder, "--resume"))
+    assert code == 2 and f"{path}: has changed since the run began" in stderr
+    (folder / "identity.json").unlink()
+    code, stderr = command(*arguments(path, folder, "--resume"))
+    assert code == 2 and "stages/teacher: was trained by another recipe" in stderr.replace(str(folder) + "/", "")
+    # A remark is no edit, and an export may have settings of its own.
+    path.write_text("# mine\n" + text)
+    code, stderr = command("export", str(folder), "--set", "export.latency_rounds=1")
+    assert code == 0, stderr
+
+
+def as_of_an_older_version(folder: Path) -> None:
+    """Without what earlier versions did not record."""
+    (folder / "identity.json").unlink()
+    for path in folder.rglob("compressft.json"):
+        entry = json.loads(path.read_text())
+        entry.pop("recipe_hash", None)
+        entry.pop("hash")
+        path.write_text(json.dumps(sealed(entry)))
+
+
+def test_a_run_of_an_older_version_goes_on(interrupted, recipe, reference, tmp_path, command):
+    folder = tmp_path / "run"
+    shutil.copytree(interrupted[0], folder)
+    as_of_an_older_version(folder)
+    process = start(recipe, folder, "--resume")
+    process.join()
+    assert process.exitcode == 0
+    assert_same(folder, reference)
+    as_of_an_older_version(folder)
+    code, stderr = command("export", str(folder))
+    assert code == 0 and "cannot be compared" in stderr, stderr
+
+
+def test_a_disk_that_holds_what_is_left_is_enough(reference, recipe, tmp_path, command, monkeypatch):
+    """All steps are trained: a resume asks for what it writes, and hardly more."""
+    folder = tmp_path / "run"
+    shutil.copytree(reference, folder)
+    for name in ("model", "delta", "report"):
+        shutil.rmtree(folder / name)
+    left = sum(p.stat().st_size for name in ("model", "delta") for p in (reference / name).glob("*.safetensors"))
+    for free, enough in ((2 * left, True), (left // 2, False)):
+        monkeypatch.setattr("compressft.folder.shutil.disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        code, stderr = command(*arguments(recipe, folder, "--resume"))
+        assert code == (0 if enough else 2), stderr
+        if enough:
+            assert_same(folder, reference)
+            shutil.rmtree(folder / "model")
+            shutil.rmtree(folder / "delta")
+    assert "what is left to write needs about" in stderr
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "report", "stages", "model", "delta", "metrics.jsonl"])
+def test_links_out_of_a_run_are_not_followed(reference, recipe, tmp_path, command, name):
+    folder, outside = tmp_path / "run", tmp_path / "outside"
+    shutil.copytree(reference, folder)
+    (folder / name).rename(outside)
+    (folder / name).symlink_to(outside)
+    before = fingerprint(tmp_path)
+    for line in (arguments(recipe, folder, "--resume"), ["export", str(folder)], ["report", str(folder)]):
+        code, stderr = command(*line)
+        assert code == 2 and f"error: {folder / name}: is a symbolic link to {outside}" in stderr, stderr
+        assert stderr.count("\n") == 1
+    assert fingerprint(tmp_path) == before
+
+
 def test_damaged_stage_is_refused(interrupted, recipe, tmp_path, command):
     folder = tmp_path / "run"
     shutil.copytree(interrupted[0], folder)
@@ -381,3 +536,44 @@ def test_every_method_goes_on_where_it_was_killed(name, base, tmp_path, monkeypa
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours), whole.name
     assert evaluations(tmp_path / "run") == evaluations(tmp_path / "whole")
+
+
+@pytest.fixture
+def small(base) -> Path:
+    """A recipe whose sums are large enough for several threads, a checkpoint at every step."""
+    save_tiny(base / "wide", hidden_size=64, intermediate_size=256)
+    train = {"batch_size": 16, "save": 1, "learning_rate": 1e-3, "precision": "fp32", "max_steps": 2}
+    changes = {"stages": [{"name": "only", "train": train}], "export": {"enabled": False}}
+    path = base / "small.yaml"
+    path.write_text(json.dumps(document(base / "wide", base / "train.jsonl", **changes)))
+    return path
+
+
+def test_other_threads_go_on_with_the_same_bits(small, tmp_path, monkeypatch):
+    """Their number decides the order of sums: a resumed run takes over that of its beginning."""
+    recipe, quiet = load_recipe(small), Console(quiet=True)
+    trained = CompressionTrainer.training_step
+
+    def until(self, *arguments, **more):
+        if self.state.global_step == 1:
+            raise Killed
+        return trained(self, *arguments, **more)
+
+    for threads, name in ((1, "one"), (2, "two")):
+        with with_threads(threads):
+            run(recipe, tmp_path / name, console=quiet)
+    with monkeypatch.context() as patch:
+        patch.setattr(CompressionTrainer, "training_step", until)
+        with with_threads(2), pytest.raises(Killed):
+            run(recipe, tmp_path / "run", console=quiet)
+    done = subprocess.run(
+        [sys.executable, "-m", "compressft", *arguments(small, tmp_path / "run", "--resume")],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "goes on with 2 threads, as it began (1 were set" in done.stderr
+    one, two, ours = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two", "run"))
+    assert any(not torch.equal(one[key], two[key]) for key in two), "the number of threads decides nothing here"
+    assert all(torch.equal(ours[key], two[key]) for key in two)
