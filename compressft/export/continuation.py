@@ -17,6 +17,7 @@ from compressft.export.cache import PAST, PRESENT
 from compressft.export.session import open_session, places
 from compressft.export.verify import KERNELS
 from compressft.measure import empty_past
+from compressft.modules.quantizer import Int8Quantizer
 
 # Rows that are continued, and tokens of each that are given one by one.
 ROWS, SINGLE = 8, 16
@@ -64,10 +65,13 @@ class Chunk:
 def continue_rows(file: Path, model: nn.Module, task: Task, features: Sequence[Mapping[str, Any]]) -> list[Continued]:
     """Compare logits at every token of some rows, read as a prompt, `SINGLE` single tokens and a rest.
 
-    Each row by itself and all padded on the left, with exact and with default kernels.
+    Two rows by themselves and all padded on the left (but for dynamic ranges), with exact and with default kernels.
     """
     rows = [list(feature["input_ids"]) for feature in features[:ROWS]]
-    batches = [[row] for row in rows[:2]] + ([rows] if len(rows) > 1 else [])
+    batches = [[row] for row in rows[:2]]
+    # A dynamic range is also the paddings', of which torch and onnxruntime make what they like.
+    if len(rows) > 1 and not any(isinstance(m, Int8Quantizer) and m.ranges == "dynamic" for m in model.modules()):
+        batches.append(rows)
     prepared = [list(chunks(*padded_left(batch, task.tokenizer.pad_token_id))) for batch in batches]
     trained = [model_chunks(model, parts) for parts in prepared]
     found = []

@@ -17,9 +17,11 @@ import torch
 from torch import nn
 
 from compressft.data import Task, make_task
+from compressft.export.cache import with_cache
 from compressft.export.fold import fold
 from compressft.export.fuse import fuse_qattention
 from compressft.export.onnx import save, to_graph
+from compressft.export.session import feed
 from compressft.export.verify import model_logits
 from compressft.methods.adapter import Adapter
 from compressft.passes.int8 import Int8
@@ -51,7 +53,10 @@ class Exported:
     def files(self) -> tuple[Path, Path | None]:
         """The plain file, and the one whose attention is fused where it has static ranges."""
         rows = [{k: v for k, v in f.items() if k != "labels"} for f in self.features[:2]]
-        graph = to_graph(fold(self.model), self.task.collate(rows))
+        inputs = self.task.collate(rows)
+        # As they ship.
+        inputs = with_cache(self.model, inputs) if self.task.type == "causal-lm" else inputs
+        graph = to_graph(fold(self.model), inputs)
         path, fused = self.folder / "model.onnx", self.folder / "fused.onnx"
         save(graph, path)
         if not (self.fuses and fuse_qattention(graph)):
@@ -75,12 +80,10 @@ class Exported:
         """The file's logits per row without its paddings, in plain onnxruntime, in the rows' order."""
         path = str(self.fused if fused else self.path)
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        names = {value.name for value in session.get_inputs()}
         found = []
         for start in range(0, len(self.features), batch):
             rows = [{k: v for k, v in f.items() if k != "labels"} for f in self.features[start : start + batch]]
-            feed = {k: v.numpy() for k, v in self.task.collate(rows).items() if k in names}
-            out = session.run(["logits"], feed)[0]
+            out = session.run(["logits"], feed(session, self.task.collate(rows)))[0]
             found += [o[: len(r["input_ids"])] if out.ndim == 3 else o for o, r in zip(out, rows, strict=True)]
         return found
 

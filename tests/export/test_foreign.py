@@ -57,7 +57,10 @@ def test_a_sample_has_two_tokens():
 def test_made_up_rows_stay_inside_the_table(family, tmp_path):
     model = tiny(family).eval()
     rows = {"input_ids": torch.randint(5, 90, (2, 3)), "attention_mask": torch.ones(2, 3, dtype=torch.long)}
-    save(to_graph(fold(model), rows), tmp_path / "model.onnx")
+    graph = to_graph(fold(model), rows)
+    # Neither keys nor values that nobody could give back.
+    assert [value.name for value in graph.graph.outputs] == ["logits"]
+    save(graph, tmp_path / "model.onnx")
     assert table_rows(tmp_path / "model.onnx") == model.get_input_embeddings().num_embeddings == 97
     ids = sample_inputs(["input_ids"], 8, 64, 97)["input_ids"]
     assert ids.min() == 0 and ids.max() == 96
