@@ -215,10 +215,8 @@ def hub_rows(dataset: str, subset: str | None = None) -> dict[str, list[Row]]:
 def _load_hub(dataset: str, subset: str | None) -> Any:
     import datasets
 
-    try:
+    with foreign(f"data.dataset: {dataset!r} could not be loaded"):
         return datasets.load_dataset(dataset, subset)
-    except Exception as error:
-        raise UserError(f"data.dataset: {dataset!r} could not be loaded: {' '.join(str(error).split())}") from error
 
 
 def hub_hash(dataset: str, subset: str | None = None) -> str:
