@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,7 @@ from compressft.export.fuse import fuse_qattention
 from compressft.export.locate import diverging_layer
 from compressft.export.onnx import save, to_graph
 from compressft.export.portable import portability
-from compressft.export.reached import missed, shapes_to_time
+from compressft.export.reached import reached, shapes_to_time
 from compressft.export.refuse import refuse_model
 from compressft.export.verify import Check, model_run, scored, verify
 from compressft.flops import FLOPS_LENGTH, flops
@@ -55,7 +56,7 @@ def export(recipe: Recipe, root: Path, splits: Splits, console: Console) -> dict
 
     Returns:
         the report's quality, parity, verification, continuation (of a file with a cache), portable, pair_sums,
-        size_bytes, parameters, latency_ms, shapes, versions and hardware.
+        size_bytes, parameters, latency_ms, targets, shapes, versions and hardware.
 
     Raises:
         VerificationError: the file misses the recipe's limits; it is kept as `onnx.failed/`; an older `onnx/` stays.
@@ -122,6 +123,10 @@ def export(recipe: Recipe, root: Path, splits: Splits, console: Console) -> dict
     report["verification"] = [check.row() for check in checks]
     report["quality"] = quality
     measure(recipe, root, task, encoded, baseline, report, console)
+    first = read_manifest(root / "stages" / recipe.stages[0].name, "model", ("stage",))["stage"]
+    found = reached(recipe, model, report, first["base"]["shapes"])
+    report["targets"] = [one.row() for one in found]
+    report["notes"] += [note for one in found if (note := one.note())]
     return report
 
 
@@ -294,7 +299,17 @@ def measure(
         report["latency_ms"] = latencies(models, shapes_to_time(recipe), options.threads, options.latency_rounds)
         report["size_bytes"]["base_onnx"] = onnx_bytes(base_file)
     report["size_bytes"]["onnx"] = onnx_bytes(root / "onnx" / "model.onnx")
-    report["notes"] += missed(recipe, report["latency_ms"])
+    report["size_bytes"]["onnx_tensors"] = tensor_bytes(root / "onnx" / "model.onnx")
+
+
+def tensor_bytes(path: Path) -> int:
+    """Bytes of an ONNX file's weights, without its graph."""
+    import onnx
+
+    return sum(
+        math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        for tensor in onnx.load(str(path), load_external_data=False).graph.initializer
+    )
 
 
 def onnx_bytes(path: Path) -> int:

@@ -3,7 +3,7 @@
 from compressft.report import numbers
 from compressft.report.figures import Picture
 from compressft.report.markdown import measured_on
-from compressft.report.summary import Summary, layer_rows, part, portable_sentence, sentence, summarise
+from compressft.report.summary import Summary, layer_rows, part, portable_sentence, sentence, summarise, target_lines
 from compressft.report.template import PAGE
 
 
@@ -24,9 +24,13 @@ def render_html(report: dict, pictures: list[Picture]) -> str:
         tables=[table for table in _tables(report, summary) if table["rows"]],
         recipe=report.get("recipe"),
         recipe_hash=report.get("recipe_hash"),
-        notes=[str(note) for note in (portable_sentence(report), *(report.get("notes") or [])) if note],
+        notes=[str(note) for note in _notes(report) if note],
         missing=numbers.MISSING,
     )
+
+
+def _notes(report: dict) -> list:
+    return [portable_sentence(report), *target_lines(report), *(report.get("notes") or [])]
 
 
 def _tiles(report: dict, summary: Summary) -> list[dict]:

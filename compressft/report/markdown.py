@@ -1,7 +1,7 @@
 """report.md: the report as text, fit for the body of a model card (no picture links, so that it can be moved)."""
 
 from compressft.report import numbers
-from compressft.report.summary import Summary, layer_rows, part, portable_sentence, sentence, summarise
+from compressft.report.summary import Summary, layer_rows, part, portable_sentence, sentence, summarise, target_lines
 
 # What the first output means, per task; anything else gets the neutral line.
 _READING = {
@@ -52,6 +52,7 @@ def _headline(report: dict, summary: Summary) -> str:
     lines = [f"Largest output difference between torch and ONNX: {numbers.error(parity.get('max_abs_error'))}."]
     if parity.get("label_agreement") is not None:
         lines.append(f"Same label in both for {numbers.percent(parity['label_agreement'])} of the rows.")
+    lines += [f"{line[:1].upper()}{line[1:]}." for line in target_lines(report)]
     lines.append(f"Training took {numbers.duration(training.get('seconds'))}.")
     return _table(["", "base", "compressed", "change"], rows) + "\n\n" + " ".join(lines)
 

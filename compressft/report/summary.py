@@ -96,6 +96,32 @@ def portable_sentence(report: dict) -> str | None:
     )
 
 
+def target_lines(report: dict) -> list[str]:
+    """What the recipe's targets asked for, and what came of them."""
+    lines = []
+    for row in report.get("targets") or []:
+        name = str(row.get("target"))
+        at = "" if row.get("batch") is None else f" at {numbers.shape(row['batch'], row.get('length'))}"
+        asked, got = (_in_unit(name, row.get(key)) for key in ("asked", "reached"))
+        lines.append(f"{_TARGETS.get(name, name)}: {asked} asked for, {got} reached{at}")
+    return lines
+
+
+_TARGETS = {"latency_ms": "latency", "speedup": "speed-up", "bytes": "bytes of weights"}
+
+
+def _in_unit(name: str, value: object) -> str:
+    if not numbers.is_number(value):
+        return numbers.MISSING
+    if name == "speedup":
+        return numbers.ratio(value)
+    if name == "latency_ms":
+        return numbers.milliseconds(value)
+    if name == "bytes":
+        return numbers.size(value)
+    return numbers.percent(value) if value <= 1 else numbers.count(value)
+
+
 def part(report: dict, key: str) -> dict:
     """A section of the report; empty when it is absent or null."""
     return report.get(key) or {}

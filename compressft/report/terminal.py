@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from compressft.report import numbers
-from compressft.report.summary import Summary, part, portable_sentence, summarise
+from compressft.report.summary import Summary, part, portable_sentence, summarise, target_lines
 
 
 def terminal_table(report: dict) -> RenderableType:
@@ -60,6 +60,7 @@ def _lines(report: dict) -> list[Padding]:
         lines.append(f"parity: same label for {numbers.percent(agreement)} of {parity.get('split') or 'test'} rows")
     if portable_sentence(report):
         lines.append("portable: the same integer sums on every processor")
+    lines += [f"target: {line}" for line in target_lines(report)]
     lines.append(f"training: {numbers.duration(training.get('seconds'))}")
     for key, write in (
         ("examples_per_second", lambda value: numbers.rate(value, "examples")),

@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from compressft.report import numbers, terminal_table
+from compressft.report.markdown import render_markdown
 
 
 def _text(report, width=80) -> str:
@@ -53,3 +54,24 @@ def test_names_are_not_read_as_markup(report):
     text = _text(report)
     assert "[bold]x[/bold]" in text
     assert max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("row", "line"),
+    [
+        ({"target": "speedup", "asked": 10.0, "reached": 16.3, "batch": 1, "length": 128},
+         "speed-up: 10.0× asked for, 16.3× reached at 1×128"),
+        ({"target": "latency_ms", "asked": 2.0, "reached": 1.5, "batch": 8, "length": 32},
+         "latency: 2.00 ms asked for, 1.50 ms reached at 8×32"),
+        ({"target": "sparsity", "asked": 0.75, "reached": 0.7512, "batch": None, "length": None},
+         "sparsity: 75.00% asked for, 75.12% reached"),
+        ({"target": "parameters", "asked": 3e6, "reached": 2.9e6, "batch": None, "length": None},
+         "parameters: 3.0 M asked for, 2.9 M reached"),
+        ({"target": "bytes", "asked": 4e6, "reached": 3.9e6, "batch": None, "length": None},
+         "bytes of weights: 4.0 MB asked for, 3.9 MB reached"),
+    ],
+)  # fmt: skip
+def test_targets_are_named_with_what_was_reached(report, row, line):
+    report["targets"] = [row]
+    assert f" target: {line}" in _text(report)
+    assert f"{line[0].upper()}{line[1:]}." in render_markdown(report)
