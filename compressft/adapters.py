@@ -184,9 +184,10 @@ def _last(path: str) -> int:
 def _filled(entry: dict[str, Any], path: str, stored: dict[str, Tensor], who: str) -> Any:
     """The described module with its stored tensors."""
     arguments = dict(entry)
-    tensors = unpack({name: tensor for name, tensor in stored.items() if name.startswith(f"{path}.")})
+    own = {name: tensor for name, tensor in stored.items() if name.startswith(f"{path}.")}
     try:
         new: Any = KINDS[arguments.pop("kind")].rebuild(None, arguments)
+        tensors = unpack(own, shapes={f"{path}.{name}": tensor.shape for name, tensor in new.state_dict().items()})
         new.load_state_dict({name.removeprefix(f"{path}."): tensor for name, tensor in tensors.items()})
     except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{who}: {path} is no module of these tensors; restore the folder") from error

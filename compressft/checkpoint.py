@@ -24,6 +24,7 @@ from compressft.modules.dropout import quicken
 from compressft.modules.kinds import additions
 from compressft.modules.linear import CompressedLinear
 from compressft.modules.structure import describe, rebuild
+from compressft.parts import MOST
 from compressft.shrink import resize, shapes
 from compressft.sparse import pack, unpack
 from compressft.texts import read_json
@@ -244,19 +245,19 @@ def load_compressed(folder: str | Path) -> Any:
     for name in ("config.json", WEIGHTS):
         if not (folder / name).is_file():
             raise UserError(f"{folder / name}: is missing; the folder is incomplete")
-    model = _empty(load_config(folder, str(folder)), manifest, folder)
+    model = _rebuilt(load_config(folder, str(folder)), manifest, folder)
     tensors = load_tensors(folder / WEIGHTS)
     if (folder / EXTRA).is_file():
         tensors |= load_tensors(folder / EXTRA)
-    _fill(model, manifest["modules"], tensors, folder)
+    _fill(model, tensors)
     unused = sorted(set(tensors) - {name.replace(".inner.", ".") for name in model.state_dict()})
     if unused:
         raise UserError(f"{folder}: tensor {unused[0]!r} has no place in a {manifest['architecture']}; train it again")
     return model.eval()
 
 
-def _empty(config: Any, manifest: Mapping[str, Any], folder: Path) -> Any:
-    """A random model of a manifest's class and shapes."""
+def _rebuilt(config: Any, manifest: Mapping[str, Any], folder: Path) -> Any:
+    """A random model of a manifest's class, shapes and modules."""
     register()
     kind = _class_of(manifest["architecture"], folder)
     wanted = getattr(kind.config_class, "model_type", config.model_type)
@@ -268,7 +269,38 @@ def _empty(config: Any, manifest: Mapping[str, Any], folder: Path) -> Any:
     with foreign(f"{folder}: a {manifest['architecture']} could not be built from its configuration"):
         model = kind._from_config(config, attn_implementation=TRAINING, dtype=torch.float32)
     resize(model, manifest["shapes"], manifest.get("width"), str(folder / MANIFEST))
+    rebuild(model, manifest["modules"], str(folder / MANIFEST))
+    # As `load_model` does: a resumed run draws what the uninterrupted one draws.
+    quicken(model)
     return model
+
+
+def _refuse_growth(config: Any, kind: Any, base: str, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Refuse a configuration of a larger model than the base's own, before anything of it is allocated.
+
+    Args:
+        kind: the class that both are of.
+        base: where the base is.
+        tensors: the base's.
+        where: begins the messages.
+
+    Raises:
+        UserError: a tensor would be larger than the base's of its name, or the others together than the whole base.
+    """
+    wanted, has = (_planned(kind, one, where) for one in (config, load_config(resolve(base))))
+    for name in tensors.keys() & wanted.keys() & has.keys():
+        if any(new > old for new, old in zip(wanted[name], has[name], strict=True)):
+            raise UserError(f"{where}: {name!r} would be {tuple(wanted[name])}, the base's is {tuple(has[name])}")
+    own = sum(shape.numel() for name, shape in wanted.items() if name not in tensors)
+    if own > max(MOST, sum(shape.numel() for shape in has.values())):
+        raise UserError(f"{where}: wants {own:,} entries that the base lacks, more than it has; restore the folder")
+
+
+def _planned(kind: Any, config: Any, where: str) -> dict[str, torch.Size]:
+    """Shapes of a model that is not built."""
+    with foreign(f"{where}: no {kind.__name__} could be built from it"), torch.device("meta"):
+        model = kind._from_config(config, attn_implementation=TRAINING, dtype=torch.float32)
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
 def _class_of(architecture: str, folder: Path) -> Any:
@@ -283,12 +315,23 @@ def _class_of(architecture: str, folder: Path) -> Any:
     return kind
 
 
-def _fill(model: nn.Module, modules: dict[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> None:
-    rebuild(model, modules, str(folder / MANIFEST))
-    # As `load_model` does: a resumed run draws what the uninterrupted one draws.
-    quicken(model)
+def _transposed(model: nn.Module) -> set[str]:
+    """Names of the weights that files hold the other way round."""
+    return {f"{path}.weight" for path, m in model.named_modules() if isinstance(m, CompressedLinear) and m.transposed}
+
+
+def _stored_shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """Of all tensors that a model wants, as files name and hold them."""
+    turned = _transposed(model)
+    return {
+        name.replace(".inner.", "."): tensor.t().shape if name in turned else tensor.shape
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def _fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     own = model.state_dict(keep_vars=True)
-    transposed = {f"{p}.weight" for p, m in model.named_modules() if isinstance(m, CompressedLinear) and m.transposed}
+    transposed = _transposed(model)
     with torch.no_grad():
         for name, target in own.items():
             source = tensors.get(name.replace(".inner.", "."))
@@ -380,7 +423,7 @@ def load_delta(folder: str | Path, base: str | None = None) -> Any:
     manifest = read_manifest(folder, "delta", () if base else ("model",))
     if not (folder / DELTA).is_file():
         raise UserError(f"{folder / DELTA}: is missing; the folder is incomplete")
-    _class_of(manifest["architecture"], folder)
+    kind = _class_of(manifest["architecture"], folder)
     name = base or base_of(folder, manifest)
     tensors = base_tensors(name, manifest["architecture"])
     if content_hash(tensors) != manifest["base_hash"]:
@@ -390,8 +433,10 @@ def load_delta(folder: str | Path, base: str | None = None) -> Any:
     values = dict(manifest["config"])
     with foreign(f"{folder / MANIFEST}: config"):
         config = AutoConfig.for_model(values.pop("model_type"), **values)
-    model = _empty(config, manifest, folder)
-    _fill(model, manifest["modules"], {**tensors, **unpack(load_tensors(folder / DELTA), tensors)}, folder)
+    _refuse_growth(config, kind, name, tensors, f"{folder / MANIFEST}: config")
+    model = _rebuilt(config, manifest, folder)
+    changed = unpack(load_tensors(folder / DELTA), tensors, _stored_shapes(model), str(folder / DELTA))
+    _fill(model, {**tensors, **changed})
     return model.eval()
 
 

@@ -21,14 +21,28 @@ import torch
 from compressft_kernels import pack_mask, unpack_mask
 from torch import Tensor
 
+from compressft.errors import UserError
 from compressft.factors import find, multiply
+from compressft.parts import (
+    CHANGED,
+    COLUMNS,
+    DROPPED,
+    ESCAPES,
+    LEFT,
+    NUDGED,
+    RIGHT,
+    ROWS,
+    SCALE,
+    SHAPE,
+    SIGNS,
+    STEPS,
+    VALUES,
+    Packed,
+    check_parts,
+    refuse,
+)
 
-VALUES, SHAPE, DROPPED, CHANGED, ROWS, COLUMNS = "#values", "#shape", "#dropped", "#changed", "#rows", "#columns"
-SIGNS, STEPS, SCALE = "#signs", "#steps", "#scale"
-LEFT, RIGHT, NUDGED = "#left", "#right", "#nudged"
 PROBED = 8
-# The highest code says: this many places on, and nothing is here.
-ESCAPES = {torch.uint8: 255, torch.uint16: 65535}
 
 
 def pack(tensors: Mapping[str, Tensor], base: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -50,34 +64,73 @@ def pack(tensors: Mapping[str, Tensor], base: Mapping[str, Tensor] | None = None
     return packed
 
 
-def unpack(tensors: Mapping[str, Tensor], base: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Undo `pack`, to the bit (a negative zero comes back as zero); `base` as it was given there."""
+def unpack(
+    tensors: Mapping[str, Tensor],
+    base: Mapping[str, Tensor] | None = None,
+    shapes: Mapping[str, torch.Size] | None = None,
+    where: str = "packed tensors",
+) -> dict[str, Tensor]:
+    """Undo `pack`, to the bit (a negative zero comes back as zero); `base` as it was given there.
+
+    Nothing is allocated before it is known to fit.
+
+    Args:
+        shapes: of the tensors that a reader needs; None where only the base says what is too large.
+        where: begins the messages, such as the file's name.
+
+    Raises:
+        UserError: a part is missing, unknown or not what its form wants, or the tensor is not one that is needed.
+    """
     base = base or {}
     found = {name: tensor for name, tensor in tensors.items() if "#" not in name}
-    for name in dict.fromkeys(key.partition("#")[0] for key in tensors if "#" in key):
-        if name + VALUES in tensors:
-            values, shape = tensors[name + VALUES], torch.Size(tensors[name + SHAPE].tolist())
-            new = torch.zeros(shape, dtype=values.dtype)
-            new[_load(tensors, name + "#", shape)] = values
-        elif name + ROWS in tensors:
-            new = base[name][tensors[name + ROWS]]
-        elif name + COLUMNS in tensors:
-            new = base[name][:, tensors[name + COLUMNS]]
-        else:
-            old = base[name]
-            if name + SCALE in tensors:
-                new = old + _integers(tensors, name, old) * tensors[name + SCALE]
-            elif name + LEFT in tensors:
-                new = old + multiply(tensors[name + LEFT], tensors[name + RIGHT])
-            else:
-                new = old.masked_fill(_load(tensors, f"{name}{DROPPED}_", old.shape), 0.0)
-            if name + CHANGED in tensors:
-                new[_load(tensors, f"{name}{CHANGED}_", new.shape)] = tensors[name + CHANGED]
-            if name + NUDGED in tensors:
-                places = _load(tensors, f"{name}{NUDGED}_", new.shape)
-                new[places] = (new[places].view(torch.int32) + tensors[name + NUDGED]).view(torch.float32)
-        found[name] = new.contiguous()
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, mark, suffix = key.partition("#")
+        if mark:
+            parts.setdefault(name, {})[mark + suffix] = tensor
+    for name, own in parts.items():
+        try:
+            if name in found:
+                refuse("is there whole and in parts")
+            if shapes is not None and name not in shapes:
+                refuse("has no place in the model")
+            packed = Packed(own, base.get(name), None if shapes is None else shapes[name])
+            check_parts(packed)
+            found[name] = _unpacked(packed).contiguous()
+        except UserError as error:
+            raise UserError(f"{where}: tensor {name!r}: {error}; restore the file") from None
     return found
+
+
+def _unpacked(packed: Packed) -> Tensor:
+    """The tensor of checked parts."""
+    parts = packed.parts
+    if VALUES in parts:
+        new = torch.zeros(packed.shape, dtype=parts[VALUES].dtype)
+        return _put(new, parts, "#", parts[VALUES])
+    old = packed.old
+    assert old is not None
+    if ROWS in parts:
+        return old[parts[ROWS].long()]
+    if COLUMNS in parts:
+        return old[:, parts[COLUMNS].long()]
+    if SCALE in parts:
+        new = old + _integers(parts, old) * parts[SCALE]
+    elif LEFT in parts:
+        new = old + multiply(parts[LEFT], parts[RIGHT])
+    else:
+        new = old.masked_fill(_load(parts, f"{DROPPED}_", old.shape), 0.0)
+    if CHANGED in parts:
+        new = _put(new, parts, f"{CHANGED}_", parts[CHANGED])
+    if NUDGED in parts:
+        places = _load(parts, f"{NUDGED}_", new.shape, parts[NUDGED])
+        new[places] = (new[places].view(torch.int32) + parts[NUDGED]).view(torch.float32)
+    return new
+
+
+def _put(new: Tensor, parts: Mapping[str, Tensor], prefix: str, values: Tensor) -> Tensor:
+    new[_load(parts, prefix, new.shape, values)] = values
+    return new
 
 
 def stored_bytes(parts: Mapping[str, Tensor]) -> int:
@@ -103,15 +156,21 @@ def pack_places(mask: Tensor) -> Tensor:
 
 
 def unpack_places(places: Tensor, shape: torch.Size) -> Tensor:
-    """The mask that `pack_places` packed, bool, in its shape (rows, columns)."""
+    """The mask that `pack_places` packed, bool, in its shape (rows, columns).
+
+    Raises:
+        UserError: a place is beyond the shape.
+    """
     if places.dim() == 2:
         return unpack_mask(places, shape[1])
     full = ESCAPES[places.dtype]
     codes = places.to(torch.int64)
     here = codes != full
-    ends = torch.where(here, codes + 1, full).cumsum(0) - 1
+    ends = torch.where(here, codes + 1, full).cumsum(0)[here] - 1
+    if len(ends) and int(ends[-1]) >= shape.numel():
+        refuse(f"a place is beyond its shape {tuple(shape)}")
     mask = torch.zeros(shape.numel(), dtype=torch.bool, device=places.device)
-    mask[ends[here]] = True
+    mask[ends] = True
     return mask.view(shape)
 
 
@@ -128,12 +187,13 @@ def _store(prefix: str, mask: Tensor) -> dict[str, Tensor]:
     return {prefix + ("bits" if places.dim() == 2 else "gaps"): places}
 
 
-def _load(tensors: Mapping[str, Tensor], prefix: str, shape: torch.Size) -> Tensor:
-    """The mask stored under a prefix; all False where there is none."""
-    for suffix in ("bits", "gaps"):
-        if prefix + suffix in tensors:
-            return unpack_places(tensors[prefix + suffix], shape)
-    return torch.zeros(shape, dtype=torch.bool)
+def _load(parts: Mapping[str, Tensor], prefix: str, shape: torch.Size, values: Tensor | None = None) -> Tensor:
+    """The mask stored under a prefix, as many places as there are values; all False where there is none."""
+    places = next((parts[prefix + kind] for kind in ("bits", "gaps") if prefix + kind in parts), None)
+    mask = torch.zeros(shape, dtype=torch.bool) if places is None else unpack_places(places, shape)
+    if values is not None and int(mask.sum()) != len(values):
+        refuse(f"has {int(mask.sum())} places for {len(values)} values")
+    return mask
 
 
 def _pruned(name: str, tensor: Tensor) -> dict[str, Tensor]:
@@ -198,21 +258,22 @@ def _stepped(name: str, tensor: Tensor, old: Tensor, most: int, dim: int) -> dic
     low = torch.where(count > 0, (size - slack) / count, -torch.inf).amax(dim, keepdim=True)
     middle = torch.where(largest > 0, (low + high) / 2, 0.0).float().nan_to_num(0.0, 0.0, 0.0)
     if most == 1:
-        integers = {name + SIGNS: pack_mask(moved > 0)}
+        integers = {SIGNS: pack_mask(moved > 0)}
     else:
-        integers = {name + STEPS: (count * moved.sign()).nan_to_num(0.0).clamp(-most, most).to(torch.int8)}
-    factors = _integers(integers, name, old)
+        integers = {STEPS: (count * moved.sign()).nan_to_num(0.0).clamp(-most, most).to(torch.int8)}
+    factors = _integers(integers, old)
     # Ends of the interval may lie on floats; which of them round the right way only trying tells.
     scales = [middle, *(torch.nextafter(middle, torch.full_like(middle, end)) for end in (-torch.inf, torch.inf))]
     wrong = torch.stack([(old + factors * scale != tensor).sum(dim, keepdim=True) for scale in scales])
     scale = torch.stack(scales).gather(0, wrong.argmin(0, keepdim=True))[0]
-    return {**integers, name + SCALE: scale, **_corrected(name, tensor, old + factors * scale)}
+    stored = {name + suffix: tensor for suffix, tensor in integers.items()}
+    return {**stored, name + SCALE: scale, **_corrected(name, tensor, old + factors * scale)}
 
 
-def _integers(tensors: Mapping[str, Tensor], name: str, old: Tensor) -> Tensor:
-    if name + STEPS in tensors:
-        return tensors[name + STEPS].to(old.dtype)
-    return unpack_mask(tensors[name + SIGNS], old.shape[1]).to(old.dtype) * 2 - 1
+def _integers(parts: Mapping[str, Tensor], old: Tensor) -> Tensor:
+    if STEPS in parts:
+        return parts[STEPS].to(old.dtype)
+    return unpack_mask(parts[SIGNS], old.shape[1]).to(old.dtype) * 2 - 1
 
 
 def _selected(name: str, tensor: Tensor, old: Tensor) -> list[dict[str, Tensor]]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from compressft.anatomy import anatomy
 from compressft.checkpoint import DELTA, MANIFEST, file_hash, layers_hash, plain_state, read_manifest, verify_files
+from compressft.document import refuse_edited
 from compressft.errors import UserError, nearest
 from compressft.formats.files import CONFIG, KEY, TENSORS, read_json, read_tensors, write_json, write_tensors
 from compressft.formats.settled import Settled, of_backbone, origin, own_head, put, shared_copy
@@ -128,7 +129,8 @@ def read(base: nn.Module, folder: Path) -> Settled:
     lacking = sorted(_relative(packed) - set(tensors))
     if lacking or _origin_hash(packed, tensors) != entry["origin_hash"]:
         raise UserError(_another(folder, entry["base"], entry["architecture"]))
-    return _settle(base, folder, parse_method(entry["method"], folder), entry, unpack(packed, tensors))
+    changed = unpack(packed, tensors, where=str(folder / TENSORS))
+    return _settle(base, folder, parse_method(entry["method"], folder), entry, changed)
 
 
 def parse_method(fields: Any, folder: Path) -> Transform:
@@ -160,7 +162,8 @@ def read_delta(base: nn.Module, folder: Path) -> Settled:
     same = layers_hash(base, tensors) == entry["layers_hash"] and relative <= set(tensors)
     if not same or (outside and entry["base_hash"] not in _pretrained_hashes(base, tensors)):
         raise UserError(_another(folder, entry.get("model", ""), entry["architecture"]))
-    return _settle(base, folder, _method_of_run(folder), entry, unpack(packed, tensors))
+    changed = unpack(packed, tensors, where=str(folder / DELTA))
+    return _settle(base, folder, _method_of_run(folder, entry), entry, changed)
 
 
 def _pretrained_hashes(base: nn.Module, tensors: Mapping[str, Tensor]) -> set[str]:
@@ -175,10 +178,11 @@ def _pretrained_hashes(base: nn.Module, tensors: Mapping[str, Tensor]) -> set[st
     return {content_hash(backbone), content_hash(bare)}
 
 
-def _method_of_run(folder: Path) -> Transform | None:
+def _method_of_run(folder: Path, entry: Mapping[str, Any]) -> Transform | None:
     recipe = folder.parent / "recipe.yaml"
     if not recipe.is_file():
         return None
+    refuse_edited(recipe, entry.get("recipe_hash"))
     return parse_recipe(read_yaml(read_text(recipe), str(recipe)), str(recipe)).stages[-1].method
 
 
