@@ -287,13 +287,17 @@ def _refuse_growth(config: Any, kind: Any, base: str, tensors: Mapping[str, Tens
     Raises:
         UserError: a tensor would be larger than the base's of its name, or the others together than the whole base.
     """
-    wanted, has = (_planned(kind, one, where) for one in (config, load_config(resolve(base))))
+    own = load_config(resolve(base))
+    layers, most = (getattr(one, "num_hidden_layers", 0) for one in (config, own))
+    if layers > most:
+        raise UserError(f"{where}: wants {layers:,} layers, the base has {most}; restore the folder")
+    wanted, has = (_planned(kind, one, where) for one in (config, own))
     for name in tensors.keys() & wanted.keys() & has.keys():
         if any(new > old for new, old in zip(wanted[name], has[name], strict=True)):
             raise UserError(f"{where}: {name!r} would be {tuple(wanted[name])}, the base's is {tuple(has[name])}")
-    own = sum(shape.numel() for name, shape in wanted.items() if name not in tensors)
-    if own > max(MOST, sum(shape.numel() for shape in has.values())):
-        raise UserError(f"{where}: wants {own:,} entries that the base lacks, more than it has; restore the folder")
+    new = sum(shape.numel() for name, shape in wanted.items() if name not in tensors)
+    if new > max(MOST, sum(shape.numel() for shape in has.values())):
+        raise UserError(f"{where}: wants {new:,} entries that the base lacks, more than it has; restore the folder")
 
 
 def _planned(kind: Any, config: Any, where: str) -> dict[str, torch.Size]:
@@ -431,6 +435,10 @@ def load_delta(folder: str | Path, base: str | None = None) -> Any:
             f"{folder}: was made on another base than {name!r} (content hashes differ); give the right base"
         )
     values = dict(manifest["config"])
+    labels, named = values.get("num_labels"), len(values.get("id2label") or ())
+    if labels not in (None, named):
+        # The library would make up a name for each.
+        raise UserError(f"{folder / MANIFEST}: config: num_labels is {labels}, id2label has {named}; restore the file")
     with foreign(f"{folder / MANIFEST}: config"):
         config = AutoConfig.for_model(values.pop("model_type"), **values)
     _refuse_growth(config, kind, name, tensors, f"{folder / MANIFEST}: config")

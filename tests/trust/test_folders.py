@@ -4,8 +4,18 @@ import json
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-from compressft.checkpoint import file_hash, load_compressed, load_delta, read_manifest, save_compressed, save_delta
+from compressft.checkpoint import (
+    base_tensors,
+    file_hash,
+    load_compressed,
+    load_delta,
+    read_manifest,
+    save_compressed,
+    save_delta,
+)
 from compressft.errors import UserError
 from compressft.evaluate import evaluate
 from compressft.manifest import compare_labels, sealed
@@ -75,3 +85,51 @@ def test_a_hash_is_of_the_file_as_it_is_now(tmp_path):
     assert file_hash(path) != first
     shutil.copy(path, tmp_path / "y")
     assert file_hash(tmp_path / "y") == file_hash(path)
+
+
+def forged(folder, tensors=None, **config):
+    """What somebody wrote who knows how: other tensors or another configuration, with hashes that fit."""
+    path, file = folder / "compressft.json", folder / "delta.safetensors"
+    save_file({**load_file(file), **(tensors or {})}, file)
+    entry = json.loads(path.read_text())
+    del entry["hash"]
+    entry["config"] |= config
+    entry["files"]["delta.safetensors"] = file_hash(file)
+    path.write_text(json.dumps(sealed(entry)))
+
+
+WEIGHT = "bert.encoder.layer.0.output.dense.weight"
+NOTHING = {f"{WEIGHT}#gaps": torch.zeros(0, dtype=torch.uint8), f"{WEIGHT}#values": torch.zeros(0)}
+FORGED = {
+    "four terabytes": (
+        {"tensors": {**NOTHING, f"{WEIGHT}#shape": torch.tensor([10**6, 10**6])}},
+        rf"delta.safetensors: tensor '{WEIGHT}': makes \(1000000, 1000000\), the model wants \(32, 64\)",
+    ),
+    "rows of nobody": (
+        {"tensors": {"elsewhere#rows": torch.tensor([0])}},
+        "delta.safetensors: tensor 'elsewhere': has no place in the model",
+    ),
+    "a vocabulary of a billion": (
+        {"vocab_size": 10**9},
+        r"compressft.json: config: 'bert.embeddings.word_embeddings.weight' would be \(1000000000, 32\), the base's is",
+    ),
+    "a billion labels": ({"num_labels": 10**9}, "compressft.json: config: num_labels is 1000000000, id2label has 2"),
+    "wide layers": (
+        {"intermediate_size": 10**8},
+        r"compressft.json: config: '.*' would be .*100000000.*, the base's is",
+    ),
+    "many layers": ({"num_hidden_layers": 10**6}, "compressft.json: config: wants 1,000,000 layers, the base has 2"),
+}
+
+
+@pytest.mark.parametrize("case", FORGED)
+def test_a_delta_allocates_nothing_that_its_base_does_not_bear_out(tmp_path, case):
+    tiny(**NAMED).bert.save_pretrained(tmp_path / "base")
+    base = str(tmp_path / "base")
+    save_delta(tiny(**NAMED), None, base_tensors(base), tmp_path / "delta", {**INFO, "model": base})
+    load_delta(tmp_path / "delta")
+    changes, said = FORGED[case]
+    forged(tmp_path / "delta", **changes)
+    with pytest.raises(UserError, match=said) as caught:
+        load_delta(tmp_path / "delta")
+    assert "\n" not in str(caught.value)
