@@ -5,6 +5,8 @@ is full of them.
 """
 
 import os
+from dataclasses import replace
+from functools import lru_cache
 
 import pytest
 import torch
@@ -15,6 +17,44 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 # Against float64, relative to the largest value: a few roundings of the dtype; its sums are of float32 at least.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3}
 MARGIN = 64
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_interpreter():
+    """Triton's interpreter without what takes over half of its time and gives nothing here.
+
+    It looks through the whole language for what to replace at every call of a device function (once a launch is
+    enough), makes a table of dtypes for each it looks up, and computes all integer sums twice to find overflows, of
+    which it then says nothing.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    from triton.language.core import is_builtin, pointer_type
+    from triton.runtime import interpreter
+
+    patch, look_up, first = interpreter._patch_builtin, interpreter._get_np_dtype, {}
+    remembered = lru_cache(look_up)
+
+    def patch_once(package, *rest):
+        if package in first and not is_builtin(getattr(package, first[package])):
+            return  # they are put back all together
+        names = [name for name in dir(package) if is_builtin(getattr(package, name))]
+        if names:
+            first[package] = names[0]
+        patch(package, *rest)
+
+    def numpy_dtype(dtype):
+        element = dtype.scalar
+        return (look_up if isinstance(element, pointer_type) else remembered)(element)
+
+    builder = interpreter.interpreter_builder
+    assert not builder.options.debug
+    with pytest.MonkeyPatch.context() as change:
+        change.setattr(interpreter, "_patch_builtin", patch_once)
+        change.setattr(interpreter, "_get_np_dtype", numpy_dtype)
+        change.setattr(builder, "options", replace(builder.options, sanitize_overflow=False))
+        yield
 
 
 @pytest.fixture
