@@ -159,8 +159,11 @@ def _size(module: nn.Module, kind: str, precision: Precision) -> float:
     if precision == "fp32":
         return 4.0 * sum(p.numel() for p in module.parameters())
     total = 0
+    seen: set[nn.Parameter] = set()
     for part in module.modules():
-        own = dict(part.named_parameters(recurse=False))
+        # A tied table ships once.
+        own = {name: one for name, one in part.named_parameters(recurse=False) if one not in seen}
+        seen.update(own.values())
         weight = own.pop("weight", None)
         if weight is not None and weight.dim() == 2:
             rows = weight.shape[1] if type(part).__name__ == "Conv1D" else weight.shape[0]

@@ -171,6 +171,13 @@ def replace(model: nn.Module, path: str, new: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, new)
 
 
+def take_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Let `new`, which takes the place of `old`, call what was called before and after its forward."""
+    for name in ("_forward_pre_hooks", "_forward_hooks"):
+        setattr(new, name, getattr(old, name))
+        setattr(new, f"{name}_with_kwargs", getattr(old, f"{name}_with_kwargs"))
+
+
 def compress_linear(model: nn.Module, path: str) -> CompressedLinear:
     """Make the layer at `path` a CompressedLinear (it stays one if it is) and return it."""
     new = CompressedLinear.of(model.get_submodule(path))
@@ -264,4 +271,5 @@ __all__ = [
     "load_tokenizer",
     "replace",
     "restore_plain",
+    "take_hooks",
 ]

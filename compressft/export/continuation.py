@@ -110,7 +110,8 @@ def model_chunks(model: nn.Module, parts: Sequence[Chunk]) -> np.ndarray:
     """Logits (B, T, V) of all chunks in a row, with a cache of transformers'."""
     from transformers import DynamicCache
 
-    cache, found = DynamicCache(config=model.config), []
+    whole: Any = model
+    cache, found = DynamicCache(config=whole.config), []
     for part in parts:
         ids, mask, where = (torch.from_numpy(x) for x in (part.ids, part.mask, part.places))
         out = model.eval()(

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
 from compressft.export.int4 import Int4Embedding, Int4Linear
 from compressft.export.int8 import Int8Embedding, Int8Linear, QdqLinear
-from compressft.model import replace
+from compressft.model import replace, take_hooks
 from compressft.modules.attention import EXPORT, TRAINING
 from compressft.modules.embedding import CompressedEmbedding
 from compressft.modules.linear import CompressedLinear
-from compressft.modules.quantizer import Int4Quantizer, Int8Quantizer
+from compressft.modules.quantizer import Int4Quantizer, Int8Quantizer, TableQuantizer
 
 
 class Adapted(nn.Module):
@@ -27,6 +29,19 @@ class Adapted(nn.Module):
         return self.adapter(self.inner(x))
 
 
+class TableLinear(nn.Module):
+    """An output layer that multiplies by the embedding table as it ships, which is in the file once."""
+
+    def __init__(self, table: Any, bias: Tensor | None) -> None:
+        super().__init__()
+        # In a tuple: its tensors are the embedding's.
+        self.table = (table,)
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.table[0].product(x, self.bias)
+
+
 def fold(model: nn.Module) -> nn.Module:
     """A copy of a finalised model in which every compressed module has its deployed form, ready to be exported.
 
@@ -34,27 +49,45 @@ def fold(model: nn.Module) -> nn.Module:
     """
     deployed = copy.deepcopy(model).eval().requires_grad_(False)
     portable = any(isinstance(m, Int8Quantizer) and m.format == "qdq" for m in deployed.modules())
+    heads = [
+        m for m in deployed.modules() if isinstance(m, CompressedLinear) and isinstance(m.quantizer, TableQuantizer)
+    ]
+    # By the weight that they share; what multiplies by it is made after it.
+    tables: dict[Tensor, nn.Module] = {}
+    for path, module in list(deployed.named_modules()):
+        if isinstance(module, CompressedEmbedding):
+            shared = module.weight
+            tables[shared] = deployed_table(module, portable, any(head.weight is shared for head in heads))
+            replace(deployed, path, tables[shared])
     for path, module in list(deployed.named_modules()):
         if isinstance(module, CompressedLinear):
-            replace(deployed, path, deployed_linear(module))
-        elif isinstance(module, CompressedEmbedding):
-            replace(deployed, path, deployed_table(module, portable))
+            new = deployed_linear(module, tables)
+            take_hooks(module, new)
+            replace(deployed, path, new)
     # In training's own function all is plain torch, a prefix included.
     deployed.config._attn_implementation = TRAINING if portable else EXPORT  # type: ignore[union-attr]
     return deployed
 
 
-def deployed_table(table: CompressedEmbedding, portable: bool) -> nn.Module:
-    """What an embedding table ships as, without the rows that nothing looks up."""
+def deployed_table(table: CompressedEmbedding, portable: bool, multiplied: bool = False) -> nn.Module:
+    """What an embedding table ships as, without the rows that nothing looks up.
+
+    Args:
+        multiplied: an output layer reads it too.
+    """
     if table.first:
         table.fold()
     if table.bits is None:
         return table.restore()
-    return Int4Embedding(table, portable) if table.bits == 4 else Int8Embedding(table)
+    return Int4Embedding(table, portable, multiplied) if table.bits == 4 else Int8Embedding(table)
 
 
-def deployed_linear(linear: CompressedLinear) -> nn.Module:
-    """What a linear layer ships as; its gates and delta are folded, its slots emptied."""
+def deployed_linear(linear: CompressedLinear, tables: Mapping[Tensor, nn.Module] | None = None) -> nn.Module:
+    """What a linear layer ships as; its gates and delta are folded, its slots emptied.
+
+    Args:
+        tables: what the embedding tables ship as, by their weight.
+    """
     linear.fold()
     adapter, linear.adapter = linear.adapter, None
     quantizer = linear.quantizer
@@ -64,6 +97,8 @@ def deployed_linear(linear: CompressedLinear) -> nn.Module:
         new = Int4Linear(linear)
     elif isinstance(quantizer, Int8Quantizer):
         new = QdqLinear(linear) if quantizer.format == "qdq" else Int8Linear(linear)
+    elif isinstance(quantizer, TableQuantizer):
+        new = TableLinear((tables or {})[linear.weight], linear.bias)
     else:
         raise ValueError(f"fold: no deployed form of {type(quantizer).__name__}")
     return new if adapter is None else Adapted(new, adapter)

@@ -54,32 +54,48 @@ class Int4Linear(nn.Module):
 class Int4Embedding(nn.Module):
     """Lookup of packed rows: one `com.microsoft::GatherBlockQuantized`, or Gather and arithmetic where `portable`.
 
-    Holds `weight` uint8 (rows, ceil(dim / 2)) and `scale` fp32 (rows, blocks): 0.63 bytes a weight.
+    Holds `weight` uint8 (rows, ceil(dim / 2)), or whole blocks where `whole`, and `scale` fp32 (rows, blocks): 0.63
+    bytes a weight.
     """
 
     weight: Tensor
     scale: Tensor
 
-    def __init__(self, embedding: CompressedEmbedding, portable: bool = False) -> None:
+    def __init__(self, embedding: CompressedEmbedding, portable: bool = False, whole: bool = False) -> None:
         super().__init__()
         table = embedding.weight.detach()
         self.dim, self.block, self.portable = table.shape[1], embedding.block, portable
         grid = grid_of(table, self.block, symmetric=True)
-        integers = quantise(table, self.block, grid).flatten(1)[:, : self.dim]
-        self.register_buffer("weight", pack(F.pad(integers, (0, self.dim % 2), value=ZERO)))
+        integers = quantise(table, self.block, grid).flatten(1)
+        self.register_buffer("weight", pack(integers if whole else integers[:, : self.dim + self.dim % 2]))
         self.register_buffer("scale", grid.scale)
 
     def forward(self, ids: Tensor) -> Tensor:
         if self.portable:
-            # Bytes are taken apart in fp32: exact, and known to every runtime.
-            pairs = F.embedding(ids, self.weight).to(torch.float32)
-            upper = torch.floor(pairs / 16.0)
-            integers = torch.stack([pairs - 16.0 * upper, upper], dim=-1).flatten(-2)[..., : self.dim]
-            scale = F.embedding(ids, self.scale).repeat_interleave(self.block, dim=-1)[..., : self.dim]
-            return (integers - ZERO) * scale
+            return self._rows(F.embedding(ids, self.weight), F.embedding(ids, self.scale))
         attributes: dict[str, Any] = {"gather_axis": 0, "quantize_axis": 1, "block_size": self.block, "bits": 4}
         shape = [*ids.shape, 2 * self.weight.shape[1]]
         name = "com.microsoft::GatherBlockQuantized"
         inputs: list[Any] = [self.weight, ids, self.scale]
         rows = torch.onnx.ops.symbolic(name, inputs, attributes, dtype=torch.float32, shape=shape, version=1)
         return rows if shape[-1] == self.dim else rows[..., : self.dim]
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x (..., dim) times all rows of a table of whole blocks, (..., rows): one `MatMulNBits`, unless `portable`."""
+        if self.portable:
+            return F.linear(x, self._rows(self.weight, self.scale), bias)
+        rows, blocks = self.scale.shape
+        packed = self.weight.view(rows, blocks, self.block // 2)
+        inputs: list[Any] = [x, packed, self.scale, *([] if bias is None else [None, None, bias])]
+        attributes: dict[str, Any] = {"K": self.dim, "N": rows, "bits": 4, "block_size": self.block}
+        name, shape = "com.microsoft::MatMulNBits", [*x.shape[:-1], rows]
+        return torch.onnx.ops.symbolic(name, inputs, attributes, dtype=torch.float32, shape=shape, version=1)
+
+    def _rows(self, packed: Tensor, scale: Tensor) -> Tensor:
+        """The values of packed rows; bytes are taken apart in fp32: exact, and known to every runtime."""
+        pairs = packed.to(torch.float32)
+        upper = torch.floor(pairs / 16.0)
+        values = torch.stack([pairs - 16.0 * upper, upper], dim=-1).flatten(-2) - ZERO
+        # Not by scales repeated: the exporter would write them down.
+        values = F.pad(values, (0, -values.shape[-1] % self.block)).unflatten(-1, (-1, self.block)) * scale[..., None]
+        return values.flatten(-2)[..., : self.dim]

@@ -93,3 +93,7 @@ class Int8Embedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         # F.embedding becomes Gather; indexing would become the slower GatherND.
         return F.embedding(ids, self.weight).to(torch.float32) * F.embedding(ids, self.scale)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x (..., dim) times all rows, (..., rows); onnxruntime makes fp32 of them once, when it loads the file."""
+        return F.linear(x, self.weight.to(torch.float32) * self.scale, bias)

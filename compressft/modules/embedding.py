@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressft.modules.int4 import fake_quantise, on_live_columns, straight_through
-from compressft.modules.int8 import quantise_weight, weight_scale
+from compressft.modules.int4 import on_live_columns, straight_through
 from compressft.modules.kinds import known
 from compressft.modules.linear import is_bare, is_dense
+from compressft.modules.quantizer import round_rows
 
 
 @known
@@ -76,14 +76,10 @@ class CompressedEmbedding(nn.Embedding):
         # The base looks up the rows that it was pretrained with.
         input = input + self.first if self.first and not is_bare() else input
         rows = F.embedding(input, self.weight, self.padding_idx)
-        if self.bits is None or not self.active or is_dense():
+        bits = self.bits
+        if bits is None or not self.active or is_dense():
             return rows
         flat = rows.detach().reshape(-1, rows.shape[-1])
         live = None if self.columns is None else self.columns()
-        return straight_through(rows, on_live_columns(flat, live, self._quantised).view_as(rows))
-
-    def _quantised(self, flat: Tensor) -> Tensor:
-        if self.bits == 4:
-            return fake_quantise(flat, self.block, symmetric=True)
-        scale = weight_scale(flat)
-        return quantise_weight(flat, scale) * scale[:, None]
+        rounded = on_live_columns(flat, live, lambda part: round_rows(part, bits, self.block))
+        return straight_through(rows, rounded.view_as(rows))

@@ -12,13 +12,14 @@ from compressft import ranks
 from compressft.modules.int4 import (
     Grid,
     dequantise,
+    fake_quantise,
     grid_of,
     on_live_columns,
     quantise,
     round_inputs,
     straight_through,
 )
-from compressft.modules.int8 import activation_scale, portable_scale, quantised_linear, weight_scale
+from compressft.modules.int8 import activation_scale, portable_scale, quantise_weight, quantised_linear, weight_scale
 from compressft.modules.kinds import Extra, known
 from compressft.modules.last_input import last_input
 
@@ -237,6 +238,43 @@ class Int4Quantizer(Quantizer):
         if grid is not None:
             new.fix(Grid(torch.zeros(grid), torch.zeros(grid)))
         return new
+
+
+@known
+class TableQuantizer(Quantizer):
+    """An output layer whose weight is the tokens' embedding table: it multiplies by the rows that are looked up.
+
+    Rows are rounded as a `CompressedEmbedding` of these bits rounds them, inputs are not.
+    """
+
+    kind: ClassVar[str] = "table"
+    # In a tuple: the table is registered elsewhere.
+    table: tuple[Any, ...] = ()
+
+    def __init__(self, bits: int, block: int) -> None:
+        super().__init__()
+        self.bits, self.block = bits, block
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor | None) -> Tensor:
+        if self.table and self.table[0].columns is not None:
+            columns = self.table[0].columns()
+        return F.linear(x, straight_through(weight, self.rounded(weight.detach(), columns)), bias)
+
+    def rounded(self, weight: Tensor, columns: Tensor | None = None) -> Tensor:
+        """The rows (..., dim) as they are looked up."""
+        return on_live_columns(weight, columns, lambda rows: round_rows(rows, self.bits, self.block))
+
+    def describe(self) -> dict[str, Any]:
+        return {"bits": self.bits, "block": self.block}
+
+
+@torch.no_grad()
+def round_rows(rows: Tensor, bits: int, block: int) -> Tensor:
+    """Rows (rows, dim) on their own grids: 8 bits with a scale each, or 4 in symmetric blocks."""
+    if bits == 4:
+        return fake_quantise(rows, block, symmetric=True)
+    scale = weight_scale(rows)
+    return quantise_weight(rows, scale) * scale[:, None]
 
 
 @torch.no_grad()

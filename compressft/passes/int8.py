@@ -26,7 +26,8 @@ from compressft.transform import QUANTISES, Context, Transform
 
 
 class Int8(Transform):
-    """u8 activations, s8 weights per output channel, embeddings s8 per row; head and LayerNorms stay fp32.
+    """u8 activations, s8 weights per output channel, embeddings s8 per row; head and LayerNorms stay fp32, but for a
+    language model's head that shares the tokens' table, which is that table (its inputs stay fp32).
 
     `ranges`: "static" learns one input range per layer as an average of per-batch minima and maxima (a row's result
     does not depend on its batch mates); "learned" starts from the first 16 batches' average and then moves both ends by

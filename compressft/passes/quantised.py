@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
 from compressft.anatomy import anatomy
-from compressft.model import replace
+from compressft.model import compress_linear, replace, take_hooks
 from compressft.modules.embedding import CompressedEmbedding
 from compressft.modules.linear import CompressedLinear
-from compressft.modules.quantizer import Quantizer
+from compressft.modules.quantizer import Quantizer, TableQuantizer
 from compressft.passes.select import LINEARS, layer_linears
 
 PARTS = (*LINEARS, "pooler", "embeddings")
@@ -35,6 +35,7 @@ def compress_tables(model: nn.Module, tables: Tables, block: int, exclude: Seque
     """Make the embedding tables `CompressedEmbedding`s of these bits, less what `exclude` names.
 
     Four bits are for the tokens' table: onnxruntime unpacks int4 row by row, which the small tables' bytes do not pay.
+    An output layer tied to it multiplies by the same rounded rows, unless `exclude` names it.
 
     Args:
         block: values of a row that share a scale in int4.
@@ -47,7 +48,24 @@ def compress_tables(model: nn.Module, tables: Tables, block: int, exclude: Seque
             table = parts.backbone.get_submodule(relative)
             assert isinstance(table, nn.Embedding)
             bits = BITS[tables] if number == 0 else BITS["int8"]
-            replace(model, parts.path(relative), CompressedEmbedding.of(table, bits, block))
+            new = CompressedEmbedding.of(table, bits, block)
+            replace(model, parts.path(relative), new)
+            if number == 0:
+                _follow_table(model, new, exclude)
+
+
+def _follow_table(model: Any, table: CompressedEmbedding, exclude: Sequence[str]) -> None:
+    """Let an output layer that shares the tokens' table multiply by the rounded rows: the table ships once."""
+    head = model.get_output_embeddings()
+    path = next((path for path, module in model.named_modules() if module is head), None)
+    if head is None or path is None or head.weight is not table.weight or path in exclude:
+        return
+    new = compress_linear(model, path)
+    # Such as of an invertible adapter, whose inverse stands in front of it.
+    take_hooks(head, new)
+    assert table.bits is not None
+    new.quantizer = TableQuantizer(table.bits, table.block)
+    new.quantizer.table = (table,)
 
 
 def quantizers(model: nn.Module) -> list[Quantizer]:

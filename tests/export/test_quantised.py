@@ -241,7 +241,7 @@ def test_qdq_models_are_standard_onnx(family, embeddings, tmp_path):
     graph = check(model, tmp_path / "m.onnx", family, limit=0.05)
     assert {node.domain for node in graph.graph.node} <= {"", "ai.onnx"}
     found = [node.op_type for node in graph.graph.node]
-    linears = sum(isinstance(m, CompressedLinear) for m in model.modules())
+    linears = sum(isinstance(m, Int8Quantizer) for m in model.modules())
     # One DequantizeLinear per weight; layers that share an input and its range share its pair.
     assert found.count("DequantizeLinear") - found.count("QuantizeLinear") == linears
     assert found.count("QuantizeLinear") <= linears
