@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -143,7 +144,7 @@ class RunFolder:
             for manifest in (read_manifest(path, "checkpoint", files=False) for path in self.checkpoints())
         )
 
-    @property
+    @cached_property
     def recipe_hash(self) -> str:
         """Hash of the recipe as it was written when the run began, which all that it ships records."""
         return recorded_hash(self.root / "recipe.yaml")

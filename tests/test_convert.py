@@ -54,7 +54,8 @@ def run(base, tmp_path):
         model = adapted.settled()
         if change is not None:
             change(model)
-        save_delta(model, None, base_tensors(str(base)), folder / "delta", {"model": str(base)})
+        info = {"model": str(base), "recipe_hash": recipe.hash}
+        save_delta(model, None, base_tensors(str(base)), folder / "delta", info)
         return folder, model
 
     return run
@@ -173,6 +174,9 @@ def test_refused(call, run, base, tmp_path):
     Path("full").mkdir()
     (tmp_path / "full" / "x").write_text("")
     refused(call, "DST 'full': is not empty", folder, "full")
+    path = folder / "recipe.yaml"
+    path.write_text(path.read_text().replace("epochs: 3", "epochs: 2"))
+    refused(call, f"{path}: is not the recipe that was trained", folder, "dst")
     (folder / "recipe.yaml").unlink()
     refused(call, "is no folder" if not folder.is_dir() else "adapter_config.json: is missing", folder, "dst")
     refused(call, "does not say which method made it", folder / "delta", "dst", "--to", "compressft")

@@ -411,8 +411,10 @@ def test_a_run_of_an_older_version_goes_on(interrupted, recipe, reference, tmp_p
     assert process.exitcode == 0
     assert_same(folder, reference)
     as_of_an_older_version(folder)
+    leave_behind(folder)
     code, stderr = command("export", str(folder))
     assert code == 0 and "cannot be compared" in stderr, stderr
+    assert not any((folder / name).exists() for name in LEFT)
 
 
 def test_a_disk_that_holds_what_is_left_is_enough(reference, recipe, tmp_path, command, monkeypatch):
