@@ -33,18 +33,19 @@ def _nf4_scale(absmax, absmax2, code2, offset, block, inside, DOUBLE: tl.constex
 
 @triton.jit
 def _nf4_tile(
-    w, absmax, code, absmax2, code2, offset, n, k0, N, K,
+    w, absmax, code, absmax2, code2, offset, n, k0, N, K, bytes_row,
     DOUBLE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK_N, BLOCK_K] dequantised weights of rows n, columns from k0; BLOCK_K and K are multiples of 64."""
     row = n.to(tl.int64)[:, None]
     byte = k0 // 2 + tl.arange(0, BLOCK_K // 2)
-    inside = (n < N)[:, None] & (byte * 2 < K)[None, :]
-    pair = tl.load(w + row * (K // 2) + byte[None, :], mask=inside, other=0).to(tl.int32)
+    # Not byte * 2 < K: the compiler would not see that the mask is the same for eight bytes, and load them one by one.
+    inside = (n < N)[:, None] & (byte < bytes_row)[None, :]
+    pair = tl.load(w + row * bytes_row + byte[None, :], mask=inside, other=0).to(tl.int32)
     # The earlier of two weights lies in the upper half of their byte.
     place = tl.join(pair >> 4, pair & 15).reshape(BLOCK_N, BLOCK_K)
     block = k0 // 64 + tl.arange(0, BLOCK_K // 64)
-    scaled = (n < N)[:, None] & (block * 64 < K)[None, :]
+    scaled = (n < N)[:, None] & (block < K // 64)[None, :]
     scale = _nf4_scale(absmax, absmax2, code2, offset, row * (K // 64) + block[None, :], scaled, DOUBLE)
     # A gather from registers: loads through `code` would be pipelined as one 4-byte copy per weight.
     table = tl.load(code + tl.arange(0, 16))
@@ -53,40 +54,45 @@ def _nf4_tile(
 
 
 @triton.jit
-def _bits_tile(bits, n, k0, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """[BLOCK_N, BLOCK_K] of 0 and 1 from (N, ceil(K / 8)) bytes, least significant bit first."""
+def _bits_tile(bits, n, k0, N, bytes_row, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """[BLOCK_N, BLOCK_K] of 0 and 1 from (N, bytes_row) bytes, least significant bit first.
+
+    What the last byte of a row holds beyond the weight's last column is not masked here.
+    """
     byte = k0 // 8 + tl.arange(0, BLOCK_K // 8)
-    inside = (n < N)[:, None] & (byte * 8 < K)[None, :]
-    eight = tl.load(bits + n.to(tl.int64)[:, None] * tl.cdiv(K, 8) + byte[None, :], mask=inside, other=0).to(tl.int32)
+    # bytes_row is an argument of the kernel: computed from K, what it is a multiple of would be lost.
+    inside = (n < N)[:, None] & (byte < bytes_row)[None, :]
+    eight = tl.load(bits + n.to(tl.int64)[:, None] * bytes_row + byte[None, :], mask=inside, other=0).to(tl.int32)
     # One load per byte, spread afterwards: gathering a byte per weight would be eight loads.
     return ((eight[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1).reshape(BLOCK_N, BLOCK_K)
 
 
 @triton.jit
 def _weight_tile(
-    w, gate, absmax, code, absmax2, code2, offset, threshold, o, r0, OUT, SUM, w_o, w_r, gate_o, gate_r,
+    w, gate, absmax, code, absmax2, code2, offset, threshold, o0, r0, OUT, SUM, w_o, w_r, gate_o, gate_r,
     WEIGHT: tl.constexpr, MASK: tl.constexpr, TURNED: tl.constexpr, MASKED_OUT: tl.constexpr, COMPUTE: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_O, BLOCK_R] of the effective weight, in COMPUTE; o are output indices, SUM the dimension summed over.
+    """[BLOCK_O, BLOCK_R] of the effective weight from o0, r0, in COMPUTE: OUT outputs, SUM the dimension summed over.
 
+    Multiples of the block sizes, which the loads of bytes need: from the indices the compiler would not know them.
     TURNED: the output runs over the weight's columns (the gradient of x), so what is packed along them is transposed.
     MASKED_OUT: apply the mask; without it, the bare weight (for the scores' gradient).
     """
+    o = o0 + tl.arange(0, BLOCK_O)
     r = r0 + tl.arange(0, BLOCK_R)
     inside = (o < OUT)[:, None] & (r < SUM)[None, :]
     far = o.to(tl.int64)[:, None]
     if WEIGHT == "dense":
         tile = tl.load(w + far * w_o + r.to(tl.int64)[None, :] * w_r, mask=inside, other=0.0)
     elif TURNED:
-        o0 = tl.min(o, 0)
         tile = _nf4_tile(
-            w, absmax, code, absmax2, code2, offset, r, o0, SUM, OUT, WEIGHT == "nf4_double", BLOCK_R, BLOCK_O
+            w, absmax, code, absmax2, code2, offset, r, o0, SUM, OUT, w_r, WEIGHT == "nf4_double", BLOCK_R, BLOCK_O
         )
         tile = tl.trans(tile)
     else:
         tile = _nf4_tile(
-            w, absmax, code, absmax2, code2, offset, o, r0, OUT, SUM, WEIGHT == "nf4_double", BLOCK_O, BLOCK_R
+            w, absmax, code, absmax2, code2, offset, o, r0, OUT, SUM, w_o, WEIGHT == "nf4_double", BLOCK_O, BLOCK_R
         )
     if MASKED_OUT:
         if MASK == "scores":
@@ -94,9 +100,9 @@ def _weight_tile(
             tile = tl.where(score > threshold, tile, 0.0)
         elif MASK == "bits":
             if TURNED:
-                bit = tl.trans(_bits_tile(gate, r, tl.min(o, 0), SUM, OUT, BLOCK_R, BLOCK_O))
+                bit = tl.trans(_bits_tile(gate, r, o0, SUM, gate_r, BLOCK_R, BLOCK_O))
             else:
-                bit = _bits_tile(gate, o, r0, OUT, SUM, BLOCK_O, BLOCK_R)
+                bit = _bits_tile(gate, o, r0, OUT, gate_o, BLOCK_O, BLOCK_R)
             tile = tl.where(bit != 0, tile, 0.0)
     return tile.to(COMPUTE)
 
@@ -124,7 +130,7 @@ def _product_kernel(
         acc = tl.zeros((BLOCK_O, BLOCK_T), ACC)
         for r0 in range(split * steps * BLOCK_R, tl.minimum((split + 1) * steps * BLOCK_R, SUM), BLOCK_R):
             a = _weight_tile(
-                w, gate, absmax, code, absmax2, code2, offset, threshold, o, r0, OUT, SUM, w_o, w_r, gate_o, gate_r,
+                w, gate, absmax, code, absmax2, code2, offset, threshold, o0, r0, OUT, SUM, w_o, w_r, gate_o, gate_r,
                 WEIGHT, MASK, TURNED, True, COMPUTE, BLOCK_O, BLOCK_R,
             )  # fmt: skip
             r = r0 + tl.arange(0, BLOCK_R)
@@ -153,7 +159,8 @@ def _gradient_kernel(
     split = tl.program_id(1)
     band = tile // (GROUP * across)
     height = tl.minimum(down - band * GROUP, GROUP)
-    n = (band * GROUP + (tile % (GROUP * across)) % height) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n0 = (band * GROUP + (tile % (GROUP * across)) % height) * BLOCK_N
+    n = n0 + tl.arange(0, BLOCK_N)
     k0 = ((tile % (GROUP * across)) // height) * BLOCK_K
     k = k0 + tl.arange(0, BLOCK_K)
     steps = tl.cdiv(tl.cdiv(T, BLOCK_T), SPLIT)
@@ -170,7 +177,7 @@ def _gradient_kernel(
     else:
         if SCORES:
             bare = _weight_tile(
-                w, gate, absmax, code, absmax2, code2, offset, threshold, n, k0, N, K, w_n, w_k, gate_n, gate_k,
+                w, gate, absmax, code, absmax2, code2, offset, threshold, n0, k0, N, K, w_n, w_k, gate_n, gate_k,
                 WEIGHT, MASK, False, False, ACC, BLOCK_N, BLOCK_K,
             )  # fmt: skip
             tl.store(dgate + place, (acc * bare).to(dgate.dtype.element_ty), mask=inside)
@@ -179,7 +186,7 @@ def _gradient_kernel(
                 score = tl.load(gate + n.to(tl.int64)[:, None] * gate_n + k[None, :] * gate_k, mask=inside, other=0.0)
                 acc = tl.where(score > threshold, acc, 0.0)
             elif MASK == "bits":
-                acc = tl.where(_bits_tile(gate, n, k0, N, K, BLOCK_N, BLOCK_K) != 0, acc, 0.0)
+                acc = tl.where(_bits_tile(gate, n, k0, N, gate_n, BLOCK_N, BLOCK_K) != 0, acc, 0.0)
             tl.store(dweight + place, acc.to(dweight.dtype.element_ty), mask=inside)
 
 
@@ -190,31 +197,34 @@ def _materialise_kernel(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out (N, K), the effective weight (MASKED_OUT) or the bare one."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n0 = tl.program_id(0) * BLOCK_N
     k0 = tl.program_id(1) * BLOCK_K
     tile = _weight_tile(
-        w, gate, absmax, code, absmax2, code2, offset, threshold, n, k0, N, K, w_n, w_k, gate_n, gate_k,
+        w, gate, absmax, code, absmax2, code2, offset, threshold, n0, k0, N, K, w_n, w_k, gate_n, gate_k,
         WEIGHT, MASK, False, MASKED_OUT, COMPUTE, BLOCK_N, BLOCK_K,
     )  # fmt: skip
+    n = n0 + tl.arange(0, BLOCK_N)
     k = k0 + tl.arange(0, BLOCK_K)
     place = n.to(tl.int64)[:, None] * K + k[None, :]
     tl.store(out + place, tile.to(out.dtype.element_ty), mask=(n < N)[:, None] & (k < K)[None, :])
 
 
-def _weight_arguments(weight: Tensor, quant: list[Tensor]) -> tuple[str, tuple[Any, ...], tuple[int, int]]:
+def _weight_arguments(
+    weight: Tensor, quant: list[Tensor], columns: int
+) -> tuple[str, tuple[Any, ...], tuple[int, int]]:
     """WEIGHT, the pointers (weight and quantisation tables) and the strides (of rows, of columns)."""
     if not quant:
         return "dense", (weight, *[None] * 5), (weight.stride(0), weight.stride(1))
     if len(quant) == 2:
-        return "nf4", (weight, *quant, None, None, None), (0, 0)
-    return "nf4_double", (weight, *quant), (0, 0)
+        return "nf4", (weight, *quant, None, None, None), (columns // 2, 1)
+    return "nf4_double", (weight, *quant), (columns // 2, 1)
 
 
 def _mask_arguments(gate: Tensor | None) -> tuple[str, tuple[int, int]]:
-    """MASK and the strides of the scores; packed bits are contiguous."""
+    """MASK and the strides of the gate; packed bits are contiguous, and a row's bytes are their stride."""
     if gate is None:
         return "none", (0, 0)
-    return ("bits", (0, 0)) if gate.dtype == torch.uint8 else ("scores", (gate.stride(0), gate.stride(1)))
+    return ("bits", (gate.shape[1], 1)) if gate.dtype == torch.uint8 else ("scores", (gate.stride(0), gate.stride(1)))
 
 
 def _split(tiles: int, steps: int, programs: int) -> int:
@@ -238,7 +248,7 @@ def product(
         programs: blocks that the device runs at a time.
     """
     x = x if x.stride(1) == 1 else x.contiguous()
-    kind, pointers, strides = _weight_arguments(weight, quant)
+    kind, pointers, strides = _weight_arguments(weight, quant, size[1])
     mask, gate_strides = _mask_arguments(gate)
     rows, out, inner = x.shape[0], *(reversed(size) if turned else size)
     if turned:
@@ -267,9 +277,9 @@ def gradients(
     """(gradient of the scores, gradient of the weight), each (N, K) or None where not wanted."""
     x = x if x.stride(1) == 1 else x.contiguous()
     dy = dy if dy.stride(1) == 1 else dy.contiguous()
-    kind, pointers, strides = _weight_arguments(weight, quant)
-    mask, gate_strides = _mask_arguments(gate)
     size = (dy.shape[1], x.shape[1])
+    kind, pointers, strides = _weight_arguments(weight, quant, size[1])
+    mask, gate_strides = _mask_arguments(gate)
     tiles = cdiv(size[0], config["BLOCK_N"]) * cdiv(size[1], config["BLOCK_K"])
     dscores = dweight = parts = None
     split = _split(tiles, cdiv(x.shape[0], config["BLOCK_T"]), programs)
@@ -301,7 +311,7 @@ def materialise(
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """The effective weight (N, K) in `dtype`, for a product by cuBLAS."""
-    kind, pointers, strides = _weight_arguments(weight, quant)
+    kind, pointers, strides = _weight_arguments(weight, quant, size[1])
     mask, gate_strides = _mask_arguments(gate)
     out = weight.new_empty(size, dtype=dtype)
     block_n, block_k = 16, 128

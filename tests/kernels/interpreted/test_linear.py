@@ -46,6 +46,24 @@ def test_product(random, poison, close, dtype, shape, turned, mask):
     close(kernels.product(*arguments, turned=turned), want if bias is None else want + bias.double(), dtype)
 
 
+@pytest.mark.parametrize("columns", [1, 63, 71])
+def test_spare_bits_of_a_rows_last_byte_are_ignored(random, poison, close, columns):
+    """Whole bytes are loaded, where columns end within one too."""
+    kept = random(37, columns) > 0
+    bits = reference.pack_mask(kept)
+    bits[:, -1] |= 0xFF << columns % 8 & 0xFF
+    weight, x, dy = random(37, columns), random(5, columns), random(5, 37)
+    size, run = (37, columns), [poison(weight), [], poison(bits), 0.0, None, (37, columns), SMALL, 4]
+    close(kernels.product(poison(x), *run), x @ (weight * kept).t(), torch.float64)
+    close(kernels.product(poison(dy), *run, turned=True), dy @ (weight * kept), torch.float64)
+    out = kernels.materialise(poison(weight), [], poison(bits), 0.0, size, torch.float64)
+    assert torch.equal(out, weight * kept)
+    _, dweight = kernels.gradients(
+        poison(x), poison(dy), poison(weight), [], poison(bits), 0.0, SMALL_GRADIENT, 1, False, True
+    )
+    close(dweight, dy.t() @ x * kept, torch.float64)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("programs", [1, 64])
 def test_sums_cut_in_parts(random, poison, close, dtype, programs):
