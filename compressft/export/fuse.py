@@ -73,12 +73,7 @@ def _replace(model: Any, node: Any, sources: list[Any]) -> None:
     def joined(index: int, name: str) -> Any:
         arrays = [source.inputs[index].const_value.numpy() for source in sources]
         tensor = onnx_ir.tensor(np.ascontiguousarray(np.concatenate(arrays, axis=-1)), name=name)
-        value = onnx_ir.Value(
-            name=name,
-            const_value=tensor,
-            shape=onnx_ir.Shape(list(tensor.numpy().shape)),
-            type=onnx_ir.TensorType(tensor.dtype),
-        )
+        value = onnx_ir.Value(name=name, const_value=tensor)
         model.graph.initializers[name] = value
         return value
 
@@ -87,12 +82,7 @@ def _replace(model: Any, node: Any, sources: list[Any]) -> None:
     scale = joined(3, f"{stem}.qkv_scale")
     bias = joined(6, f"{stem}.qkv_bias")
     zeros = onnx_ir.tensor(np.zeros(weight.const_value.shape[1], np.int8), name=f"{stem}.qkv_zero_point")
-    zero = onnx_ir.Value(
-        name=zeros.name,
-        const_value=zeros,
-        shape=onnx_ir.Shape(list(zeros.numpy().shape)),
-        type=onnx_ir.TensorType(zeros.dtype),
-    )
+    zero = onnx_ir.Value(name=zeros.name, const_value=zeros)
     model.graph.initializers[zeros.name] = zero
     first = sources[0]
     inputs = [first.inputs[0], weight, bias, first.inputs[2], scale, node.inputs[4], first.inputs[4], zero]

@@ -72,7 +72,9 @@ def to_graph(model: nn.Module, inputs: Mapping[str, Any], tidy: bool = True) -> 
 def strip(model: Any) -> None:
     """Name every node after its module, "bert.encoder.layer.0.output/Add_12", and drop what the exporter noted.
 
-    Its notes are source lines and paths of the machine that exported: up to two thirds of a small file's bytes.
+    Its notes are source lines and paths of the machine that exported: up to two thirds of a small file's bytes. The
+    types and shapes of initialisers it noted twice; those of nodes' outputs stay, which onnxruntime opens a file faster
+    with.
     """
     for number, node in enumerate(model.graph):
         scopes = [scope for scope in ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))[:-1] if scope]
@@ -84,6 +86,9 @@ def strip(model: Any) -> None:
     for value in (*model.graph.inputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
         value.doc_string = None
+    for value in model.graph.initializers.values():
+        if not value.is_graph_output():
+            value.shape = value.type = None
     for holder in (model.graph, model):
         holder.metadata_props.clear()
         holder.doc_string = None
