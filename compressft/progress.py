@@ -142,6 +142,7 @@ class Reporter(TrainerCallback):
             "done": state.global_step >= state.max_steps,
             "seconds": self.seconds,
             "tokens": self.trainer.all_tokens(),
+            "examples": self.trainer.all_examples(),
             "processes": ranks.count(),
         }
         # Each process has written its random state.

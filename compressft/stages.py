@@ -227,7 +227,8 @@ def train_stage(
     reporter = Reporter(folder, stage.name, task, stage.train.keep_checkpoints, offset, manifest["seconds"], console)
     trainer = CompressionTrainer(model, task, stage.train, context, *rows.features(stage), folder.staging, [reporter])
     reporter.trainer = trainer
-    trainer.tokens = manifest.get("tokens", 0) if ranks.first() else 0
+    if ranks.first():
+        trainer.tokens, trainer.examples = manifest.get("tokens", 0), manifest.get("examples", 0)
     with closing(reporter):
         if checkpoint and done:
             trainer.restore(checkpoint)
@@ -248,13 +249,13 @@ def train_stage(
         raise VerificationError(f"stage {stage.name!r}: finalize brought pruned weights back; the model is not saved")
     unchanged(f"stage {stage.name!r}: finalize", masked, settled(model, task, sample, size))
     seconds, steps = reporter.seconds, trainer.state.global_step
-    examples = steps * stage.train.batch_size * stage.train.gradient_accumulation * ranks.count()
     return {
         "name": stage.name,
         "seconds": seconds,
         "steps": steps,
         "trainable": trainable,
-        "examples_per_second": examples / seconds,
+        "examples": trainer.all_examples(),
+        "examples_per_second": trainer.all_examples() / seconds,
         "tokens_per_second": trainer.all_tokens() / seconds,
         "peak_memory_bytes": peak_memory(),
         "validation": reporter.evaluations[-1] if reporter.evaluations else {},

@@ -109,6 +109,7 @@ class CompressionTrainer(Trainer):
         self.transforms = list(context.transforms)
         self.terms: dict[str, float] = defaultdict(float)
         self.tokens = 0
+        self.examples = 0
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.autocast_dtype = autocast_dtype(config.precision, device)
         args = training_arguments(config, output, device, self.autocast_dtype)
@@ -165,6 +166,7 @@ class CompressionTrainer(Trainer):
                 self.terms[name] += float(term.detach())
             self.terms["steps"] += 1
             self.tokens += int(inputs["attention_mask"].sum())
+            self.examples += len(inputs["input_ids"])
         return (loss, outputs) if return_outputs else loss
 
     def _refuse_loss(self, model: nn.Module, terms: Mapping[str, Tensor], value: float) -> NoReturn:
@@ -208,6 +210,10 @@ class CompressionTrainer(Trainer):
         means = {name: value / (steps * ranks.count()) for name, value in zip(self.terms, sums, strict=True)}
         self.terms.clear()
         return means
+
+    def all_examples(self) -> int:
+        """Rows trained on so far, by all processes; an epoch's last batch may be a short one."""
+        return int(ranks.total(self.examples)[0])
 
     def all_tokens(self) -> int:
         """Real tokens trained on so far, by all processes."""

@@ -162,6 +162,15 @@ def test_report_has_the_contract_keys(report):
     assert {"versions", "hardware", "recipe_hash"} <= set(report)
 
 
+def test_the_baseline_is_compared_with_what_it_had(report):
+    assert report["steps"] == {"baseline": 4, "shipped": 8}
+    assert [n for n in report["notes"] if n.startswith("the dense baseline had 4 optimiser steps") and "8 in all" in n]
+    # Rows, not steps times a batch that the last of an epoch may not fill.
+    assert [stage["examples"] for stage in report["stages"]] == [32, 32]
+    for stage in report["stages"]:
+        assert stage["examples_per_second"] == pytest.approx(stage["examples"] / stage["seconds"])
+
+
 def test_report_is_about_the_files(finished, report):
     """Sizes, counts and hashes computed again from the files themselves."""
     assert report["size_bytes"]["onnx"] == (finished / "onnx" / "model.onnx").stat().st_size

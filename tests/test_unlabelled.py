@@ -30,6 +30,7 @@ def test_only_taught_stages_train_on_them(tmp_path):
     run(parse_recipe(two_stages(tmp_path)), folder, False, Console(quiet=True))
     report = json.loads((folder / "report" / "report.json").read_text())
     assert [stage["steps"] for stage in report["stages"]] == [10, (20 + 12 + 60) // 2]
+    assert [stage["examples"] for stage in report["stages"]] == [20, 20 + 12 + 60]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     assert losses and all(loss == loss and loss < 10 for loss in losses)

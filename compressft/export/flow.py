@@ -71,6 +71,7 @@ def export(recipe: Recipe, root: Path, splits: Splits, console: Console) -> dict
     report = describe_run(recipe, root, model, baseline)
     cut = task.cut([*splits.train, *splits.validation, *splits.test])
     report["notes"] += [cut] if cut else []
+    report["notes"] += step_notes(report["steps"])
     split = splits.report_split
     quality = {"metric": task.metric, "split": split, "baseline": None, "torch": None, "onnx": None}
     # A run of one stage without passes ships its baseline: no need to evaluate it twice.
@@ -159,6 +160,7 @@ def describe_run(recipe: Recipe, root: Path, model: nn.Module, baseline: Path | 
         "shapes": {"base": report_shapes(stages[0]["base"]["shapes"]), "kept": report_shapes(shapes(model))},
         "flops": {"length": FLOPS_LENGTH, "base": stages[0]["base"].get("flops"), "kept": flops(model, FLOPS_LENGTH)},
         "notes": notes(counted, model, weight_bytes(root / "delta")) + delta_notes(recipe, root, stages),
+        "steps": steps(recipe, stages, baseline),
         "latency_ms": [],
         "parity": None,
         "versions": versions(),
@@ -177,6 +179,24 @@ def notes(counted: Mapping[str, int], model: nn.Module, delta_bytes: int) -> lis
         "the ONNX file is neither faster nor smaller for them. What they save is storage: delta/ holds pruned matrices "
         f"as bits and values, {delta_bytes / 1e6:.1f} MB; the dense parameters take {dense / 1e6:.1f} MB. For speed, "
         "remove structures (pass 'structured' or 'ziplm')."
+    ]
+
+
+def steps(recipe: Recipe, stages: Sequence[Mapping[str, Any]], baseline: Path | None) -> dict[str, int | None]:
+    """Optimiser steps of the dense baseline and of the model that ships, each with all stages before it."""
+    names = [stage.name for stage in recipe.stages]
+    dense = None if baseline is None else sum(one["steps"] for one in stages[: names.index(baseline.name) + 1])
+    return {"baseline": dense, "shipped": sum(one["steps"] for one in stages)}
+
+
+def step_notes(steps: Mapping[str, int | None]) -> list[str]:
+    """That a baseline was trained for less, where it was: what it lacks in quality may be that."""
+    dense, shipped = steps["baseline"], steps["shipped"]
+    if dense is None or dense == shipped:
+        return []
+    return [
+        f"the dense baseline had {dense:,} optimiser steps, the model that ships {shipped:,} in all: "
+        "a difference in quality is of both, compression and training"
     ]
 
 
