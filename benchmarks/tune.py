@@ -140,7 +140,8 @@ class Timer:
         def launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
             spills.append(getattr(kernel[grid](*args, **options), "n_spills", None) or 0)
 
-        operands = case.make(self.device, self.dtype, 0)
+        dtype = case.dtype or self.dtype
+        operands = case.make(self.device, dtype, 0)
         try:
             # In one thread, so that the handler sees the launches of backward too.
             with torch.autograd.set_multithreading_enabled(False), launch_triton.intercepting(launch):
@@ -148,7 +149,7 @@ class Timer:
             if any(spills) or correctness.differs(got, run.outcome(case, case.naive, operands, BOTH)) is not None:
                 return None
             number = timing.copies(timing.held(operands), self.device)
-            copies = [operands, *(case.make(self.device, self.dtype, seed) for seed in range(1, number))]
+            copies = [operands, *(case.make(self.device, dtype, seed) for seed in range(1, number))]
             timed = {"ours": run.calls(case, run.Way(case.ours), copies, BOTH)}
             return timing.medians(timed, self.device, SECONDS)["ours"].ms
         except Exception:  # it does not compile, does not fit, or there is no memory for eager PyTorch

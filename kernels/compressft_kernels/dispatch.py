@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -161,6 +163,73 @@ def unsupported(capability: tuple[int, int], dtype: torch.dtype) -> str | None:
     return "float64 has no kernel" if dtype == torch.float64 else None
 
 
+class NotCompiled(RuntimeError):
+    """A kernel cannot be compiled for its device; says which and why, in one line."""
+
+
+# (operation, device) -> why its kernels are not used there any more.
+_failures: dict[tuple[str, str], str] = {}
+
+
+def failure(operation: str, device: torch.device) -> str | None:
+    """Why an operation's kernels are not used on the device after one failed to compile there; None if none did."""
+    return _failures.get((operation, _place(device))) if _failures else None
+
+
+def give_up(operation: str, device: torch.device, reason: str) -> None:
+    """From now on the operation is plain torch on the device; warns once."""
+    if failure(operation, device) is None:
+        _failures[operation, _place(device)] = reason
+        warnings.warn(f"{operation} is plain torch on {_place(device)} from now on: {reason}", stacklevel=2)
+
+
+def _place(device: torch.device) -> str:
+    return f"{device.type}:{_index(device)}" if device.type == "cuda" else device.type
+
+
+# One for all threads: gradients are computed in autograd's own.
+_kernels_for_float32 = False
+
+
+@contextmanager
+def kernels_for_float32() -> Iterator[None]:
+    """Inside, exact float32 takes the kernels wherever there are any: to compare them with torch's libraries."""
+    global _kernels_for_float32
+    before, _kernels_for_float32 = _kernels_for_float32, True
+    try:
+        yield
+    finally:
+        _kernels_for_float32 = before
+
+
+SCALAR = "exact float32 has no tensor cores: torch's libraries have it until a device shows that the kernel is faster"
+
+
+def libraries_from(what: str, device_type: str, index: int | None) -> int | None:
+    """From how many rows on float32 is left to torch's libraries, if it is exact (`SCALAR` says why); None: nowhere.
+
+    Args:
+        what: "adapter", "prefix_attention", or "gradient" of a masked weight or its scores.
+    """
+    if _kernels_for_float32 or tf32_allowed():
+        return None
+    device = torch.device(device_type) if index is None else torch.device(device_type, index)
+    elsewhere = device_type == "cuda" and not torch.cuda.is_available()  # fake tensors
+    return limit(f"library_rows_float32_{what}", ["sm_90"] if elsewhere else entries(device))
+
+
+# As `obstacle`; nor can torch._dynamo trace how the setting of float32 is read.
+libraries_from._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def left_to_libraries(what: str, x: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether torch's libraries compute this of x (..., columns) in dtype: see `libraries_from`."""
+    if dtype != torch.float32:
+        return False
+    least = libraries_from(what, x.device.type, x.device.index)
+    return least is not None and (least == 0 or math.prod(x.shape[:-1]) >= least)
+
+
 def misfit(operation: str, sizes: Mapping[str, Any]) -> str | None:
     """Why an operation's kernels do not take these sizes; None if they do."""
     if operation == "adapter" and sizes["r"] > 256:
@@ -179,7 +248,9 @@ def runs_triton(operation: str, x: torch.Tensor, dtype: torch.dtype, **sizes: An
 
     Asked before operands are checked: callers give a size as a sum over a slice of the shape, 0 where there is none.
     """
-    return obstacle(x.device.type, x.device.index, dtype) is None and misfit(operation, sizes) is None
+    if obstacle(x.device.type, x.device.index, dtype) is not None or misfit(operation, sizes) is not None:
+        return False
+    return failure(operation, x.device) is None and not left_to_libraries(operation, x, dtype)
 
 
 DEFAULT_SIZES: dict[str, dict[str, Any]] = {
@@ -216,10 +287,13 @@ def explain(
         raise ValueError(f"explain: torch sees no CUDA device; name one of {', '.join(e for e in TABLE if 'sm_' in e)}")
     with pretending(entry) if entry else nullcontext():
         reason = obstacle(where.type, where.index, dtype) or misfit(operation, DEFAULT_SIZES[operation] | sizes)
+        least = libraries_from(operation, where.type, where.index) if dtype == torch.float32 else None
+        reason = reason or failure(operation, where) or (SCALAR if least == 0 else None)
         if reason is not None:
             return f"{operation}: plain torch ({reason})"
         if where.type == "cpu":
             return f"{operation}: Triton kernel, interpreted on the CPU (TRITON_INTERPRET=1)"
         settings = entries(where)[0]
+    below = f" below {least} rows" if least else ""
     kind = "compiled for its kind, not measured" if settings.startswith("sm_") else "measured on this device"
-    return f"{operation}: Triton kernel (settings of {settings!r}: {kind})"
+    return f"{operation}: Triton kernel{below} (settings of {settings!r}: {kind})"

@@ -61,6 +61,14 @@ def test_twice_the_error_of_pytorch_is_allowed_and_no_more():
     assert not verdict([1e-30], [[0.0]], [0.0])["right"]
 
 
+def test_a_kernel_that_does_not_compile_is_wrong(packed, monkeypatch):
+    """Plain torch in its place has the right results, and its times are not the kernel's."""
+    monkeypatch.setattr(dispatch, "_failures", {("packed_linear", "cpu"): "_product_kernel does not compile there"})
+    assert correctness.red(correctness.suite([packed], CPU, [SINGLE])) == {
+        "packed_linear": "all of 6 16x24 in float32: _product_kernel does not compile there"
+    }
+
+
 def test_nan_other_shapes_and_other_dtypes_are_wrong():
     assert not verdict([float("nan")], [[1.0]], [1.0])["right"]
     assert not verdict([1.0, 1.0], [[1.0]], [1.0])["right"]
@@ -224,6 +232,32 @@ def test_merged_calls_read_one_query_and_grouped_heads():
         got = correctness.results(case.peers["flash twice"].call, operands, case.leaves)
         for name, tensor in got.items():
             torch.testing.assert_close(tensor.double(), truth[name], atol=1e-5, rtol=0.0)
+
+
+def test_exact_float32_is_timed_by_dispatch_and_by_the_kernel():
+    """In both passes, whatever dispatch makes of it; the checks are the kernels' too."""
+    seen = []
+
+    def call(name):
+        def by(o):
+            seen.append((name, dispatch._kernels_for_float32, o["x"].dtype))
+            y = Doubling.apply(o["x"])
+            if y.requires_grad:
+                y.register_hook(lambda _: seen.append((f"{name} backward", dispatch._kernels_for_float32, None)))
+            return y
+
+        return by
+
+    case = cases.masked((6,), 16, 24)
+    exact = cases.in_float32(replace(case, ours=call("ours"), naive=case.naive, leaves=("x",)))
+    row = run.measure_case(exact, BOTH, CPU, torch.float16, CEILINGS, wrong="not looked at", seconds=0.0)
+    assert exact.name == "6 16x24 float32" and set(row["peers"]) == {"eager", "kernel"}
+    assert set(seen) == {
+        (f"ours{of}", within, None if of else torch.float32) for of in ("", " backward") for within in (False, True)
+    }
+    seen.clear()
+    correctness.check(exact, CPU, SINGLE)
+    assert {within for _, within, _ in seen} == {True}
 
 
 def test_best_peer_is_the_fastest_that_computes_the_same(monkeypatch):

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,11 @@ from compressft_kernels import (
     masked_linear,
     packed_linear,
     prefix_attention,
+    reference,
 )
 from compressft_kernels.dispatch import OPERATIONS, TABLE, configuration, limit, pretending, table_of, unsupported
+from compressft_kernels.launch_triton import intercepting
+from compressft_kernels.ops import linear
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 KERNELS = Path(__file__).parents[2] / "kernels"
@@ -45,6 +49,67 @@ def test_devices_that_are_elsewhere(operation, entry):
 )  # fmt: skip
 def test_settings_go_by_shared_memory(capability, entry):
     assert table_of(capability) == entry and entry in TABLE
+
+
+@contextmanager
+def tf32(allowed):
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if allowed else "ieee"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+SCALAR = "(exact float32 has no tensor cores: torch's libraries have it until a device shows that the kernel is faster)"
+
+
+@pytest.mark.parametrize("entry", ["sm_80", "sm_89", "sm_90"])
+@pytest.mark.parametrize("operation", ["adapter", "prefix_attention"])
+def test_exact_float32_is_left_to_torchs_libraries(entry, operation):
+    x, sizes = torch.empty(2, 3, 5, 64, device="meta"), dispatch.DEFAULT_SIZES[operation]
+    with tf32(False):
+        assert explain(operation, device=entry) == f"{operation}: plain torch {SCALAR}"
+        with pretending(entry):
+            assert not dispatch.runs_triton(operation, x, torch.float32, **sizes)
+            with dispatch.kernels_for_float32():  # as the benchmark does to compare them
+                assert dispatch.runs_triton(operation, x, torch.float32, **sizes)
+            assert not dispatch.runs_triton(operation, x, torch.float32, **sizes)
+            assert dispatch.runs_triton(operation, x, torch.bfloat16, **sizes)
+    with tf32(True), pretending(entry):
+        assert dispatch.runs_triton(operation, x, torch.float32, **sizes)
+
+
+def test_a_device_that_shows_the_kernel_to_be_faster_takes_it(monkeypatch):
+    """Below so many rows, or at all: what the tuner writes for it."""
+    x = torch.empty(10, 4, device="meta")
+    for least, takes in ((0, False), (40, False), (41, True), (None, True)):
+        monkeypatch.setitem(TABLE["sm_90"]["limits"], "library_rows_float32_prefix_attention", least)
+        with tf32(False), pretending("sm_90"):
+            q = x.view(2, 5, 4, 1)
+            assert dispatch.runs_triton("prefix_attention", q, torch.float32, head_dim=1) is takes
+        with tf32(False):
+            below = f" below {least} rows" if least else ""
+            path = "plain torch" if least == 0 else f"Triton kernel{below} (settings"
+            assert explain("prefix_attention", device="sm_90").startswith(f"prefix_attention: {path}")
+
+
+@pytest.mark.parametrize("scores", [True, False])
+@pytest.mark.parametrize("allowed", [True, False])
+def test_the_gradient_of_a_masked_weight_in_exact_float32(scores, allowed):
+    """By torch's libraries, with the right values; its kernel is for tensor cores."""
+    launched = []
+    x, dy, weight = torch.randn(6, 8), torch.randn(6, 5), torch.randn(5, 8)
+    gate = torch.randn(5, 8) if scores else reference.pack_mask(torch.arange(40).view(5, 8) % 3 > 0)
+    operands = (x, [False, True, scores], weight, gate, 0.25, [5, 8])
+    with tf32(allowed), pretending("sm_90"), intercepting(lambda kernel, *_: launched.append(kernel.fn.__name__)):
+        _, dweight, dscores = linear.backward(dy, *operands)
+    assert launched == (["_gradient_kernel"] if allowed else [])
+    if not allowed:
+        kept = gate > 0.25 if scores else reference.unpack_mask(gate, 8)
+        torch.testing.assert_close(dweight, dy.t() @ x * kept)
+        if scores:
+            torch.testing.assert_close(dscores, dy.t() @ x * weight)
 
 
 def test_what_the_hardware_does_not_multiply():
@@ -107,6 +172,7 @@ def test_fake_tensors_of_a_gpu_take_the_operators():
             return torch.empty(shape, device="cuda", dtype=torch.bfloat16)
 
         q, k, p = fake(2, 4, 5, 64), fake(2, 2, 9, 64), fake(2, 3, 64)
+        assert not dispatch.runs_triton("adapter", fake(4, 64), torch.float32, r=4)
         results = (
             masked_linear(fake(4, 64), fake(32, 64), fake(32, 64)),
             adapter(fake(4, 64), fake(16, 64), None, fake(64, 16), None),

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from compressft_kernels.reference import ACTIVATIONS, adapter
+from compressft_kernels.reference.bottleneck import adapter_gradients
 
 FORMULAS = {
     "gelu": lambda v: 0.5 * v * (1 + math.erf(v / math.sqrt(2))),
@@ -74,6 +75,26 @@ def test_equals_the_formula(activation, scale, residual, norm, dtype, tolerance)
     torch.testing.assert_close(
         got.double(), naive(t, activation, scale, residual, norm), atol=tolerance, rtol=tolerance
     )
+
+
+@pytest.mark.parametrize("activation", FORMULAS)
+@pytest.mark.parametrize(
+    ("norm", "biases", "residual"), [(False, True, False), (True, False, True), (True, True, True)]
+)
+def test_gradients_without_autograd(activation, norm, biases, residual):
+    t = {name: value.requires_grad_() for name, value in tensors(rows=(5,)).items() if name != "residual"}
+    down, up = (t["wd"], t["bd"] if biases else None), (t["wu"], t["bu"] if biases else None)
+    g, b = (t["gamma"], t["beta"]) if norm else (None, None)
+    added, scaled = t["x"] if residual else None, (g, b, 1e-5) if norm else None
+    y = adapter(t["x"], *down, *up, activation=activation, scale=-0.7, residual=added, norm=scaled)
+    leaves = [t["x"], *down, *up, g, b]
+    dy = y.detach().cos()
+    with torch.no_grad():
+        got = adapter_gradients(dy, t["x"], *down, up[0], g, b, 1e-5, activation, -0.7, residual)
+    taking_part = [leaf for leaf in leaves if leaf is not None]
+    found = [gradient for gradient, leaf in zip(got, leaves, strict=True) if leaf is not None]
+    for one, other in zip(found, torch.autograd.grad(y, taking_part, dy), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.parametrize("activation", FORMULAS)

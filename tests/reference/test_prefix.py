@@ -3,6 +3,7 @@
 import pytest
 import torch
 from compressft_kernels.reference import prefix_attention
+from compressft_kernels.reference.prefix import prefix_gradients
 from torch.nn import functional as F
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -73,6 +74,20 @@ def test_equals_the_formula(random, close, gradients, shape, causal, padded):
     tensors = operands(random, *shape)
     lengths = torch.tensor([0, shape[4], max(0, shape[4] - 2)][: shape[0]]) if padded else None
     check(close, gradients, tensors, causal=causal, lengths=lengths)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("causal", "padded"), [(False, False), (True, False), (True, True)])
+def test_gradients_without_autograd(random, shape, causal, padded):
+    leaves = [t.requires_grad_() for t in operands(random, *shape)]
+    lengths = torch.tensor([0, shape[4], max(0, shape[4] - 2)][: shape[0]]) if padded else None
+    options = {"causal": causal, "lengths": lengths, "scale": 0.7}
+    o = prefix_attention(*leaves, **options)
+    do = random(*o.shape)
+    with torch.no_grad():
+        got = prefix_gradients(do, *leaves, **options)
+    for one, other in zip(got, torch.autograd.grad(o, leaves, do), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import compressft_kernels as kernels
-from compressft_kernels import reference
+from compressft_kernels import dispatch, reference
 from compressft_kernels.benchmark import peers
 from compressft_kernels.nf4 import BLOCK, NF4
 from compressft_kernels.nf4 import dense as dense_weight
@@ -34,6 +35,7 @@ class Way:
         prepare: operands -> what this way reads besides; once per copy of the operands, not timed.
         same: computes the same function, so that it counts among the peers; else it is printed as a bound.
         compiles: is compiled first, which takes seconds.
+        within: gives what surrounds a call and its gradients.
     """
 
     call: Callable[[Operands], Tensor]
@@ -41,6 +43,7 @@ class Way:
     prepare: Callable[[Operands], Operands] | None = None
     same: bool = True
     compiles: bool = False
+    within: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Case:
         weight: elements of the weight, to count temporaries as large among the saved tensors; 0 if there is none.
         between: changes operands in place before every call, as a step of training does; not timed.
         compile: whether torch.compile is among the peers.
+        dtype: what it is timed in; None for the device's default.
     """
 
     operation: str
@@ -75,6 +79,7 @@ class Case:
     weight: int = 0
     between: Callable[[Operands], None] | None = None
     compile: bool = True
+    dtype: torch.dtype | None = None
 
     def bytes(self, which: str, element: int) -> int:
         """What a pass must move with elements of x's dtype of so many bytes."""
@@ -352,3 +357,9 @@ def prefix(
 def quicker(case: Case) -> Case:
     """The case without torch.compile among its peers."""
     return replace(case, compile=False)
+
+
+def in_float32(case: Case) -> Case:
+    """The case in float32, as `dispatch` has it and with the kernel that it may have left out beside it."""
+    kernel = Way(case.ours, within=dispatch.kernels_for_float32)
+    return replace(case, name=f"{case.name} float32", dtype=torch.float32, peers={"kernel": kernel}, compile=False)

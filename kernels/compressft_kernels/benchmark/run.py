@@ -51,7 +51,7 @@ def _call(case: Case, way: Way, operands: Operands, which: str) -> timing.Call:
     before = None if change is None else lambda: change(o)
 
     def forward() -> Tensor:
-        with torch.no_grad():
+        with way.within(), torch.no_grad():
             return way.call(o)
 
     if which == FORWARD:
@@ -59,8 +59,9 @@ def _call(case: Case, way: Way, operands: Operands, which: str) -> timing.Call:
     dy, leaves = torch.randn_like(forward()), [o[name] for name in names]
 
     def both() -> tuple[Tensor, ...]:
-        y = way.call(o)
-        return (y, *torch.autograd.grad(y, leaves, dy))
+        with way.within():
+            y = way.call(o)
+            return (y, *torch.autograd.grad(y, leaves, dy))
 
     return timing.Call(both, before)
 
@@ -98,6 +99,7 @@ def measure_case(
         wrong: why the operator is known to be wrong; its row gets no ratio.
         seconds: time for each way.
     """
+    dtype = case.dtype or dtype
     operands = case.make(device, dtype, 0)
     number = timing.copies(timing.held(operands), device)
     copies = [operands, *(case.make(device, dtype, seed) for seed in range(1, number))]
@@ -163,7 +165,8 @@ def measure_case(
     best = min((name for name in times if ways[name].same), key=lambda name: times[name].ms, default=None)
     row["best_peer"] = best
     if wrong is None and best is not None:
-        row |= {"ratio": times[best].ms / mine.ms, "roofline": ideal / mine.ms}
+        # The ceilings are those of the device's default dtype.
+        row |= {"ratio": times[best].ms / mine.ms, "roofline": None if case.dtype else ideal / mine.ms}
         row["ratio_eager"] = times[EAGER].ms / mine.ms if EAGER in times else None
     return row
 

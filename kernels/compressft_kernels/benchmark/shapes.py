@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compressft_kernels.benchmark.cases import Case, adapter, block_sparse, masked, packed, prefix, quicker
+from compressft_kernels.benchmark.cases import Case, adapter, block_sparse, in_float32, masked, packed, prefix, quicker
 
 INFINITY = float("inf")
 
@@ -133,4 +133,10 @@ def cuda() -> list[Case]:
         prefix(1, 32, 8, 8192, 8192, 128, 512, causal=True),
         prefix(16, 32, 8, 1, 4096, 128, 512, causal=True),
     ]
-    return [case if (case.operation, case.name) in COMPILED else quicker(case) for case in cases]
+    # Does the kernel win without tensor cores? What the table says then is the tuner's.
+    exact = [
+        case((tokens,), *sizes) for tokens in (16, 4096) for case, *sizes in ((adapter, 768, 64), (masked, 768, 768))
+    ]
+    exact += [prefix(batch, 12, 12, 128, 128, 64, 16) for batch in (1, 32)]
+    cases = [case if (case.operation, case.name) in COMPILED else quicker(case) for case in cases]
+    return [*cases, *(in_float32(case) for case in exact)]

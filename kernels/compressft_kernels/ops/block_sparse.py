@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from compressft_kernels import dispatch, reference
-from compressft_kernels.reference.block_sparse import check_block_sparse
+from compressft_kernels.ops.fallback import attempt, without_autocast
+from compressft_kernels.reference.block_sparse import check_block_sparse, scattered_gradients
 from compressft_kernels.reference.operands import autocast_dtype, rows
 
 # Shapes: x (T, C bi), blocks (n, bo, bi), layout (R, C) with n live tiles.
@@ -61,27 +62,45 @@ def _shares(x: Tensor, blocks: Tensor, config: dict[str, int]) -> dict[str, int]
 
 def forward(x: Tensor, bias: Tensor | None, blocks: Tensor, layout: Tensor) -> Tensor:
     """y (T, R bo), x's dtype."""
-    from compressft_kernels import block_sparse_triton as kernels
 
-    size = (layout.shape[0], layout.shape[1])
-    config = _configuration("block_sparse", x, blocks.shape[1], blocks.shape[2])
-    return kernels.forward(x, blocks, _index(layout, blocks.shape[0]), size, bias, config)
+    def kernel() -> Tensor:
+        from compressft_kernels import block_sparse_triton as kernels
+
+        size = (layout.shape[0], layout.shape[1])
+        config = _configuration("block_sparse", x, blocks.shape[1], blocks.shape[2])
+        return kernels.forward(x, blocks, _index(layout, blocks.shape[0]), size, bias, config)
+
+    def twin() -> Tensor:
+        added = None if bias is None else bias.to(x.dtype)
+        with without_autocast(x):
+            return reference.block_sparse_linear(x, blocks.to(x.dtype), layout, bias=added)
+
+    return attempt("block_sparse_linear", x.device, kernel, twin)
 
 
 def backward(dy: Tensor, x: Tensor | None, wanted: list[bool], blocks: Tensor, layout: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and the blocks where wanted, else empty tensors."""
-    from compressft_kernels import block_sparse_triton as kernels
 
-    size, index = (layout.shape[0], layout.shape[1]), _index(layout, blocks.shape[0])
-    dx, dblocks = dy.new_empty(0), dy.new_empty(0)
-    if wanted[0]:
-        config = _configuration("block_sparse_turned", dy, blocks.shape[2], blocks.shape[1])
-        dx = kernels.backward_x(dy, blocks, index, size, config)
-    if x is not None:
-        config = _configuration("block_sparse_blocks", dy, blocks.shape[1], blocks.shape[2])
-        config = _shares(dy, blocks, config)
-        dblocks = kernels.backward_blocks(dy, x, blocks, index, size, config)
-    return dx, dblocks
+    def kernel() -> tuple[Tensor | None, Tensor | None]:
+        from compressft_kernels import block_sparse_triton as kernels
+
+        size, index = (layout.shape[0], layout.shape[1]), _index(layout, blocks.shape[0])
+        dx = dblocks = None
+        if wanted[0]:
+            config = _configuration("block_sparse_turned", dy, blocks.shape[2], blocks.shape[1])
+            dx = kernels.backward_x(dy, blocks, index, size, config)
+        if x is not None:
+            config = _configuration("block_sparse_blocks", dy, blocks.shape[1], blocks.shape[2])
+            config = _shares(dy, blocks, config)
+            dblocks = kernels.backward_blocks(dy, x, blocks, index, size, config)
+        return dx, dblocks
+
+    def twin() -> tuple[Tensor | None, Tensor | None]:
+        dx, dblocks = scattered_gradients(dy, x, wanted[0], blocks.to(dy.dtype), layout)
+        return dx, None if dblocks is None else dblocks.to(blocks.dtype)
+
+    dx, dblocks = attempt("block_sparse_linear", dy.device, kernel, twin)
+    return dy.new_empty(0) if dx is None else dx, dy.new_empty(0) if dblocks is None else dblocks
 
 
 block_sparse = torch.library.custom_op(

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from compressft_kernels import dispatch, reference
 from compressft_kernels.nf4 import NF4
-from compressft_kernels.reference.gated import parts
+from compressft_kernels.ops.fallback import attempt
+from compressft_kernels.reference.gated import effective, parts, weight_gradients
 from compressft_kernels.reference.masked import check_masked
 from compressft_kernels.reference.operands import autocast_dtype, rows
 from compressft_kernels.reference.packed import check_packed
@@ -26,11 +27,14 @@ OPERANDS = (
 )
 
 
+def _name(gate: Tensor | None) -> str:
+    return "masked_linear" if gate is not None and gate.is_floating_point() else "packed_linear"
+
+
 def _runs_triton(x: Tensor, quant: bool, gate: Tensor | None) -> bool:
     if gate is not None and gate.dtype == torch.float64 and not dispatch.interpreted():
         return False  # the kernel compares with the threshold in float32
-    name = "masked_linear" if gate is not None and gate.is_floating_point() else "packed_linear"
-    return dispatch.runs_triton(name, x, autocast_dtype(x) or x.dtype, columns=sum(x.shape[-1:]), nf4=quant)
+    return dispatch.runs_triton(_name(gate), x, autocast_dtype(x) or x.dtype, columns=sum(x.shape[-1:]), nf4=quant)
 
 
 def _scratch(x: Tensor, quant: list[Tensor]) -> bool:
@@ -59,12 +63,19 @@ def forward(
 ) -> Tensor:  # fmt: skip
     """(T, out), x's dtype."""
     quant, shape = [t for t in tables if t is not None], (size[0], size[1])
-    from compressft_kernels import linear_triton as kernels
 
-    if _scratch(x, quant):
-        return F.linear(x, kernels.materialise(weight, quant, gate, threshold, shape, x.dtype), bias)
-    config = _configuration("product", x, weight, quant)
-    return kernels.product(x, weight, quant, gate, threshold, bias, shape, config, dispatch.programs(x.device))
+    def kernel() -> Tensor:
+        from compressft_kernels import linear_triton as kernels
+
+        if _scratch(x, quant):
+            return F.linear(x, kernels.materialise(weight, quant, gate, threshold, shape, x.dtype), bias)
+        config = _configuration("product", x, weight, quant)
+        return kernels.product(x, weight, quant, gate, threshold, bias, shape, config, dispatch.programs(x.device))
+
+    def twin() -> Tensor:
+        return F.linear(x, effective(weight, quant, gate, threshold, shape, x.dtype), bias)
+
+    return attempt(_name(gate), x.device, kernel, twin)
 
 
 def backward(
@@ -73,20 +84,39 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of x (T, in), the weight and the scores (out, in) where wanted, else empty tensors."""
     quant, shape = [t for t in tables if t is not None], (size[0], size[1])
-    want_x, want_weight, want_scores = wanted
-    dx = dweight = dscores = None
-    from compressft_kernels import linear_triton as kernels
+    name = _name(gate)
 
-    if want_x and _scratch(dy, quant):
-        dx = dy @ kernels.materialise(weight, quant, gate, threshold, shape, dy.dtype)
-    elif want_x:
+    def x_by_kernel() -> Tensor:
+        from compressft_kernels import linear_triton as kernels
+
+        if _scratch(dy, quant):
+            return dy @ kernels.materialise(weight, quant, gate, threshold, shape, dy.dtype)
         config = _configuration("product_turned", dy, weight, quant)
         operands = (dy, weight, quant, gate, threshold, None, shape, config, dispatch.programs(dy.device))
-        dx = kernels.product(*operands, turned=True)
+        return kernels.product(*operands, turned=True)
+
+    def x_by_twin() -> Tensor:
+        return dy @ effective(weight, quant, gate, threshold, shape, dy.dtype)
+
+    dx = attempt(name, dy.device, x_by_kernel, x_by_twin) if wanted[0] else None
+    dweight = dscores = None
     if x is not None:
-        config = _configuration("gradient", dy, weight, quant)
-        operands = (x, dy, weight, quant, gate, threshold, config, dispatch.programs(dy.device))
-        dscores, dweight = kernels.gradients(*operands, scores_wanted=want_scores, weight_wanted=want_weight)
+
+        def weights_by_kernel() -> tuple[Tensor | None, Tensor | None]:
+            from compressft_kernels import linear_triton as kernels
+
+            config = _configuration("gradient", dy, weight, quant)
+            operands = (x, dy, weight, quant, gate, threshold, config, dispatch.programs(dy.device))
+            dscores, dweight = kernels.gradients(*operands, scores_wanted=wanted[2], weight_wanted=wanted[1])
+            return dweight, dscores
+
+        def weights_by_twin() -> tuple[Tensor | None, Tensor | None]:
+            return weight_gradients(dy, x, (wanted[1], wanted[2]), weight, quant, gate, threshold, shape)
+
+        if dispatch.left_to_libraries("gradient", dy, dy.dtype):
+            dweight, dscores = weights_by_twin()
+        else:
+            dweight, dscores = attempt(name, dy.device, weights_by_kernel, weights_by_twin)
     dx, dweight, dscores = (dy.new_empty(0) if g is None else g for g in (dx, dweight, dscores))
     return dx, dweight, dscores
 

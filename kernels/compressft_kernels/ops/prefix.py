@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from compressft_kernels import dispatch, reference
+from compressft_kernels.ops.fallback import attempt, without_autocast
 from compressft_kernels.reference.operands import autocast_dtype
-from compressft_kernels.reference.prefix import check_prefix
+from compressft_kernels.reference.prefix import check_prefix, prefix_gradients
 
 # Shapes: q (B, Hq, T, D), k and v (B, Hkv, S, D), prefix_k and prefix_v (Hkv, P, D), lengths (B,) int64.
 OPERANDS = "Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor? lengths, bool causal, float scale"
@@ -25,11 +27,25 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, lengths: Tensor | None, causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """o like q, and the softmax's log2-denominators (B, Hq, T)."""
-    from compressft_kernels import prefix_triton as kernels
+    """o like q, and the softmax's log2-denominators (B, Hq, T), of which the twin makes zeros and reads none."""
 
-    config = _configuration("prefix", q, k)
-    return kernels.forward(q, k, v, prefix_k, prefix_v, causal, lengths, scale, config)
+    def kernel() -> tuple[Tensor, Tensor]:
+        from compressft_kernels import prefix_triton as kernels
+
+        config = _configuration("prefix", q, k)
+        return kernels.forward(q, k, v, prefix_k, prefix_v, causal, lengths, scale, config)
+
+    def twin() -> tuple[Tensor, Tensor]:
+        operands = (q, k, v, prefix_k, prefix_v)
+        with without_autocast(q):
+            o = reference.prefix_attention(*operands, causal=causal, lengths=lengths, scale=scale)
+        return torch.empty_like(q).copy_(o), _like_lse(q).zero_()
+
+    return attempt("prefix_attention", q.device, kernel, twin)
+
+
+def _like_lse(q: Tensor) -> Tensor:
+    return q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
 
 
 def backward(
@@ -38,13 +54,23 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, prefix_k and prefix_v where wanted, else empty tensors."""
-    from compressft_kernels import prefix_backward_triton as kernels
+    operands = (q, k, v, prefix_k, prefix_v)
 
-    dq_config, own, front = (_configuration(name, q, k) for name in ("prefix_dq", "prefix_dkv", "prefix_dprefix"))
-    flags = (wanted[0], wanted[1], wanted[2], wanted[3], wanted[4])
-    found = kernels.backward(
-        do, q, k, v, prefix_k, prefix_v, o, lse, causal, lengths, scale, dq_config, own, front, flags
-    )
+    def kernel() -> Sequence[Tensor | None]:
+        from compressft_kernels import prefix_backward_triton as kernels
+
+        dq, own, front = (_configuration(name, q, k) for name in ("prefix_dq", "prefix_dkv", "prefix_dprefix"))
+        flags = (wanted[0], wanted[1], wanted[2], wanted[3], wanted[4])
+        return kernels.backward(do, *operands, o, lse, causal, lengths, scale, dq, own, front, flags)
+
+    def twin() -> Sequence[Tensor | None]:
+        found = prefix_gradients(do, *operands, causal, lengths, scale)
+        # As the kernels lay them out: those of q, k and v like their operands.
+        own = (torch.empty_like(t).copy_(g) for t, g in zip((q, k, v), found, strict=False))
+        pairs = zip((*own, found[3], found[4]), operands, wanted, strict=True)
+        return [g.to(t.dtype) if want else None for g, t, want in pairs]
+
+    found = attempt("prefix_attention", do.device, kernel, twin)
     dq, dk, dv, dpk, dpv = (q.new_empty(0) if gradient is None else gradient for gradient in found)
     return dq, dk, dv, dpk, dpv
 
@@ -61,8 +87,7 @@ prefix_backward = torch.library.custom_op(
 
 @prefix_forward.register_fake
 def _(q: Tensor, *_: Any):
-    statistics = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=statistics)
+    return torch.empty_like(q), _like_lse(q)
 
 
 @prefix_backward.register_fake

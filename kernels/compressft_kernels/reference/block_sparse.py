@@ -125,6 +125,14 @@ def _scattered(blocks: Tensor, layout: Tensor) -> Tensor:
     return effective_weight(blocks, layout, None, build)
 
 
+def scattered_gradients(
+    dy: Tensor, x: Tensor | None, want_x: bool, blocks: Tensor, layout: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of x where wanted and of the blocks where there is an x, by dense products; dy (T, out)."""
+    dx = dy @ _scattered(blocks, layout) if want_x else None
+    return dx, None if x is None else _by_tile(dy.t() @ x, layout)[layout.nonzero(as_tuple=True)]
+
+
 class ScatteredLinearFunction(torch.autograd.Function):
     """One product with the dense weight that the tiles spell: for many or small live tiles."""
 
@@ -141,10 +149,8 @@ class ScatteredLinearFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, blocks, layout = ctx.saved_tensors
-        dx = dy @ _scattered(blocks, layout) if ctx.needs_input_grad[0] else None
-        dblocks = None
-        if ctx.needs_input_grad[1]:
-            dblocks = _by_tile(dy.t() @ x, layout)[layout.nonzero(as_tuple=True)]
+        x = x if ctx.needs_input_grad[1] else None
+        dx, dblocks = scattered_gradients(dy, x, ctx.needs_input_grad[0], blocks, layout)
         return dx, dblocks, dy.sum(0) if ctx.needs_input_grad[2] else None, None
 
 

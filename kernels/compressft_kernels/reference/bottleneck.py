@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,6 +26,15 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "silu": F.silu,
     "tanh": torch.tanh,
+}
+
+# Activation -> its gradient from that of its result and its argument.
+SLOPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "gelu": torch.ops.aten.gelu_backward.default,
+    "gelu_tanh": partial(torch.ops.aten.gelu_backward.default, approximate="tanh"),
+    "relu": partial(torch.ops.aten.threshold_backward.default, threshold=0),
+    "silu": torch.ops.aten.silu_backward.default,
+    "tanh": lambda dh, z: torch.ops.aten.tanh_backward.default(dh, z.tanh()),
 }
 
 
@@ -103,3 +113,32 @@ def adapter(
     if residual is not None:
         return torch.add(residual, y, alpha=scale) if scale != 1.0 else residual + y
     return y * scale if scale != 1.0 else y
+
+
+def adapter_gradients(
+    dy: Tensor, x: Tensor, down_weight: Tensor, down_bias: Tensor | None, up_weight: Tensor, gamma: Tensor | None,
+    beta: Tensor | None, eps: float, activation: str, scale: float, residual_is_x: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of x, down weight, down bias, up weight, up bias, gamma and beta.
+
+    Without autograd, which records nothing within an operator.
+
+    Args:
+        dy: (T, out), the gradient of `adapter`'s result; x (T, d); all of one dtype, without autocast.
+        residual_is_x: the residual was x; another one's gradient is dy.
+    """
+    width, d_gamma, d_beta = [x.shape[1]], None, None
+    normed, mean, rstd = x, None, None
+    if gamma is not None:
+        normed, mean, rstd = torch.ops.aten.native_layer_norm(x, width, gamma, beta, eps)
+    z = F.linear(normed, down_weight, down_bias)
+    slope = dy * scale
+    dz = SLOPES[activation](slope @ up_weight, z)
+    dx = dz @ down_weight
+    if gamma is not None:
+        dx, d_gamma, d_beta = torch.ops.aten.native_layer_norm_backward(
+            dx, x, width, mean, rstd, gamma, beta, [True, True, True]
+        )
+    if residual_is_x:
+        dx = dx + dy
+    return dx, dz.t() @ normed, dz.sum(0), slope.t() @ ACTIVATIONS[activation](z), slope.sum(0), d_gamma, d_beta

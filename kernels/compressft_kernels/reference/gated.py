@@ -46,6 +46,20 @@ def effective(
     return keep(bare(weight, quant, size, dtype), gate, threshold).to(dtype)
 
 
+def weight_gradients(
+    dy: Tensor, x: Tensor, wanted: tuple[bool, bool], weight: Tensor, quant: list[Tensor], gate: Tensor | None,
+    threshold: float, size: Size,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """The gradients of the weight and of the scores where wanted; dy (..., out), x (..., in)."""
+    dweight = dscores = None
+    d_effective = rows(dy).t() @ rows(x)
+    if wanted[0]:
+        dweight = keep(d_effective, gate, threshold).to(weight.dtype)
+    if wanted[1] and gate is not None:
+        dscores = d_effective.to(gate.dtype).mul_(bare(weight, quant, size, gate.dtype))
+    return dweight, dscores
+
+
 class GatedLinearFunction(torch.autograd.Function):
     """Saves the weight as stored, the gate, and x where a gradient needs it; backward masks the weight again."""
 
@@ -82,12 +96,9 @@ class GatedLinearFunction(torch.autograd.Function):
         dx = dweight = dscores = dbias = None
         if ctx.needs_input_grad[0]:
             dx = dy @ GatedLinearFunction._weight(weight, quant, gate, ctx.threshold, ctx.size, dy.dtype)
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            d_effective = rows(dy).t() @ rows(x)
-            if ctx.needs_input_grad[1]:
-                dweight = keep(d_effective, gate, ctx.threshold).to(weight.dtype)
-            if ctx.needs_input_grad[2]:
-                dscores = d_effective.to(gate.dtype).mul_(bare(weight, quant, ctx.size, gate.dtype))
+        wanted = (ctx.needs_input_grad[1], ctx.needs_input_grad[2])
+        if any(wanted):
+            dweight, dscores = weight_gradients(dy, x, wanted, weight, quant, gate, ctx.threshold, ctx.size)
         if ctx.needs_input_grad[3]:
             dbias = rows(dy).sum(0)
         return dx, dweight, dscores, dbias, None, None, *[None for _ in quant]

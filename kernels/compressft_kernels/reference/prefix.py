@@ -90,3 +90,39 @@ def prefix_attention(
     blind = visible == 0
     o = F.scaled_dot_product_attention(q, k, v, mask | blind, scale=scale, enable_gqa=grouped)
     return o.masked_fill(blind, 0.0)
+
+
+def prefix_gradients(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, causal: bool,
+    lengths: Tensor | None, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of `prefix_attention`'s q, k, v, prefix_k and prefix_v, in float32 at least.
+
+    Without autograd, which records nothing within an operator. One row of the batch at a time: all of its scores are
+    in memory.
+    """
+    total = torch.promote_types(q.dtype, torch.float32)
+    do, q, k, v, prefix_k, prefix_v = (t.to(total) for t in (do, q, k, v, prefix_k, prefix_v))
+    heads, size, queries = k.shape[1], prefix_k.shape[1], q.shape[2]
+    visible = _own_visible(q, k, causal, lengths)
+    dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
+    d_prefix_k, d_prefix_v = torch.zeros_like(prefix_k), torch.zeros_like(prefix_v)
+    for b in range(q.shape[0]):
+        # A group's query heads beneath one another: (Hkv, G T, D).
+        rows, slopes = (t[b].reshape(heads, -1, t.shape[3]) for t in (q, do))
+        keys, values = torch.cat([prefix_k, k[b]], 1), torch.cat([prefix_v, v[b]], 1)
+        scores = rows @ keys.mT * scale
+        if visible is not None:
+            seen = visible[b if visible.shape[0] > 1 else 0].view(-1, 1).expand(queries, 1)
+            hidden = torch.arange(-size, k.shape[2], device=q.device) >= seen
+            scores.masked_fill_(hidden.repeat(scores.shape[1] // queries, 1), float("-inf"))
+        # A query that sees nothing has no probabilities.
+        p = scores.softmax(2).nan_to_num_(0.0)
+        dp = slopes @ values.mT
+        ds = p * (dp - (p * dp).sum(2, keepdim=True)) * scale
+        dq[b] = (ds @ keys).view(dq.shape[1:])
+        d_keys, d_values = ds.mT @ rows, p.mT @ slopes
+        dk[b], dv[b] = d_keys[:, size:], d_values[:, size:]
+        d_prefix_k += d_keys[:, :size]
+        d_prefix_v += d_values[:, :size]
+    return dq, dk, dv, d_prefix_k, d_prefix_v

@@ -7,6 +7,7 @@ from compressft_kernels import (
     NF4,
     adapter,
     block_sparse_linear,
+    dispatch,
     explain,
     masked_linear,
     pack_mask,
@@ -146,6 +147,21 @@ def test_compiled_to_one_graph(random, name):
     compiled = torch.compile(lambda *t: function(Ours, *t), backend="aot_eager", fullgraph=True)
     for tensors in ([random(*shape) for shape in shapes], [random(*shape) for shape in shapes]):
         same(run(lambda f, *t: compiled(*t), tensors), run(function, tensors, reference))
+
+
+def test_compiled_in_float32_and_again_after_a_failure(random, monkeypatch):
+    """What dispatch asks is asked at tracing; a kernel that did not compile is not in the next graph."""
+    monkeypatch.setattr(dispatch, "_failures", {("masked_linear", "cpu"): "does not compile"})
+    function, shapes, _ = CALLS["adapter on its input"]
+    compiled = torch.compile(lambda *t: function(Ours, *t), backend="aot_eager", fullgraph=True)
+    tensors = [random(*shape, dtype=torch.float32) for shape in shapes]
+    for fails in (False, True):
+        if fails:
+            dispatch._failures["adapter", "cpu"] = "does not compile"
+        with torch.profiler.profile() as profile:
+            got = run(lambda f, *t: compiled(*t), tensors)
+        same(got, run(function, tensors, reference), atol=1e-5)
+        assert any(event.key.startswith("compressft::") for event in profile.key_averages()) is not fails
 
 
 def test_on_fake_tensors(call):
