@@ -13,6 +13,7 @@ from torch import Tensor
 
 from compressft.data.fields import Fields
 from compressft.data.rows import ROW_KEY, Row
+from compressft.data.words import wants_blanks, with_blanks
 from compressft.errors import UserError
 
 IGNORE = -100
@@ -111,7 +112,16 @@ class Task(ABC):
         encoded = self.tokenizer(
             [row["text"] for row in rows], pairs, truncation=True, max_length=self.max_length, padding=False
         )
-        return [{key: list(encoded[key][i]) for key in encoded} for i in range(len(rows))]
+        return [self._feature(encoded, i, row) for i, row in enumerate(rows)]
+
+    def _feature(self, encoded: Any, i: int, row: Row) -> dict[str, list[int]]:
+        """Row `i` of a tokenizer's output; UserError where it has no token, as an empty text has for most decoders."""
+        feature = {key: list(encoded[key][i]) for key in encoded}
+        if not feature["input_ids"]:
+            raise UserError(
+                f"data: {row[ROW_KEY]}: the text has no token, and this tokenizer adds none; remove the row"
+            )
+        return feature
 
 
 class SequenceClassification(Task):
@@ -172,7 +182,11 @@ class Regression(Task):
 
 
 class TokenClassification(Task):
-    """One tag per word, carried by its first piece; span F1 (seqeval) for BIO tags, token accuracy otherwise."""
+    """One tag per word, carried by its first piece; span F1 (seqeval) for BIO tags, token accuracy otherwise.
+
+    Words are given to the tokenizer so that the pieces are those of the text with a blank between any two: what is
+    trained is what a pipeline over plain text runs on.
+    """
 
     type = "token-classification"
     fields = Fields(("tokens", "tags"), answer="tags")
@@ -184,12 +198,15 @@ class TokenClassification(Task):
         return tuple(sorted({tag for row in rows for tag in row["tags"]}))
 
     def encode(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
-        encoded = self.tokenizer(
-            [row["tokens"] for row in rows], is_split_into_words=True, truncation=True, max_length=self.max_length
-        )
+        if not rows:
+            return []
+        words = [row["tokens"] for row in rows]
+        if wants_blanks(self.tokenizer):
+            words = [with_blanks(row) for row in words]
+        encoded = self.tokenizer(words, is_split_into_words=True, truncation=True, max_length=self.max_length)
         features = []
         for i, row in enumerate(rows):
-            feature = {key: list(encoded[key][i]) for key in encoded}
+            feature = self._feature(encoded, i, row)
             if "tags" in row:
                 if len(row["tags"]) != len(row["tokens"]):
                     raise UserError(f"data: {row[ROW_KEY]}: {len(row['tags'])} tags for {len(row['tokens'])} tokens")
@@ -292,6 +309,8 @@ class CausalLM(Task):
                 f"data: {row[ROW_KEY]}: a prompt of {len(prompt)} tokens; wants at least 1 and, so that text follows, "
                 f"fewer than data.max_length {self.max_length}"
             )
+        if not text:
+            raise UserError(f"data: {row[ROW_KEY]}: the text has no token, and this tokenizer has no end token")
         ids = (prompt + text)[: self.max_length]
         labels = ([IGNORE] * len(prompt) + text)[: self.max_length]
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
