@@ -551,6 +551,22 @@ def small(base) -> Path:
     return path
 
 
+def test_a_resumed_run_computes_with_the_threads_of_its_beginning(reference, recipe, tmp_path, monkeypatch):
+    shutil.copytree(reference, tmp_path / "run")
+    path, found, before = tmp_path / "run" / "identity.json", [], torch.get_num_threads()
+    path.write_text(json.dumps(sealed({**json.loads(path.read_text()), "threads": before + 2})))
+
+    def seen(*arguments):
+        found.append(torch.get_num_threads())
+        raise Killed
+
+    monkeypatch.setattr("compressft.run.load_task", seen)
+    with pytest.raises(Killed):
+        run(load_recipe(recipe), tmp_path / "run", resume=True, console=Console(quiet=True))
+    assert found == [before + 2] and torch.get_num_threads() == before
+
+
+@pytest.mark.full
 def test_other_threads_go_on_with_the_same_bits(small, tmp_path, monkeypatch):
     """Their number decides the order of sums: a resumed run takes over that of its beginning."""
     recipe, quiet = load_recipe(small), Console(quiet=True)
