@@ -21,7 +21,7 @@ from compressft.data import Splits, Task, make_task
 from compressft.errors import Interrupted, UserError, VerificationError
 from compressft.export.cache import has_cache
 from compressft.export.flow import sample_batch
-from compressft.export.refuse import refuse_model
+from compressft.export.refuse import refuse_lengths, refuse_model
 from compressft.export.session import by_row
 from compressft.export.table import Deployment, measure_reference, measure_table
 from compressft.export.verify import model_run
@@ -79,6 +79,7 @@ def train_stages(
     rows = StageRows(task, splits)
     check_positions(recipe, model, rows)
     refuse_model(recipe, model)
+    refuse_lengths(recipe, model, lambda: row_lengths(rows))
     costs = known_costs(recipe, folder, model, rows, console)
     records: list[dict[str, Any]] = []
     for stage in recipe.stages:
@@ -122,10 +123,7 @@ def check_positions(recipe: Recipe, model: nn.Module, rows: StageRows) -> None:
     places = positions(model)
     if places is None:
         return
-    features = [*rows.train, *rows.validation, *rows.unlabelled]
-    if rows.splits.test:
-        features += rows.task.encode(rows.splits.test)
-    longest = max((len(row["input_ids"]) for row in features), default=0)
+    longest = max(row_lengths(rows), default=0)
     if longest > places:
         raise UserError(
             f"data.max_length: a row has {longest} tokens, the model {places} positions; set it to {places} or less"
@@ -136,6 +134,12 @@ def check_positions(recipe: Recipe, model: nn.Module, rows: StageRows) -> None:
             f"export.latency_shapes: {shape[0]}x{shape[1]} has more tokens than the model's {places} positions; "
             f"give shapes up to {places}, such as [[1, {places}]]"
         )
+
+
+def row_lengths(rows: StageRows) -> list[int]:
+    """Tokens of each row of all splits."""
+    test = rows.task.encode(rows.splits.test) if rows.splits.test else []
+    return [len(row["input_ids"]) for row in (*rows.train, *rows.validation, *rows.unlabelled, *test)]
 
 
 class StageRows:

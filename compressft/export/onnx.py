@@ -19,6 +19,7 @@ from torch import nn
 from compressft.errors import UserError
 from compressft.export.cache import PAST, dynamic_axes, name_cache
 from compressft.export.pooled import compute_first_token
+from compressft.export.rotary import without_branches
 
 # Where the exporter notes the modules that a node came from, outermost first.
 SCOPES = "pkg.torch.onnx.name_scopes"
@@ -49,7 +50,7 @@ def to_graph(model: nn.Module, inputs: Mapping[str, Any], tidy: bool = True) -> 
     config = OnnxConfig(dynamic_shapes={name: dynamic_axes(value) for name, value in inputs.items()})
     with warnings.catch_warnings(), torch.no_grad(), redirect_stdout(io.StringIO()), _quiet("torch.onnx"):
         warnings.simplefilter("ignore")
-        copied: Any = copy.deepcopy(model)
+        copied: Any = without_branches(copy.deepcopy(model))
         # Without an input for them nobody could use the keys and values that decoders also give.
         given = {**inputs, "use_cache": PAST in inputs}
         exported = OnnxExporter().export(copied, given, config=config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -9,6 +10,7 @@ from torch import nn
 from compressft.anatomy import family_of
 from compressft.errors import UserError
 from compressft.export.cache import has_cache
+from compressft.export.rotary import BY_LENGTH, mixed_lengths
 from compressft.recipe import Recipe
 
 WITHOUT = "set export.cache to false for a file that scores texts, or export.enabled to false to ship model/ alone"
@@ -25,6 +27,22 @@ def refuse_model(recipe: Recipe, model: nn.Module) -> None:
     reason = no_cache(model) if has_cache(recipe) else None
     if reason is not None:
         raise UserError(f"export.cache: {reason}; {WITHOUT}")
+
+
+def refuse_lengths(recipe: Recipe, model: nn.Module, lengths: Callable[[], Sequence[int]]) -> None:
+    """Refuse rows that an exported file, or torch itself, treats otherwise in another batch.
+
+    Args:
+        lengths: gives those of all rows; called where they matter.
+
+    Raises:
+        UserError: there are such rows.
+    """
+    config: Any = model.config
+    if recipe.export.enabled and (getattr(config, "rope_parameters", None) or {}).get("rope_type") in BY_LENGTH:
+        reason = mixed_lengths(config, lengths())
+        if reason is not None:
+            raise UserError(reason)
 
 
 def no_cache(model: nn.Module) -> str | None:
