@@ -33,7 +33,7 @@ def refuse_update(model: nn.Module, step: int, rate: float, decay: float) -> Non
     """Say that an update, not the loss, left weights that are no numbers.
 
     Args:
-        step: the last that was made.
+        step: the last that was made; 0 before the first.
         rate: the learning rate.
         decay: the weight decay.
 
@@ -41,6 +41,8 @@ def refuse_update(model: nn.Module, step: int, rate: float, decay: float) -> Non
         UserError: a weight is not finite.
     """
     broken = broken_weight(model)
+    if broken is not None and not step:
+        raise UserError(f"train: {broken} holds a NaN or an infinity before the first step")
     if broken is not None:
         raise UserError(
             f"train: the update of step {step} left a NaN or an infinity in {broken}; lower train.learning_rate "

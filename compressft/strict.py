@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 # What 32 bits hold, a seed's too: nothing here is counted further.
 LARGEST = 2**32 - 1
@@ -22,20 +22,21 @@ class Strict(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _tuples(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        for name, item in value.items():
-            _refuse_beyond(str(name), item)
-        return {name: _frozen(item) for name, item in value.items()}
+        return {name: _frozen(item) for name, item in value.items()} if isinstance(value, dict) else value
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _within(cls, value: Any) -> Any:
+        _refuse_beyond(value)
+        return value
 
 
-def _refuse_beyond(name: str, value: Any) -> None:
-    for item in value if isinstance(value, list | tuple) else (value,):
-        if isinstance(item, list | tuple):
-            _refuse_beyond(name, item)
-        elif isinstance(item, int) and abs(item) > LARGEST:
-            got = f"got one of {item.bit_length()} bits"
-            raise ValueError(f"{name}: wants a whole number of at most {LARGEST:,}; {got}")
+def _refuse_beyond(value: Any) -> None:
+    if isinstance(value, list | tuple):
+        for item in value:
+            _refuse_beyond(item)
+    elif isinstance(value, int) and abs(value) > LARGEST:
+        raise ValueError(f"wants a whole number of at most {LARGEST:,}; got one of {value.bit_length()} bits")
 
 
 def _frozen(value: Any) -> Any:

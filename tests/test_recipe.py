@@ -311,7 +311,7 @@ def test_override_that_leads_nowhere_is_refused(base, override, said):
         ("data={}", ["data", "exactly one of sample, dataset and train"]),
         ("stages=[]", ["stages", "at least 1"]),
         ("stages.1.train.seed=-1", ["stages.1.train.seed", "greater than or equal to 0", "(got -1)"]),
-        ("stages.1.train.seed=4294967296", ["stages.1.train.seed", "less than 4294967296"]),
+        ("stages.1.train.seed=4294967296", ["stages.1.train.seed", "at most 4,294,967,295"]),
         ("data.train=[]", ["data.train", "names nothing", "(got ())"]),
         ("data.train=''", ["data.train", "names nothing", "(got '')"]),
         ("data.train=['']", ["data.train", "names nothing"]),

@@ -165,12 +165,18 @@ def test_terms_are_means_over_steps(tmp_path):
     assert t.drain_terms() == {"task": pytest.approx(sum(losses) / 3, rel=1e-6)}
 
 
-def test_loss_that_is_not_finite_ends_the_run(tmp_path):
+def test_weights_that_are_none_end_the_run(tmp_path):
     model = tiny("bert")
     with torch.no_grad():
         model.classifier.weight[0, 0] = math.nan
     t = trainer(tmp_path, model=model, learning_rate=3e-3)
-    match = r"loss became nan at step 1; lower train\.learning_rate \(now 0\.003\)"
+    with pytest.raises(UserError, match=r"train: classifier\.weight holds a NaN or an infinity before the first step"):
+        t.train()
+
+
+def test_a_term_that_is_not_finite_ends_the_run(tmp_path):
+    t = trainer(tmp_path, [Watch(extra=1e300)], learning_rate=3e-3)
+    match = r"loss \(watch\.extra\) became inf at step 1, all weights being finite; lower train\.learning_rate \(now 0\.003\)"
     with pytest.raises(UserError, match=match) as error:
         t.train()
     assert "\n" not in str(error.value)
