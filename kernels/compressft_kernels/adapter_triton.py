@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.target_info import cuda_capability_geq
 
 from compressft_kernels.launch_triton import cdiv, launch
 from compressft_kernels.numerics_triton import accumulator, activate, dtypes
@@ -27,9 +28,12 @@ def finished(acc, inside):
     """acc, of a product that has ended; `inside` is the loop's own condition, so this costs nothing.
 
     For loops that use a loaded tile in registers as well as in tl.dot: triton (3.6, 3.7) gives such a tile no buffer
-    for the product still in flight and would overwrite what sm_90's is reading.
+    for the product still in flight and would overwrite what sm_90's is reading. Other products are not in flight from
+    registers, and sm_100's, in tensor memory, do not compile with it.
     """
-    return tl.where(inside, acc, 0.0)
+    if cuda_capability_geq(9, 0) and not cuda_capability_geq(10, 0):
+        acc = tl.where(inside, acc, 0.0)
+    return acc
 
 
 @triton.jit

@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.driver import driver
 
+from compressft_kernels.disassembly import COPY, Loop, count, inner_loops, read
 from compressft_kernels.launch_triton import intercepting
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -23,9 +24,6 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 SHARED_LIMIT = {
     80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024
 }  # fmt: skip
-# An instruction of the disassembly: address, name, operands. Predicates are left out.
-INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)\s*([^;]*);", re.MULTILINE)
-PRODUCT = r"HGMMA|HMMA|UTC\w*MMA"
 
 
 class _Absent(DriverBase):
@@ -81,16 +79,6 @@ def compiling(capability: int) -> Iterator[list[tuple[str, Any]]]:
 
 
 @dataclass(frozen=True)
-class Loop:
-    """A loop that multiplies on tensor cores and holds no other that does."""
-
-    instructions: int
-    products: int
-    copies: int  # from global to shared memory, which the loop does not wait for
-    loads: int  # from global memory to registers: where they are used the loop waits for them
-
-
-@dataclass(frozen=True)
 class Facts:
     """What a compiled kernel needs and does. Bytes; instructions are counted in the disassembly."""
 
@@ -130,49 +118,20 @@ def facts(compiled: Any) -> Facts:
     used = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert used is not None, usage
 
-    instructions = [(int(place, 16), name, operands) for place, name, operands in INSTRUCTION.findall(code)]
-
-    def count(pattern: str) -> int:
-        return sum(re.match(pattern, name) is not None for _, name, _ in instructions)
-
-    wide = count(r"LDGSTS(?:\.\w+)*\.128") + count(r"UTMALDG")
+    instructions = read(code)
+    wide = count(instructions, r"LDGSTS(?:\.\w+)*\.128") + count(instructions, r"UTMALDG")
     return Facts(
         registers=int(used[1]),
         stack=int(used[2]),
-        local=count(r"LDL|STL"),
-        hgmma=count(r"HGMMA"),
-        utcmma=count(r"UTC\w*MMA"),
-        hmma=count(r"HMMA"),
+        local=count(instructions, r"LDL|STL"),
+        hgmma=count(instructions, r"HGMMA"),
+        utcmma=count(instructions, r"UTC\w*MMA"),
+        hmma=count(instructions, r"HMMA"),
         shared=compiled.metadata.shared,
         wide_loads=wide,
-        narrow_loads=count(r"LDGSTS") + count(r"UTMALDG") - wide,
+        narrow_loads=count(instructions, COPY) - wide,
         overwritten=_overwritten(compiled.asm["ttgir"], compiled.metadata.num_stages),
-        loops=_loops(instructions),
-    )
-
-
-def _loops(instructions: list[tuple[int, str, str]]) -> tuple[Loop, ...]:
-    """The innermost loops with products: from where a branch leads back to, up to the branch."""
-
-    def between(first: int, last: int, pattern: str = "") -> int:
-        return sum(first <= place <= last and re.match(pattern, name) is not None for place, name, _ in instructions)
-
-    spans = []
-    for place, name, operands in instructions:
-        target = re.search(r"0x([0-9a-f]+)$", operands.strip())
-        if name.startswith("BRA") and target and int(target[1], 16) < place:
-            first = int(target[1], 16)
-            if between(first, place, PRODUCT):
-                spans.append((first, place))
-    inner = [a for a in spans if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
-    return tuple(
-        Loop(
-            instructions=between(first, last),
-            products=between(first, last, PRODUCT),
-            copies=between(first, last, r"LDGSTS|UTMALDG"),
-            loads=between(first, last, r"LDG\b"),
-        )
-        for first, last in inner
+        loops=inner_loops(instructions),
     )
 
 

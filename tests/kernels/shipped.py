@@ -63,7 +63,7 @@ def run_linear(kind: str, dtype: torch.dtype, weight: str, mask: torch.dtype | N
         stored, extra = meta(4096 * 512, dtype=torch.uint8), tables(4096 * 1024, weight == "nf4 double")
     gate = None if mask is None else meta(4096, 128 if mask == torch.uint8 else 1024, dtype=mask)
     x, dy = meta(rows, 1024, dtype=dtype), meta(rows, 4096, dtype=dtype)
-    with tf32(kind == "tf32"):
+    with tf32(kind == "tf32"), dispatch.kernels_for_float32():
         if not backward:
             linear.forward(x, meta(4096, dtype=dtype), stored, gate, 0.5, size, *extra)
             return
@@ -93,11 +93,11 @@ def run_adapter(
 
     weights = (of(size, width), of(size), of(width, size), of(width))
     norm = (of(width), of(width)) if "norm" in extra else (None, None)
-    settings = (*weights, *norm, activation, 0.5, "on its input" in extra)
+    settings = (*weights, *norm, activation, 0.5, "on its input" in extra, 1e-5)
     x = of(rows, width)
     with tf32(kind == "tf32"):
         if not backward:
-            adapters_op.forward(x, of(rows, width) if extra == "residual" else None, 1e-5, True, *settings)
+            adapters_op.forward(x, of(rows, width) if extra == "residual" else None, True, *settings)
             return
         statistics = [meta(rows, dtype=SINGLE) if norm[0] is not None else None for _ in range(2)]
         mean, rstd = (meta(0, dtype=SINGLE) if t is None else t for t in statistics)
@@ -173,16 +173,21 @@ def rows_alike(entry: str, other: str) -> set[int]:
     return {id(row["config"]) for name, row in rows_of(entry) if (name, row) in there}
 
 
-def compiled_elsewhere(entry: str) -> set[int]:
+def entry_of(target: str) -> str:
+    """The table's entry for a device such as "sm_86"."""
+    return dispatch.table_of(divmod(int(target.removeprefix("sm_")), 10))
+
+
+def compiled_elsewhere(target: str) -> set[int]:
     """What sm_89 has in common with sm_80 is compiled there."""
-    return rows_alike(entry, "sm_80") if entry == "sm_89" else set()
+    return rows_alike(target, "sm_80") if target == "sm_89" else set()
 
 
-def chosen(entry: str, share: int) -> Iterator[tuple[str, Callable[[], Any]]]:
+def chosen(target: str, share: int) -> Iterator[tuple[str, Callable[[], Any]]]:
     """One case of every `share` by the hash of its name, and for each row of the table the first case that uses it."""
     from compressft_kernels.launch_triton import intercepting
 
-    seen = compiled_elsewhere(entry)
+    seen, entry = compiled_elsewhere(target), entry_of(target)
     for name, run in everything():
         with rows_used(entry) as used, intercepting(lambda *_: None):
             run()
@@ -210,19 +215,20 @@ def rows_used(entry: str) -> Iterator[set[int]]:
         dispatch.configuration = choose
 
 
-def compile_all(entry: str, share: int, some: int | None = None, draw: str = "") -> dict[str, Any]:
+def compile_all(target: str, share: int, some: int | None = None, draw: str = "") -> dict[str, Any]:
     """The gates' facts of every chosen case, and the rows of the table that no case uses.
 
     Args:
+        target: a device, such as "sm_86", that takes its settings from an entry of the table.
         some: compile so many cases, drawn by the hash of `draw` and their names; of the others see what they use.
     """
     from compressft_kernels import ahead_triton
     from compressft_kernels.launch_triton import intercepting
 
-    capability = int(entry.removeprefix("sm_"))
-    kernels, used_at_all = [], compiled_elsewhere(entry)
-    common = rows_alike(entry, "sm_89") if entry == "sm_80" else set()
-    cases = list(chosen(entry, share))
+    capability, entry = int(target.removeprefix("sm_")), entry_of(target)
+    kernels, used_at_all = [], compiled_elsewhere(target)
+    common = rows_alike(entry, "sm_89") if target == "sm_80" else set()
+    cases = list(chosen(target, share))
     drawn = sorted((name for name, _ in cases), key=lambda name: zlib.crc32(f"{draw} {name}".encode()))[:some]
     for name, run in cases:
         if name not in drawn:
@@ -243,9 +249,11 @@ def compile_all(entry: str, share: int, some: int | None = None, draw: str = "")
                     "faults": facts.faults(capability) + (facts.faults(89) if used <= common else []),
                     "dots": "tt.dot" in code.asm["ttir"],
                     "hgmma": facts.hgmma,
+                    "utcmma": facts.utcmma,
                     "hmma": facts.hmma,
                     "wide": facts.wide_loads,
                     "narrow": facts.narrow_loads,
+                    "loads": [loop.loads for loop in facts.loops],
                 }
             )
     unused = [(kernel, row["when"]) for kernel, row in rows_of(entry) if id(row["config"]) not in used_at_all]
