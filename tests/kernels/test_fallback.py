@@ -161,6 +161,22 @@ def test_the_twin_takes_its_place_and_says_so_once(idle, operation):
     assert not any(event.key.startswith("compressft::") for event in profile.key_averages())
 
 
+@pytest.mark.parametrize("operation", CALLS)
+def test_under_autocast(idle, operation):
+    """Operands come in autocast's dtype beside weights in their own, whose gradients have it too."""
+    break_rows(*KERNELS[operation])
+    for function, shapes in CALLS[operation]:
+        dispatch._failures.clear()
+        tensors = draw(shapes, torch.float32)
+        with torch.autocast("cpu", torch.bfloat16), warned(operation):
+            y, gradients = run(function, tensors)
+        want = run(function, [t.double() for t in tensors], reference)
+        assert [g.dtype for g in gradients] == [torch.float32] * len(tensors)
+        for got, other in zip((y, *gradients), (want[0], *want[1]), strict=True):
+            bound = 6 * torch.finfo(torch.bfloat16).eps * max(1.0, other.abs().max().item())
+            torch.testing.assert_close(got.double(), other, atol=bound, rtol=0.0)
+
+
 class Watch(TorchDispatchMode):
     """The operators that are called, with their arguments and results."""
 
