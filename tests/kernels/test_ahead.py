@@ -121,9 +121,9 @@ def waiting(k):
     """How many plain loads are in one loop that multiplies, beside those that are meant to be."""
     # The adapter's second loops add a bias, a residual or the norm's part to a product, which does not wait for them.
     own = k["case"].startswith("adapter") and k["kernel"] in ("_forward_kernel", "_rows_kernel")
-    # Asynchronous copies have four bytes at least: a row has one of double quantisation's scales, and of 32 rows of
-    # bits across sm_80's widest tile a thread has two.
-    fewer = ("nf4 double" in k["case"]) + ("linear backward" in k["case"] and " bits" in k["case"])
+    # Asynchronous copies have four bytes at least: a row has one of double quantisation's scales, and of a tile of 512
+    # bytes of mask each of 256 threads has two.
+    fewer = ("nf4 double" in k["case"]) + (" bits" in k["case"])
     return max(k["loads"][:1] if own else k["loads"]) - fewer
 
 
