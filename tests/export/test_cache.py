@@ -11,7 +11,7 @@ from compressft.data import make_task
 from compressft.data.rows import read_rows
 from compressft.errors import UserError
 from compressft.evaluate import evaluate
-from compressft.export import refuse
+from compressft.export import refuse, verify
 from compressft.export.cache import with_cache
 from compressft.export.continuation import chunks, continue_rows, model_chunks, padded_left, session_chunks
 from compressft.export.flow import write_onnx
@@ -19,7 +19,6 @@ from compressft.export.fold import fold
 from compressft.export.locate import diverging_layer
 from compressft.export.onnx import save, to_graph
 from compressft.export.session import places
-from compressft.export.verify import metric, model_logits
 from compressft.measure import empty_past
 from compressft.methods import METHODS
 from compressft.model import load_model, load_tokenizer
@@ -120,7 +119,9 @@ def test_everybody_feeds_it(stories):
     """Evaluation, the proof of the cache, and the search for a layer that diverges."""
     model, task, features, folder = stories
     scored = evaluate(folder, folder / "rows.jsonl")
-    assert scored["perplexity"] == pytest.approx(metric(task, model_logits(model, task, features), features), rel=1e-4)
+    assert scored["perplexity"] == pytest.approx(
+        verify.scored(verify.model_run(model, task), task, features)["perplexity"], rel=1e-4
+    )
     batch = task.collate([{k: v for k, v in row.items() if k != "labels"} for row in features[:3]])
     assert diverging_layer(folder / "model.onnx", model, batch).startswith("all 5 layers agree")
     found = continue_rows(folder / "model.onnx", model, task, features)
