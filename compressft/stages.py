@@ -21,7 +21,7 @@ from compressft.data import Splits, Task, make_task
 from compressft.errors import Interrupted, UserError, VerificationError
 from compressft.export.cache import has_cache
 from compressft.export.flow import sample_batch
-from compressft.export.refuse import refuse_lengths, refuse_model
+from compressft.export.refuse import refuse_attention, refuse_lengths, refuse_model
 from compressft.export.session import by_row
 from compressft.export.table import Deployment, measure_reference, measure_table
 from compressft.export.verify import model_run
@@ -80,6 +80,7 @@ def train_stages(
     check_positions(recipe, model, rows)
     refuse_model(recipe, model)
     refuse_lengths(recipe, model, lambda: row_lengths(rows))
+    refuse_attention(recipe, model, sample_batch(task, {"train": rows.train}))
     costs = known_costs(recipe, folder, model, rows, console)
     records: list[dict[str, Any]] = []
     for stage in recipe.stages:

@@ -51,7 +51,9 @@ def mixed_lengths(config: Any, lengths: Sequence[int]) -> str | None:
     """
     rope = getattr(config, "rope_parameters", None) or {}
     kind, longest = rope.get("rope_type"), max(lengths, default=0)
-    limit = rope.get("original_max_position_embeddings") if kind == "longrope" else config.max_position_embeddings
+    limit: Any = config.max_position_embeddings
+    if kind == "longrope":
+        limit = rope["original_max_position_embeddings"]
     beyond = longest > limit and (kind == "dynamic" or (kind == "longrope" and min(lengths) <= limit))
     if not beyond:
         return None

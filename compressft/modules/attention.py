@@ -126,7 +126,7 @@ def onnx_attention(
     `attention_mask` is the (B, S) int32 padding mask. K/V heads of grouped-query models are repeated; with keys of
     earlier tokens in front (a cache) their query heads become queries instead, so that no step copies the cache. A
     prefix is joined to the keys and values before the node. A sliding window is a bias, which the node has no
-    attribute for, and so is causality behind a cache or a prefix.
+    attribute for, and so is causality behind a cache or a prefix; a bias by position (T5) is added to it.
 
     Raises:
         UserError: the model hashes its queries, which no node of onnxruntime does.
@@ -138,7 +138,7 @@ def onnx_attention(
         raise UserError("export: attention over hashed buckets (method lsh_attention) has no ONNX form; ship model/")
     batch, heads, length, head_dim = query.shape
     causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
-    bias, prefix, window = None, prefix_of(module), kwargs.get("sliding_window")
+    bias, prefix, window = kwargs.get("position_bias"), prefix_of(module), kwargs.get("sliding_window")
     own, size = key.shape[2], 0
     cached = not statically_known_true(own == length)
     if cached and attention_mask is not None:
@@ -149,9 +149,12 @@ def onnx_attention(
         size = prefix()[0].shape[1]
         if attention_mask is not None:
             attention_mask = F.pad(attention_mask, (size, 0), value=1)
-    if causal and (prefix is not None or window is not None or cached):
+        if bias is not None:
+            bias = F.pad(bias, (size, 0))
+    if causal and (prefix is not None or window is not None or bias is not None or cached):
         # `unidirectional` lets query t see the first t + 1 keys, the prefix counted.
-        bias, causal = causal_bias(query, own, size, window), False
+        hidden = causal_bias(query, own, size, window)
+        bias, causal = hidden if bias is None else bias + hidden, False
     groups = heads // key.shape[1]
     attributes: dict[str, Any] = {"num_heads": int(heads), "unidirectional": int(causal)}
     if scaling is not None:
