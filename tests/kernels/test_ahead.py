@@ -124,8 +124,9 @@ def waiting(k):
     own = k["case"].startswith("adapter") and k["kernel"] in ("_forward_kernel", "_rows_kernel")
     # Asynchronous copies have four bytes at least: a row has one of double quantisation's scales, and of a tile of 512
     # bytes of mask each of 256 threads has two.
-    # Which tile comes next is read from a list.
-    fewer = ("nf4 double" in k["case"]) + (" bits" in k["case"]) + k["case"].startswith("sparse ")
+    fewer = ("nf4 double" in k["case"]) + (" bits" in k["case"])
+    # Which tile comes next is read from a list, one step ahead; where it lies from another when they are turned.
+    fewer += k["case"].startswith("sparse ") + k["case"].startswith("sparse backward")
     return max(k["loads"][:1] if own else k["loads"]) - fewer
 
 
