@@ -110,12 +110,14 @@ def test_exact_float32_takes_none(target, products):
 SCATTERED = ("nf4", " bits", "prefix backward", " 16 wide", "tiles of 16", "tiles of 32")
 
 
-# Not sm_100: adapters of 256 units copy less there, for a reason that nobody has looked for yet.
-@pytest.mark.parametrize("target", targets("sm_80", "sm_86", "sm_89", "sm_90", "sm_120"))
+@pytest.mark.parametrize("target", targets())
 def test_inner_loops_copy_16_bytes_at_a_time(target, products):
     for k in products(target, "float32", "tf32"):
         assert k["wide"] > 0 or " 16 wide" in k["case"] or "tiles of 16" in k["case"], (k["case"], k["kernel"])
-        assert k["narrow"] == 0 or any(kind in k["case"] for kind in SCATTERED), (k["case"], k["kernel"])
+        # A residual's tile of 2 KB is 8 bytes for each of 256 threads; sm_100's loop copies it ahead as well.
+        residual = target == "sm_100" and k["kernel"] == "_forward_kernel" and k["case"].endswith("residual")
+        allowed = 2 if residual else 0
+        assert k["narrow"] <= allowed or any(kind in k["case"] for kind in SCATTERED), (k["case"], k["kernel"])
 
 
 def waiting(k):
