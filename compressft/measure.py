@@ -177,7 +177,8 @@ def peak_memory() -> int:
     try:
         import resource
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        # macOS counts bytes, others kibibytes.
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     except ImportError:
         return getattr(info, "peak_wset", info.rss)
 

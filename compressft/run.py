@@ -17,7 +17,8 @@ from compressft.folder import RunFolder, open_folder
 from compressft.foreign import load_config
 from compressft.identity import identify, with_threads
 from compressft.labels import in_order_of, refuse_alike
-from compressft.memory import keep_freed_memory
+from compressft.measure import peak_memory
+from compressft.memory import keep_freed_memory, release
 from compressft.model import load_tokenizer, resolve
 from compressft.quiet import quiet_libraries
 from compressft.recipe import Recipe
@@ -107,10 +108,13 @@ def ship(
     loaded = load_compressed(folder.root / "model")
     before, after = (settled(one, task, sample, recipe.evaluation_batch) for one in (model, loaded))
     unchanged("saving and loading model/", before, after)
+    del loaded
     base = recipe.model
     if recipe.delta_from is not None:
         base, info = str(folder.stage(recipe.delta_from)), {**info, "from_stage": recipe.delta_from}
     save_delta(model, task.tokenizer, base_tensors(base, type(model).__name__), folder.root / "delta", info)
+    # Export reads what was saved.
+    release(model)
     report = complete(export(recipe, folder.root, splits, console), recipe, stages)
     write_report(report, load_metrics(folder.metrics), folder.root / "report")
     # The teachers' answers, hundreds of megabytes, that only a resumed training would read.
@@ -124,6 +128,8 @@ def complete(exported: dict[str, Any], recipe: Recipe, stages: list[dict[str, An
     tail = {
         "stages": stages,
         "training": training_figures(stages),
+        # Export and verification included: the system counts from the process's start.
+        "peak_memory_bytes": max(peak_memory(), *(s["peak_memory_bytes"] for s in stages)),
         "recipe_hash": recipe.hash,
         "recipe": recipe.to_yaml(),
     }

@@ -31,6 +31,7 @@ from compressft.folder import RunFolder
 from compressft.foreign import load_config
 from compressft.labels import reorder
 from compressft.measure import peak_memory
+from compressft.memory import give_back
 from compressft.model import (
     answers_others,
     checkpoint_activations,
@@ -97,6 +98,7 @@ def train_stages(
             if len(tokenizer) != len(rows.task.tokenizer):
                 rows.retokenise(tokenizer)
         records.append(record)
+        give_back()
     return model.cpu().eval(), rows.task, records
 
 
@@ -252,6 +254,7 @@ def train_stage(
     if live_weights(model) > live:
         raise VerificationError(f"stage {stage.name!r}: finalize brought pruned weights back; the model is not saved")
     unchanged(f"stage {stage.name!r}: finalize", masked, settled(model, task, sample, size))
+    model.zero_grad()
     seconds, steps = reporter.seconds, trainer.state.global_step
     return {
         "name": stage.name,

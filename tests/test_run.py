@@ -20,6 +20,7 @@ from safetensors import safe_open
 from compressft import cli
 from compressft.checkpoint import load_compressed
 from compressft.model import load_tokenizer, resolve
+from compressft.plan import plan
 from compressft.recipe import load_recipe
 from compressft.run import load_task
 
@@ -115,6 +116,13 @@ def fingerprint(folder: Path) -> dict[str, tuple[int, str]]:
 
 def operators(path: Path) -> Counter:
     return Counter(node.op_type for node in onnx.load(str(path)).graph.node)
+
+
+def test_the_peak_is_the_whole_runs_and_was_planned(finished, report):
+    """Of the process, export and verification included; the plan is from shapes alone."""
+    peak = report["peak_memory_bytes"]
+    assert peak >= max(stage["peak_memory_bytes"] for stage in report["stages"])
+    assert 0.9 * peak < plan(load_recipe(finished / "recipe.yaml")).peak < 1.25 * peak
 
 
 def test_directory_has_what_the_contract_lists(finished):

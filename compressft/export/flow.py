@@ -29,13 +29,14 @@ from compressft.export.continuation import continue_rows
 from compressft.export.fold import fold
 from compressft.export.fuse import fuse_qattention
 from compressft.export.locate import diverging_layer
-from compressft.export.onnx import save, to_graph
+from compressft.export.onnx import drop_weights, save, to_graph
 from compressft.export.portable import portability
 from compressft.export.reached import reached, shapes_to_time
 from compressft.export.refuse import refuse_model
 from compressft.export.verify import Check, model_run, scored, verify
 from compressft.flops import FLOPS_LENGTH, flops
 from compressft.measure import hardware, latencies, versions
+from compressft.memory import give_back, release
 from compressft.model import count, load_model, load_tokenizer
 from compressft.modules.structure import describe
 from compressft.recipe import Recipe
@@ -82,6 +83,7 @@ def export(recipe: Recipe, root: Path, splits: Splits, console: Console) -> dict
         own = make_task(recipe.task, load_tokenizer(str(baseline)), recipe.data.max_length, manifest["labels"])
         features = own.encode(getattr(splits, split))
         quality["baseline"] = score(dense, own, features, recipe)
+        release(dense)
     if not recipe.export.enabled:
         quality["torch"] = score(model, task, encoded[split], recipe)
         quality["baseline"] = quality["torch"] if dense_ships else quality["baseline"]
@@ -90,6 +92,7 @@ def export(recipe: Recipe, root: Path, splits: Splits, console: Console) -> dict
 
     def write_and_prove(target: Path) -> None:
         write_onnx(model, tokenizer, task, encoded, recipe, manifest, target)
+        give_back()
         console.print("exported to ONNX; verifying", highlight=False)
         proof = portability(target / "model.onnx")
         report.update(proof.rows())
@@ -123,6 +126,7 @@ def export(recipe: Recipe, root: Path, splits: Splits, console: Console) -> dict
     }
     report["verification"] = [check.row() for check in checks]
     report["quality"] = quality
+    release(model)
     measure(recipe, root, task, encoded, baseline, report, console)
     first = read_manifest(root / "stages" / recipe.stages[0].name, "model", ("stage",))["stage"]
     found = reached(recipe, model, report, first["base"]["shapes"])
@@ -250,6 +254,7 @@ def write_onnx(
     if recipe.export.attention == "qattention":
         fuse_qattention(graph)
     save(graph, target / "model.onnx")
+    drop_weights(graph)
     tokenizer.save_pretrained(target)
     # Readers of a cache take the number of heads from there.
     uniform_config(model).save_pretrained(target)
@@ -309,7 +314,10 @@ def measure(
             save_compressed(dense, None, dense_folder, {})
         dense = load_compressed(dense_folder)
         base_file = Path(scratch) / "base.onnx"
-        save(to_graph(dense, sample_batch(task, encoded), tidy=False), base_file)
+        graph = to_graph(dense, sample_batch(task, encoded), tidy=False)
+        save(graph, base_file)
+        drop_weights(graph)
+        release(dense)
         models = {
             ("onnxruntime", "compressed"): root / "onnx" / "model.onnx",
             ("onnxruntime", "base_fp32"): base_file,

@@ -162,6 +162,7 @@ def _training(report: dict) -> list[list[str]]:
         ["examples", numbers.rate(training.get("examples_per_second"), "examples")],
         ["tokens", numbers.rate(training.get("tokens_per_second"), "tokens")],
         ["peak memory", numbers.size(training.get("peak_memory_bytes"))],
+        ["peak memory, whole run", numbers.size(report.get("peak_memory_bytes"))],
     ]
 
 

@@ -54,6 +54,9 @@ def _headline(report: dict, summary: Summary) -> str:
         lines.append(f"Same label in both for {numbers.percent(parity['label_agreement'])} of the rows.")
     lines += [f"{line[:1].upper()}{line[1:]}." for line in target_lines(report)]
     lines.append(f"Training took {numbers.duration(training.get('seconds'))}.")
+    if report.get("peak_memory_bytes") is not None:
+        size = numbers.size(report["peak_memory_bytes"])
+        lines.append(f"The process took {size} of memory at most, export and verification included.")
     return _table(["", "base", "compressed", "change"], rows) + "\n\n" + " ".join(lines)
 
 

@@ -62,12 +62,10 @@ def _lines(report: dict) -> list[Padding]:
         lines.append("portable: the same integer sums on every processor")
     lines += [f"target: {line}" for line in target_lines(report)]
     lines.append(f"training: {numbers.duration(training.get('seconds'))}")
-    for key, write in (
-        ("examples_per_second", lambda value: numbers.rate(value, "examples")),
-        ("peak_memory_bytes", lambda value: f"peak memory {numbers.size(value)}"),
-    ):
-        if training.get(key) is not None:
-            lines[-1] += ", " + write(training[key])
+    if training.get("examples_per_second") is not None:
+        lines[-1] += ", " + numbers.rate(training["examples_per_second"], "examples")
+    if report.get("peak_memory_bytes") is not None:
+        lines.append(f"memory: at most {numbers.size(report['peak_memory_bytes'])} in the whole run")
     lines += [f"note: {note}" for note in report.get("notes") or ()]
     return [Padding(Text(line), (0, 0, 0, 1), expand=False) for line in lines]
 
