@@ -65,6 +65,7 @@ def run(
     if smoke:
         loaded = few_rows(loaded)
     # After the recipe, which is refused before seconds of imports.
+    from compressft.measure import process_age
     from compressft.report import terminal_table
     from compressft.run import run as run_recipe
 
@@ -73,7 +74,7 @@ def run(
         signal.signal(signal.SIGTERM, _interrupt)
     folder = output or Path("runs") / loaded.name
     try:
-        report = run_recipe(loaded, folder, resume, err)
+        report = run_recipe(loaded, folder, resume, err, process_age())
     except (Interrupted, KeyboardInterrupt) as stop:
         options = "".join(f" --set {shlex.quote(s)}" for s in set or ()) + (" --smoke" if smoke else "")
         command = f"compressft run {shlex.quote(recipe)} --output {shlex.quote(str(folder))}{options} --resume"
@@ -179,7 +180,9 @@ def edge(
     shape: Annotated[
         list[str] | None, typer.Option(help="BATCHxLENGTH, repeatable (default 1x32, 1x128, 8x128).")
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads (default: all usable cores).")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads (default: OMP_NUM_THREADS, else all cores).")
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 3,
     json_file: Json = None,
 ) -> None:

@@ -23,7 +23,7 @@ from compressft.export.cache import has_cache
 from compressft.export.flow import sample_batch
 from compressft.export.refuse import refuse_lengths, refuse_model
 from compressft.export.session import by_row
-from compressft.export.table import Deployment, measure_reference, measure_table
+from compressft.export.table import Deployment, measure_reference, measure_shapes, measure_table
 from compressft.export.verify import model_run
 from compressft.finite import refuse_update
 from compressft.flops import FLOPS_LENGTH, flops
@@ -42,6 +42,7 @@ from compressft.model import (
     resolve,
 )
 from compressft.passes.int8 import Int8
+from compressft.phases import SECONDS, keep, phase
 from compressft.recipe import EVALUATION_BATCH, Recipe, Stage
 from compressft.shrink import shapes
 from compressft.target import Target
@@ -70,7 +71,8 @@ def train_stages(
     from transformers import set_seed
 
     set_seed(recipe.stages[0].train.seed)
-    model = load_model(recipe.model, task.auto_class, new_head=True, **task.model_arguments())
+    with phase("loading"):
+        model = load_model(recipe.model, task.auto_class, new_head=True, **task.model_arguments())
     if answers_others(load_config(resolve(recipe.model)), task.model_arguments()):
         console.print(f"{recipe.model}: its head is for other labels; a new one is trained", soft_wrap=True)
     check_vocabulary(recipe.model, model, task.tokenizer)
@@ -91,9 +93,11 @@ def train_stages(
             record["base"] = base
             if ranks.first():
                 save_compressed(model, rows.task.tokenizer, folder.stage(stage.name), {**info, "stage": record})
+                keep(folder.root / SECONDS)
             ranks.wait()
         else:
-            model = load_compressed(folder.stage(stage.name))
+            with phase("loading"):
+                model = load_compressed(folder.stage(stage.name))
             tokenizer = load_tokenizer(str(folder.stage(stage.name)))
             if len(tokenizer) != len(rows.task.tokenizer):
                 rows.retokenise(tokenizer)
@@ -116,6 +120,7 @@ def check_vocabulary(name: str, model: Any, tokenizer: Any) -> None:
         )
 
 
+@phase("loading")
 def check_positions(recipe: Recipe, model: nn.Module, rows: StageRows) -> None:
     """Refuse rows, and shapes to measure, that are longer than the model's table of positions.
 
@@ -152,6 +157,7 @@ class StageRows:
         self.task = task
         self._encode()
 
+    @phase("loading")
     def _encode(self) -> None:
         self.train = self.task.encode(self.splits.train)
         self.unlabelled = self.task.encode_unlabelled(self.splits.unlabelled)
@@ -209,8 +215,9 @@ def train_stage(
         folder=folder.root / "cache" / (f"process-{ranks.number()}" if ranks.number() else ""),
         **costs,
     )
-    for transform in stage.transforms:
-        transform.prepare(model, context)
+    with phase("search"):
+        for transform in stage.transforms:
+            transform.prepare(model, context)
     task = rows.task
     trainable = count(model)["trainable"]
     if not trainable:
@@ -239,7 +246,8 @@ def train_stage(
         if checkpoint and done:
             trainer.restore(checkpoint)
         else:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            with phase("training"):
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if reporter.interrupted and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(f"stopped at step {trainer.state.global_step} of stage {stage.name!r}; saved")
     refuse_update(model, trainer.state.global_step, stage.train.learning_rate, stage.train.weight_decay)
@@ -282,22 +290,25 @@ def known_costs(
     architecture, config, options = type(model), copy.deepcopy(model.config), recipe.export
     quantisers = [p for stage in recipe.stages for p in stage.passes if p.order == QUANTISES]
 
+    def deployment(precision: str) -> Deployment:
+        int8 = next((p for p in reversed(quantisers) if isinstance(p, Int8)), Int8())
+        return Deployment(
+            architecture,
+            config,
+            sample_batch(rows.task, {"train": rows.train}),
+            int8 if precision == "int8" else None,
+            options.attention,
+            options.threads,
+            options.latency_rounds,
+            has_cache(recipe),
+        )
+
     def latency(target: Target, precision: str) -> CostTable:
         def compute() -> dict[str, Any]:
             console.print("measuring what heads and neurons cost on this machine", highlight=False)
-            int8 = next((p for p in reversed(quantisers) if isinstance(p, Int8)), Int8())
-            deployment = Deployment(
-                architecture,
-                config,
-                sample_batch(rows.task, {"train": rows.train}),
-                int8 if precision == "int8" else None,
-                options.attention,
-                options.threads,
-                options.latency_rounds,
-                has_cache(recipe),
-            )
-            table = measure_table(deployment, target.batch, target.length)
-            reference = measure_reference(deployment, target.batch, target.length, table.about["between_nodes"])
+            ships = deployment(precision)
+            table = measure_table(ships, target.batch, target.length)
+            reference = measure_reference(ships, target.batch, target.length, table.about["between_nodes"])
             rounds = table.about.get("rounds") or [1.0]
             if max(rounds) > BUSY * min(rounds):
                 times = ", ".join(f"{ms:.2f}" for ms in rounds)
@@ -311,9 +322,15 @@ def known_costs(
         key = f"latency-{target.batch}x{target.length}-{precision}"
         return CostTable.model_validate(folder.memo(key, compute))
 
-    return {"base": shapes(model), "ships": quantisers[-1].type if quantisers else "fp32", "latency": latency}
+    def whole(target: Target, precision: str, layers: Sequence[Mapping[str, int]]) -> float:
+        between = latency(target, precision).about["between_nodes"]
+        return measure_shapes(deployment(precision), layers, target, between)
+
+    ships = quantisers[-1].type if quantisers else "fp32"
+    return {"base": shapes(model), "ships": ships, "latency": latency, "whole": whole}
 
 
+@phase("verification")
 def settled(model: nn.Module, task: Task, sample: Sequence[Any], batch: int) -> list[np.ndarray]:
     """Logits per row for `unchanged`; of a vocabulary some of the pieces, the same for every token."""
     run = model_run(model, task)

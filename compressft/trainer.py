@@ -23,6 +23,7 @@ from compressft.errors import UserError
 from compressft.finite import broken_term, refuse_update
 from compressft.memory import trim
 from compressft.modules.kinds import Extra
+from compressft.phases import phase
 from compressft.precision import autocast_dtype
 from compressft.recipe import TrainConfig
 from compressft.transform import TASK_LOSS, Context, Transform, ungrouped
@@ -198,10 +199,12 @@ class CompressionTrainer(Trainer):
             ranks.average_gradients(self.model)  # type: ignore[arg-type]
         return loss
 
+    @phase("saving")
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with _python_files():
             super()._save_checkpoint(*args, **kwargs)
 
+    @phase("evaluation")
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As the Trainer's, but it draws no random number: a checkpoint of the same step may be written before it."""
         trim()
