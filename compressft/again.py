@@ -17,6 +17,7 @@ from compressft.export.flow import baseline_folder
 from compressft.folder import held
 from compressft.identity import UNKNOWN, read, refuse_changed
 from compressft.model import load_tokenizer
+from compressft.phases import AGAIN, SECONDS, Clock, kept, seconds, watched
 from compressft.quiet import quiet_libraries
 from compressft.recipe import Recipe, load_recipe
 from compressft.report import load_metrics, write_report
@@ -58,11 +59,12 @@ def _refuse_changed(recipe: Recipe, folder: Path, console: Console) -> None:
 
 
 def _export(recipe: Recipe, folder: Path, console: Console) -> dict[str, Any]:
-    _, splits = load_task(recipe, load_tokenizer(str(folder / "model")))
     stages = [read_manifest(folder / "stages" / stage.name, "model", ("stage",))["stage"] for stage in recipe.stages]
-    report = complete(export(recipe, folder, splits, console), recipe, stages)
-    write_report(report, load_metrics(folder / "metrics.jsonl"), folder / "report")
-    return report
+    with watched(console, Clock()) as clock:
+        clock.add({name: value for name, value in kept(folder / SECONDS).items() if name not in AGAIN})
+        _, splits = load_task(recipe, load_tokenizer(str(folder / "model")))
+        report = complete(export(recipe, folder, splits, console), recipe, stages)
+        return write_report(report, load_metrics(folder / "metrics.jsonl"), folder / "report", seconds)
 
 
 def report_again(root: str | Path) -> dict[str, Any]:

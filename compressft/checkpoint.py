@@ -25,6 +25,7 @@ from compressft.modules.kinds import additions
 from compressft.modules.linear import CompressedLinear
 from compressft.modules.structure import describe, rebuild
 from compressft.parts import MOST
+from compressft.phases import doing, phase, steps
 from compressft.shrink import resize, shapes
 from compressft.sparse import pack, unpack
 from compressft.texts import read_json
@@ -96,7 +97,7 @@ def hash_files(folder: Path) -> dict[str, str]:
     """Hash of every file of a folder but the manifest, by relative path."""
     return {
         str(path.relative_to(folder)): file_hash(path)
-        for path in sorted(folder.rglob("*"))
+        for path in steps(sorted(folder.rglob("*")), f"hashing {folder}")
         if path.is_file() and path.name != MANIFEST
     }
 
@@ -107,7 +108,7 @@ def verify_files(folder: Path, hashes: Mapping[str, str]) -> None:
     Raises:
         UserError: a file is missing or has changed; the message names it.
     """
-    for name, expected in hashes.items():
+    for name, expected in steps(list(hashes.items()), f"comparing the hashes of {folder}"):
         path = folder / name
         if not path.is_file():
             raise UserError(f"{path}: is missing; the folder is incomplete")
@@ -172,6 +173,7 @@ def plain_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]
     return plain, extra
 
 
+@phase("saving")
 def save_compressed(model: nn.Module, tokenizer: Any, folder: Path, info: Mapping[str, Any]) -> None:
     """Write a `model/` folder: Hugging Face layout with the real shapes, what only we know in files of our own.
 
@@ -350,6 +352,7 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             target.copy_(source)
 
 
+@phase("saving")
 def save_delta(
     model: nn.Module, tokenizer: Any, base: Mapping[str, Tensor], folder: Path, info: Mapping[str, Any]
 ) -> None:
@@ -371,7 +374,8 @@ def save_delta(
             for name, tensor in (plain | extra).items()
             if name not in base or base[name].shape != tensor.shape or not torch.equal(base[name], tensor)
         }
-        save_file(pack(changed, base), target / DELTA, metadata={"format": "pt"})
+        with doing("comparing with the base"):
+            save_file(pack(changed, base), target / DELTA, metadata={"format": "pt"})
         if tokenizer is not None:
             tokenizer.save_pretrained(target)
         manifest = {

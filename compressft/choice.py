@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
@@ -13,6 +14,9 @@ from compressft.errors import UserError
 
 # Cells of the cost axis; each of a model's parts rounds up by less than one.
 CELLS = 20_000
+# Choices that are measured at most, the share of a budget that is close enough to it, and the factor between table and
+# measurement that is believed at most.
+TRIALS, CLOSE, FARTHEST = 3, 0.93, 3.0
 
 
 def choose(
@@ -60,6 +64,58 @@ def choose(
             f"{_amount(table, min(cheapest))}; ask for no less, lower the floors or let whole layers go"
         )
     return min(found, key=lambda one: one[0])[1]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A choice, what the table says that it costs, and what a whole model of these shapes was measured to cost."""
+
+    shapes: list[dict[str, int]]
+    cost: float
+    measured: float
+
+
+def tried(
+    choosing: Callable[[float], list[dict[str, int]]],
+    table: CostTable,
+    budget: float,
+    measure: Callable[[Sequence[Shape]], float],
+) -> list[Trial]:
+    """Choices whose measured cost comes closer to the budget, which the table's sum of parts may be far from.
+
+    Each is made for what the table would say of a model that takes the budget, as the one before shows: parts that
+    ran one after the other in a large model take more, or less, than in a small one whose weights stay in a cache.
+
+    Args:
+        choosing: the best shapes that the table says cost no more than its argument.
+        measure: cost of a whole model.
+
+    Raises:
+        UserError: even the cheapest choice costs more, by the table.
+    """
+    trials: list[Trial] = []
+    most = budget
+    for _ in range(TRIALS):
+        try:
+            shapes = choosing(most)
+        except UserError:
+            if not trials:
+                raise
+            break
+        if any(shapes == one.shapes for one in trials):
+            break
+        trials.append(Trial(shapes, table.cost(shapes), measure(shapes)))
+        last = trials[-1]
+        if CLOSE * budget <= last.measured <= budget:
+            break
+        most = budget * min(max(last.cost / last.measured, 1 / FARTHEST), FARTHEST)
+    return trials
+
+
+def best(trials: Sequence[Trial], budget: float) -> Trial:
+    """The one that takes the most of the budget; where none holds it, the cheapest."""
+    holding = [one for one in trials if one.measured <= budget]
+    return max(holding, key=lambda one: one.measured) if holding else min(trials, key=lambda one: one.measured)
 
 
 def _loss(

@@ -16,6 +16,7 @@ import typer
 from rich.table import Table
 
 from compressft import __version__
+from compressft.collector import end_quickly, importing
 from compressft.errors import Interrupted, UserError, VerificationError, trouble
 from compressft.visible import PlainConsole
 from compressft.waiting import sleep_while_waiting
@@ -55,7 +56,7 @@ def run(
     output: Output = None,
     set: Set = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
-    smoke: Annotated[bool, typer.Option("--smoke", help="Everything on a few rows, in under a minute.")] = False,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Every step on a few rows: does it run at all?")] = False,
 ) -> None:
     """Train, compress, export, verify, measure and report."""
     from compressft.recipe import load_recipe
@@ -65,15 +66,17 @@ def run(
     if smoke:
         loaded = few_rows(loaded)
     # After the recipe, which is refused before seconds of imports.
-    from compressft.report import terminal_table
-    from compressft.run import run as run_recipe
+    with importing():
+        from compressft.measure import process_age
+        from compressft.report import terminal_table
+        from compressft.run import run as run_recipe
 
     # What schedulers and containers send, before and after training too.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _interrupt)
     folder = output or Path("runs") / loaded.name
     try:
-        report = run_recipe(loaded, folder, resume, err)
+        report = run_recipe(loaded, folder, resume, err, process_age())
     except (Interrupted, KeyboardInterrupt) as stop:
         options = "".join(f" --set {shlex.quote(s)}" for s in set or ()) + (" --smoke" if smoke else "")
         command = f"compressft run {shlex.quote(recipe)} --output {shlex.quote(str(folder))}{options} --resume"
@@ -179,7 +182,9 @@ def edge(
     shape: Annotated[
         list[str] | None, typer.Option(help="BATCHxLENGTH, repeatable (default 1x32, 1x128, 8x128).")
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads (default: all usable cores).")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads (default: OMP_NUM_THREADS, else all cores).")
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 3,
     json_file: Json = None,
 ) -> None:
@@ -270,6 +275,7 @@ def env() -> None:
 def main() -> None:
     """Entry point: turns exceptions into one line and an exit code."""
     sleep_while_waiting()
+    end_quickly()
     # Where peft is installed, transformers imports bitsandbytes, which recommends a hub package that nothing here uses.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:

@@ -33,14 +33,16 @@ def find(tensor: Tensor, old: Tensor) -> tuple[Tensor, Tensor] | None:
     Args:
         tensor, old: (out, in) fp32.
     """
-    difference = tensor.double() - old.double()
-    changed = difference != 0
+    changed = tensor != old
     rows, columns = _spread(changed.any(1)), _spread(changed.any(0))
-    if not len(rows) or not difference.isfinite().all():
+    if not len(rows) or not (tensor.isfinite().all() and old.isfinite().all()):
         return None
-    part, of_part = difference[rows][:, columns], tensor[rows][:, columns]
+    # In doubles the whole takes several times the tensor's memory, and most tensors end at the part.
+    of_part = tensor[rows][:, columns]
+    part = of_part.double() - old[rows][:, columns].double()
     if 2 * _rank(torch.linalg.svdvals(part), of_part) >= min(part.shape):
         return None
+    difference = tensor.double() - old.double()
     rank = _rank(torch.linalg.svdvals(difference), tensor)
     return nearest(difference, rank) if 2 * rank * sum(tensor.shape) < tensor.numel() else None
 

@@ -25,6 +25,13 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def default_threads() -> int:
+    """Threads of a runtime that is not told how many: what OMP_NUM_THREADS asks for, else all usable cores."""
+    # A list says how many in regions inside others.
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(asked) if asked.isdecimal() and int(asked) > 0 else usable_cores()
+
+
 def timed(call: Callable[[], Any], warmup: int = 5, least: int = 15, budget: float = 1.0) -> list[float]:
     """Milliseconds of single calls: `warmup` untimed ones, then at least `least` and up to `budget` seconds."""
     for _ in range(warmup):
@@ -54,21 +61,24 @@ def latencies(
     Args:
         models: (runtime, name) -> path; runtime "onnxruntime" takes a file, "torch" a `model/` folder.
         shapes: (batch, length) pairs.
+        threads: None: `default_threads`.
         rounds: the processes are interleaved this many times; of each model and shape the quietest round (least
             median) is reported, because what else a machine does can only slow a call down.
     """
-    threads = threads or usable_cores()
+    # The measured processes do without it.
+    from compressft.phases import steps
+
+    threads = threads or default_threads()
     quietest: dict[tuple[str, str, Shape], dict[str, float]] = {}
-    for _ in range(rounds):
-        for (runtime, name), path in models.items():
-            command = [sys.executable, "-m", "compressft.measure", runtime, str(path), str(threads), json.dumps(shapes)]
-            done = subprocess.run(command, capture_output=True, text=True, env=child_environment())
-            if done.returncode:
-                raise RuntimeError(f"measuring {path} failed:\n{done.stderr[-2000:]}")
-            for shape, samples in json.loads(done.stdout.splitlines()[-1]):
-                key, found = (runtime, name, tuple(shape)), quantiles(samples)
-                if key not in quietest or found["p50"] < quietest[key]["p50"]:
-                    quietest[key] = found
+    for (runtime, name), path in steps(list(models.items()) * rounds, "measuring latency"):
+        command = [sys.executable, "-m", "compressft.measure", runtime, str(path), str(threads), json.dumps(shapes)]
+        done = subprocess.run(command, capture_output=True, text=True, env=child_environment())
+        if done.returncode:
+            raise RuntimeError(f"measuring {path} failed:\n{done.stderr[-2000:]}")
+        for shape, samples in json.loads(done.stdout.splitlines()[-1]):
+            key, found = (runtime, name, tuple(shape)), quantiles(samples)
+            if key not in quietest or found["p50"] < quietest[key]["p50"]:
+                quietest[key] = found
     return [
         {
             "runtime": runtime,
@@ -177,9 +187,17 @@ def peak_memory() -> int:
     try:
         import resource
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        # macOS counts bytes, others kibibytes.
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     except ImportError:
         return getattr(info, "peak_wset", info.rss)
+
+
+def process_age() -> float:
+    """Seconds since this process was started."""
+    import psutil
+
+    return max(time.time() - psutil.Process().create_time(), 0.0)
 
 
 def hardware() -> dict[str, Any]:

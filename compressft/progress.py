@@ -6,17 +6,19 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 from transformers import TrainerCallback
 
 from compressft import ranks
 from compressft.data.tasks import Task
 from compressft.folder import RunFolder
+from compressft.phases import PATIENCE, SECONDS, columns, keep, phase, telling_itself
 
 
 class Reporter(TrainerCallback):
@@ -43,6 +45,8 @@ class Reporter(TrainerCallback):
         self._start = time.perf_counter()
         self._progress: Progress | None = None
         self._line = 0.0
+        self._evaluated = 0
+        self._telling = ExitStack()
         self._previous: dict[int, Any] = {}
         self._text = ""
 
@@ -54,20 +58,10 @@ class Reporter(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self._start = time.perf_counter()
         self._previous = _on_signals(self._stop)
+        self._telling.enter_context(telling_itself())
         if self.console.is_terminal:
-            columns = (
-                TextColumn("[bold]{task.fields[stage]}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("ETA"),
-                TimeRemainingColumn(),
-                TextColumn("{task.description}"),
-            )
-            self._progress = Progress(*columns, console=self.console)
-            self._bar = self._progress.add_task(
-                "", total=state.max_steps, completed=state.global_step, stage=self.stage
-            )
+            self._progress = Progress(*columns(self.stage), console=self.console)
+            self._bar = self._progress.add_task("", total=state.max_steps, completed=state.global_step)
             self._progress.start()
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -111,7 +105,14 @@ class Reporter(TrainerCallback):
         self._text = f"loss {logs['loss']:.3f}  {shown}"
         self._show(state)
 
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        self._evaluated += 1
+        if self._progress is None and self._due():
+            total = len(eval_dataloader) if eval_dataloader is not None else "?"
+            self._say(f"{self.stage}: step {state.global_step}, evaluating: {self._evaluated}/{total}")
+
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        self._evaluated = 0
         values = {k.removeprefix("eval_"): v for k, v in (metrics or {}).items()}
         others = ("runtime", "samples", "steps", "loss", "epoch", "model_preparation")
         wanted = ("loss", *(k for k in values if not k.startswith(others)))
@@ -127,13 +128,12 @@ class Reporter(TrainerCallback):
             }
         )
         if self.task.metric in row:
-            self.console.print(
+            self._say(
                 f"{self.stage}: step {state.global_step}/{state.max_steps}, validation {self.task.metric} "
-                f"{row[self.task.metric]:.4f}",
-                highlight=False,
-                soft_wrap=True,
+                f"{row[self.task.metric]:.4f}"
             )
 
+    @phase("saving")
     def on_save(self, args, state, control, **kwargs):
         written = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         info = {
@@ -148,6 +148,8 @@ class Reporter(TrainerCallback):
         # Each process has written its random state.
         ranks.wait()
         self.folder.publish(written, self.offset + state.global_step, info, self.keep)
+        if ranks.first():
+            keep(self.folder.root / SECONDS)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.close()
@@ -157,6 +159,7 @@ class Reporter(TrainerCallback):
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+        self._telling.close()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
@@ -170,14 +173,19 @@ class Reporter(TrainerCallback):
     def _show(self, state: Any) -> None:
         if self._progress is not None:
             self._progress.update(self._bar, description=self._text)
-        elif time.perf_counter() - self._line > 10:
-            self._line = time.perf_counter()
+        elif self._due():
             left = (self.seconds - self.spent) / max(state.global_step, 1) * (state.max_steps - state.global_step)
-            self.console.print(
-                f"{self.stage}: step {state.global_step}/{state.max_steps}  {self._text}  ETA {left:.0f} s",
-                highlight=False,
-                soft_wrap=True,
-            )
+            self._say(f"{self.stage}: step {state.global_step}/{state.max_steps}  {self._text}  ETA {left:.0f} s")
+
+    def _due(self) -> bool:
+        """Whether it is time for another line."""
+        now = time.perf_counter()
+        due = now - self._line > PATIENCE
+        self._line = now if due else self._line
+        return due
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, highlight=False, soft_wrap=True)
 
 
 def _amount(name: str, value: float) -> str:

@@ -17,8 +17,10 @@ from compressft.folder import RunFolder, open_folder
 from compressft.foreign import load_config
 from compressft.identity import identify, with_threads
 from compressft.labels import in_order_of, refuse_alike
-from compressft.memory import keep_freed_memory
+from compressft.measure import peak_memory
+from compressft.memory import keep_freed_memory, release
 from compressft.model import load_tokenizer, resolve
+from compressft.phases import SECONDS, Clock, keep, kept, phase, seconds, watched
 from compressft.quiet import quiet_libraries
 from compressft.recipe import Recipe
 from compressft.report import load_metrics, write_report
@@ -28,7 +30,9 @@ from compressft.visible import PlainConsole
 INFO_KEYS = ("task", "labels", "max_length", "columns", "metric")
 
 
-def run(recipe: Recipe, output: str | Path, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
+def run(
+    recipe: Recipe, output: str | Path, resume: bool = False, console: Console | None = None, spent: float = 0.0
+) -> dict[str, Any]:
     """Run a recipe into a directory.
 
     Where torchrun has started several processes, all train and the first alone writes, exports and tells.
@@ -37,6 +41,7 @@ def run(recipe: Recipe, output: str | Path, resume: bool = False, console: Conso
         output: the run directory (layout: README).
         resume: go on with an interrupted run of the same recipe.
         console: where progress goes; standard error by default.
+        spent: seconds that went by before, of imports: the report counts them as loading.
 
     Returns:
         the report (the content of `report/report.json`), in every process.
@@ -53,7 +58,8 @@ def run(recipe: Recipe, output: str | Path, resume: bool = False, console: Conso
         console = Console(quiet=True)
     quiet_libraries()
     keep_freed_memory()
-    with open_folder(output, recipe, resume) as folder:
+    with open_folder(output, recipe, resume) as folder, watched(console, Clock(spent)) as clock:
+        clock.add(kept(folder.root / SECONDS))
         threads = ranks.shared(identify(folder.root, recipe, console) if ranks.first() else None)
         with with_threads(threads):
             return _run(recipe, folder, console)
@@ -104,15 +110,20 @@ def ship(
     """Save the trained model, export it and write the report, which is returned."""
     save_compressed(model, task.tokenizer, folder.root / "model", info)
     sample = task.encode(splits.validation[:SETTLE_ROWS])
-    loaded = load_compressed(folder.root / "model")
+    with phase("loading"):
+        loaded = load_compressed(folder.root / "model")
     before, after = (settled(one, task, sample, recipe.evaluation_batch) for one in (model, loaded))
     unchanged("saving and loading model/", before, after)
+    del loaded
     base = recipe.model
     if recipe.delta_from is not None:
         base, info = str(folder.stage(recipe.delta_from)), {**info, "from_stage": recipe.delta_from}
     save_delta(model, task.tokenizer, base_tensors(base, type(model).__name__), folder.root / "delta", info)
+    # Export reads what was saved.
+    release(model)
     report = complete(export(recipe, folder.root, splits, console), recipe, stages)
-    write_report(report, load_metrics(folder.metrics), folder.root / "report")
+    keep(folder.root / SECONDS)
+    report = write_report(report, load_metrics(folder.metrics), folder.root / "report", seconds)
     # The teachers' answers, hundreds of megabytes, that only a resumed training would read.
     shutil.rmtree(folder.root / "cache", ignore_errors=True)
     return report
@@ -124,12 +135,15 @@ def complete(exported: dict[str, Any], recipe: Recipe, stages: list[dict[str, An
     tail = {
         "stages": stages,
         "training": training_figures(stages),
+        # Export and verification included: the system counts from the process's start.
+        "peak_memory_bytes": max(peak_memory(), *(s["peak_memory_bytes"] for s in stages)),
         "recipe_hash": recipe.hash,
         "recipe": recipe.to_yaml(),
     }
     return head | exported | tail
 
 
+@phase("loading")
 def load_task(recipe: Recipe, tokenizer: Any) -> tuple[Task, Splits]:
     """The recipe's rows, and its task with the labels of all training rows as given."""
     kind = TASKS[recipe.task]

@@ -43,6 +43,7 @@ from compressft.parts import (
 )
 
 PROBED = 8
+ROWS_AT_ONCE = 1024
 
 
 def pack(tensors: Mapping[str, Tensor], base: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -55,7 +56,8 @@ def pack(tensors: Mapping[str, Tensor], base: Mapping[str, Tensor] | None = None
     for name, tensor in tensors.items():
         forms = [{name: tensor}]
         if tensor.dim() == 2 and tensor.is_floating_point():
-            forms.append(_pruned(name, tensor))
+            if not _too_many(int(tensor.count_nonzero()), tensor):
+                forms.append(_pruned(name, tensor))
             old = (base or {}).get(name)
             if old is not None and old.dim() == 2 and old.dtype == tensor.dtype:
                 same = old.shape == tensor.shape
@@ -196,10 +198,23 @@ def _load(parts: Mapping[str, Tensor], prefix: str, shape: torch.Size, values: T
     return mask
 
 
+def _too_many(entries: int, tensor: Tensor) -> bool:
+    """Whether so many entries and their places take no less than the tensor itself."""
+    places = tensor.shape[0] * -(-tensor.shape[1] // 8)
+    return entries * tensor.element_size() + places >= tensor.nbytes
+
+
+def _at(tensor: Tensor, mask: Tensor) -> Tensor:
+    """tensor[mask] by parts: the whole would take an index of 16 bytes an entry."""
+    return torch.cat(
+        [values[here] for values, here in zip(*(one.split(ROWS_AT_ONCE) for one in (tensor, mask)), strict=True)]
+    )
+
+
 def _pruned(name: str, tensor: Tensor) -> dict[str, Tensor]:
     mask = tensor != 0
     # Neither the columns nor the rows can be told from the places.
-    return {**_store(name + "#", mask), name + VALUES: tensor[mask], name + SHAPE: torch.tensor(tensor.shape)}
+    return {**_store(name + "#", mask), name + VALUES: _at(tensor, mask), name + SHAPE: torch.tensor(tensor.shape)}
 
 
 def _against(name: str, tensor: Tensor, old: Tensor) -> list[dict[str, Tensor]]:
@@ -213,7 +228,8 @@ def _against(name: str, tensor: Tensor, old: Tensor) -> list[dict[str, Tensor]]:
             lines = (tensor != old).any(dim).nonzero().flatten()[:PROBED]
             some, before = tensor.index_select(1 - dim, lines), old.index_select(1 - dim, lines)
             for most in (1, 127):
-                if stored_bytes(_stepped(name, some, before, most, dim)) < some.nbytes / 2:
+                plain = stored_bytes(_corrected(name, some, before))
+                if stored_bytes(_stepped(name, some, before, most, dim)) < min(some.nbytes / 2, plain):
                     forms.append(_stepped(name, tensor, old, most, dim))
         factors = find(tensor, old)
         if factors is not None:
@@ -224,21 +240,26 @@ def _against(name: str, tensor: Tensor, old: Tensor) -> list[dict[str, Tensor]]:
 
 
 def _corrected(name: str, tensor: Tensor, close: Tensor, always: bool = False) -> dict[str, Tensor]:
-    """The parts that make a tensor of a close one; none where nothing differs, unless `always`."""
+    """The parts that make a tensor of a close one; none where nothing differs, unless `always`.
+
+    The tensor itself where that is no more: no form that has it among its parts is the smallest.
+    """
     wrong = tensor != close
     if not (always or wrong.any()):
         return {}
     parts: dict[str, Tensor] = {}
     if tensor.dtype == torch.float32:
-        # The bits of floats of one sign count them.
-        further = tensor.view(torch.int32).long() - close.view(torch.int32)
-        near = wrong & (further.abs() <= 127)
+        # The bits of floats of one sign count them; of two signs their difference may not fit.
+        further = tensor.view(torch.int32) - close.view(torch.int32)
+        near = wrong & (tensor.signbit() == close.signbit()) & (further.abs() <= 127)
         if near.any():
-            parts = {**_store(f"{name}{NUDGED}_", near), name + NUDGED: further[near].to(torch.int8)}
+            parts = {**_store(f"{name}{NUDGED}_", near), name + NUDGED: _at(further, near).to(torch.int8)}
             wrong = wrong & ~near
             if not wrong.any():
                 return parts
-    return {**parts, **_store(f"{name}{CHANGED}_", wrong), name + CHANGED: tensor[wrong]}
+    if _too_many(int(wrong.sum()), tensor):
+        return {name: tensor}
+    return {**parts, **_store(f"{name}{CHANGED}_", wrong), name + CHANGED: _at(tensor, wrong)}
 
 
 def _stepped(name: str, tensor: Tensor, old: Tensor, most: int, dim: int) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from torch import nn
 from compressft import ranks
 from compressft.anatomy import positions
 from compressft.checkpoint import load_compressed, save_compressed
+from compressft.collector import importing
 from compressft.costs import CostTable
 from compressft.data import Splits, Task, make_task
 from compressft.errors import Interrupted, UserError, VerificationError
@@ -23,7 +24,7 @@ from compressft.export.cache import has_cache
 from compressft.export.flow import sample_batch
 from compressft.export.refuse import refuse_attention, refuse_lengths, refuse_model
 from compressft.export.session import by_row
-from compressft.export.table import Deployment, measure_reference, measure_table
+from compressft.export.table import Deployment, measure_reference, measure_shapes, measure_table
 from compressft.export.verify import model_run
 from compressft.finite import refuse_update
 from compressft.flops import FLOPS_LENGTH, flops
@@ -31,6 +32,7 @@ from compressft.folder import RunFolder
 from compressft.foreign import load_config
 from compressft.labels import reorder
 from compressft.measure import peak_memory
+from compressft.memory import give_back
 from compressft.model import (
     answers_others,
     checkpoint_activations,
@@ -41,6 +43,7 @@ from compressft.model import (
     resolve,
 )
 from compressft.passes.int8 import Int8
+from compressft.phases import SECONDS, keep, phase
 from compressft.recipe import EVALUATION_BATCH, Recipe, Stage
 from compressft.shrink import shapes
 from compressft.target import Target
@@ -66,22 +69,9 @@ def train_stages(
     Returns:
         the trained model on the CPU, the task with the tokenizer that it now has, and one record per stage.
     """
-    from transformers import set_seed
-
-    set_seed(recipe.stages[0].train.seed)
-    model = load_model(recipe.model, task.auto_class, new_head=True, **task.model_arguments())
-    if answers_others(load_config(resolve(recipe.model)), task.model_arguments()):
-        console.print(f"{recipe.model}: its head is for other labels; a new one is trained", soft_wrap=True)
-    check_vocabulary(recipe.model, model, task.tokenizer)
-    folder.check_space(sum(p.numel() * p.element_size() for p in model.parameters()))
+    with phase("loading"):
+        model, rows, costs, base = start(recipe, folder, task, splits, console)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    base = {"shapes": shapes(model), "parameters": count(model)["total"], "flops": flops(model, FLOPS_LENGTH)}
-    rows = StageRows(task, splits)
-    check_positions(recipe, model, rows)
-    refuse_model(recipe, model)
-    refuse_lengths(recipe, model, lambda: row_lengths(rows))
-    refuse_attention(recipe, model, sample_batch(task, {"train": rows.train}))
-    costs = known_costs(recipe, folder, model, rows, console)
     records: list[dict[str, Any]] = []
     for stage in recipe.stages:
         record = folder.finished(stage.name)
@@ -91,14 +81,45 @@ def train_stages(
             record["base"] = base
             if ranks.first():
                 save_compressed(model, rows.task.tokenizer, folder.stage(stage.name), {**info, "stage": record})
+                keep(folder.root / SECONDS)
             ranks.wait()
         else:
-            model = load_compressed(folder.stage(stage.name))
+            with phase("loading"):
+                model = load_compressed(folder.stage(stage.name))
             tokenizer = load_tokenizer(str(folder.stage(stage.name)))
             if len(tokenizer) != len(rows.task.tokenizer):
                 rows.retokenise(tokenizer)
         records.append(record)
+        give_back()
     return model.cpu().eval(), rows.task, records
+
+
+def start(
+    recipe: Recipe, folder: RunFolder, task: Task, splits: Splits, console: Console
+) -> tuple[Any, StageRows, dict[str, Any], dict[str, Any]]:
+    """The model that training begins with, its rows, what parts of it cost, and what a report says of it.
+
+    Raises:
+        UserError: rows, recipe or disk do not go with it; nothing has been trained yet.
+    """
+    with importing():
+        from transformers import set_seed
+
+        # With the model's own module.
+        set_seed(recipe.stages[0].train.seed)
+        model = load_model(recipe.model, task.auto_class, new_head=True, **task.model_arguments())
+    if answers_others(load_config(resolve(recipe.model)), task.model_arguments()):
+        console.print(f"{recipe.model}: its head is for other labels; a new one is trained", soft_wrap=True)
+    check_vocabulary(recipe.model, model, task.tokenizer)
+    folder.check_space(sum(p.numel() * p.element_size() for p in model.parameters()))
+    base = {"shapes": shapes(model), "parameters": count(model)["total"], "flops": flops(model, FLOPS_LENGTH)}
+    rows = StageRows(task, splits)
+    check_positions(recipe, model, rows)
+    refuse_model(recipe, model)
+    refuse_lengths(recipe, model, lambda: row_lengths(rows))
+    refuse_attention(recipe, model, sample_batch(task, {"train": rows.train}))
+    costs = known_costs(recipe, folder, model, rows, console)
+    return model, rows, costs, base
 
 
 def check_vocabulary(name: str, model: Any, tokenizer: Any) -> None:
@@ -115,6 +136,7 @@ def check_vocabulary(name: str, model: Any, tokenizer: Any) -> None:
         )
 
 
+@phase("loading")
 def check_positions(recipe: Recipe, model: nn.Module, rows: StageRows) -> None:
     """Refuse rows, and shapes to measure, that are longer than the model's table of positions.
 
@@ -151,6 +173,7 @@ class StageRows:
         self.task = task
         self._encode()
 
+    @phase("loading")
     def _encode(self) -> None:
         self.train = self.task.encode(self.splits.train)
         self.unlabelled = self.task.encode_unlabelled(self.splits.unlabelled)
@@ -190,10 +213,11 @@ def train_stage(
     costs: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Train one stage in place, from its newest checkpoint where there is one; returns its record."""
-    from transformers import set_seed
+    with phase("loading"), importing():
+        from transformers import set_seed
 
-    from compressft.progress import Reporter
-    from compressft.trainer import CompressionTrainer
+        from compressft.progress import Reporter
+        from compressft.trainer import CompressionTrainer
 
     set_seed(stage.train.seed)
     shapes_before = shapes(model)
@@ -208,8 +232,9 @@ def train_stage(
         folder=folder.root / "cache" / (f"process-{ranks.number()}" if ranks.number() else ""),
         **costs,
     )
-    for transform in stage.transforms:
-        transform.prepare(model, context)
+    with phase("search"):
+        for transform in stage.transforms:
+            transform.prepare(model, context)
     task = rows.task
     trainable = count(model)["trainable"]
     if not trainable:
@@ -238,7 +263,8 @@ def train_stage(
         if checkpoint and done:
             trainer.restore(checkpoint)
         else:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            with phase("training"):
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if reporter.interrupted and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(f"stopped at step {trainer.state.global_step} of stage {stage.name!r}; saved")
     refuse_update(model, trainer.state.global_step, stage.train.learning_rate, stage.train.weight_decay)
@@ -253,6 +279,7 @@ def train_stage(
     if live_weights(model) > live:
         raise VerificationError(f"stage {stage.name!r}: finalize brought pruned weights back; the model is not saved")
     unchanged(f"stage {stage.name!r}: finalize", masked, settled(model, task, sample, size))
+    model.zero_grad()
     seconds, steps = reporter.seconds, trainer.state.global_step
     return {
         "name": stage.name,
@@ -280,22 +307,25 @@ def known_costs(
     architecture, config, options = type(model), copy.deepcopy(model.config), recipe.export
     quantisers = [p for stage in recipe.stages for p in stage.passes if p.order == QUANTISES]
 
+    def deployment(precision: str) -> Deployment:
+        int8 = next((p for p in reversed(quantisers) if isinstance(p, Int8)), Int8())
+        return Deployment(
+            architecture,
+            config,
+            sample_batch(rows.task, {"train": rows.train}),
+            int8 if precision == "int8" else None,
+            options.attention,
+            options.threads,
+            options.latency_rounds,
+            has_cache(recipe),
+        )
+
     def latency(target: Target, precision: str) -> CostTable:
         def compute() -> dict[str, Any]:
             console.print("measuring what heads and neurons cost on this machine", highlight=False)
-            int8 = next((p for p in reversed(quantisers) if isinstance(p, Int8)), Int8())
-            deployment = Deployment(
-                architecture,
-                config,
-                sample_batch(rows.task, {"train": rows.train}),
-                int8 if precision == "int8" else None,
-                options.attention,
-                options.threads,
-                options.latency_rounds,
-                has_cache(recipe),
-            )
-            table = measure_table(deployment, target.batch, target.length)
-            reference = measure_reference(deployment, target.batch, target.length, table.about["between_nodes"])
+            ships = deployment(precision)
+            table = measure_table(ships, target.batch, target.length)
+            reference = measure_reference(ships, target.batch, target.length, table.about["between_nodes"])
             rounds = table.about.get("rounds") or [1.0]
             if max(rounds) > BUSY * min(rounds):
                 times = ", ".join(f"{ms:.2f}" for ms in rounds)
@@ -309,9 +339,15 @@ def known_costs(
         key = f"latency-{target.batch}x{target.length}-{precision}"
         return CostTable.model_validate(folder.memo(key, compute))
 
-    return {"base": shapes(model), "ships": quantisers[-1].type if quantisers else "fp32", "latency": latency}
+    def whole(target: Target, precision: str, layers: Sequence[Mapping[str, int]]) -> float:
+        between = latency(target, precision).about["between_nodes"]
+        return measure_shapes(deployment(precision), layers, target, between)
+
+    ships = quantisers[-1].type if quantisers else "fp32"
+    return {"base": shapes(model), "ships": ships, "latency": latency, "whole": whole}
 
 
+@phase("verification")
 def settled(model: nn.Module, task: Task, sample: Sequence[Any], batch: int) -> list[np.ndarray]:
     """Logits per row for `unchanged`; of a vocabulary some of the pieces, the same for every token."""
     run = model_run(model, task)

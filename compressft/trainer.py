@@ -21,7 +21,9 @@ from compressft import ranks
 from compressft.data.tasks import IGNORE, Task
 from compressft.errors import UserError
 from compressft.finite import broken_term, refuse_update
+from compressft.memory import trim
 from compressft.modules.kinds import Extra
+from compressft.phases import phase
 from compressft.precision import autocast_dtype
 from compressft.recipe import TrainConfig
 from compressft.transform import TASK_LOSS, Context, Transform, ungrouped
@@ -85,6 +87,17 @@ class Hooks(TrainerCallback):
                 transform.after_step(model, step / max(state.max_steps, 1))
 
 
+class Trims(TrainerCallback):
+    """Gives free memory back after steps 1, 2, 4, 8, ...: gradients and moments first come to lie between activations.
+
+    Later steps find the heap as they leave it, and keep what they free.
+    """
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step & (state.global_step - 1) == 0:
+            trim()
+
+
 class CompressionTrainer(Trainer):
     """transformers.Trainer with the Transforms' loss terms, parameter groups and hooks.
 
@@ -122,7 +135,7 @@ class CompressionTrainer(Trainer):
             eval_dataset=sorted(eval_features, key=lambda f: -len(f["input_ids"])),  # type: ignore[arg-type]
             compute_metrics=_metrics(task),
             preprocess_logits_for_metrics=_evidence(task),
-            callbacks=[Hooks(self.transforms), *callbacks],
+            callbacks=[Hooks(self.transforms), Trims(), *callbacks],
         )
         self.remove_callback(PrinterCallback)
         if ranks.count() > 1:
@@ -186,12 +199,15 @@ class CompressionTrainer(Trainer):
             ranks.average_gradients(self.model)  # type: ignore[arg-type]
         return loss
 
+    @phase("saving")
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with _python_files():
             super()._save_checkpoint(*args, **kwargs)
 
+    @phase("evaluation")
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As the Trainer's, but it draws no random number: a checkpoint of the same step may be written before it."""
+        trim()
         with torch.random.fork_rng(devices=[]):
             return super().evaluate(*args, **kwargs)
 

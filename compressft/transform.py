@@ -79,6 +79,7 @@ class Context:
         ships: arithmetic of the model that the recipe ends with: "fp32" or the quantising pass's type.
         latency: (target, arithmetic) -> what parts of the recipe's model cost on this machine; None where nothing can
             be measured.
+        whole: (target, arithmetic, shapes) -> milliseconds of a whole model of these shapes on this machine, likewise.
     """
 
     transforms: Sequence[Transform] = ()
@@ -93,6 +94,7 @@ class Context:
     base: Sequence[Mapping[str, int]] | None = None
     ships: str = "fp32"
     latency: Callable[[Target, str], CostTable] | None = None
+    whole: Callable[[Target, str, Sequence[Mapping[str, int]]], float] | None = None
 
     def teacher(self, name: str) -> nn.Module:
         """A teacher by name, frozen, in eval mode, loaded once."""

@@ -1,6 +1,7 @@
 """For every test: no model hub, one torch thread, the share of cases that runs, and its CPU seconds."""
 
 import copy
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -9,6 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from compressft.collector import end_quickly
 from tests.budget import Budget
 from tests.command_line import call  # noqa: F401 - a fixture for all
 from tests.share import Share
@@ -50,6 +52,14 @@ def _kept_registry():
     ONNXRegistry.from_torchlib = classmethod(make)
 
 
+def pytest_collection_finish(session):
+    # A million objects of imports, which every full collection would go through; an export makes as many again.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 10, 10)
+
+
 def pytest_configure(config):
+    end_quickly()
     config.pluginmanager.register(Share())
     config.pluginmanager.register(Budget(config))

@@ -392,7 +392,7 @@ def test_plan_is_printed(call, recipe):
     done = call("plan", recipe(), "--memory", "64GiB")
     assert (done.code, done.err) == (0, "")
     lines = done.out.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["only", "peak", "budget 65536 MiB"]
+    assert [line.split(":")[0] for line in lines] == ["only", "saving", "export", "peak", "budget 65536 MiB"]
     assert lines[-1].endswith("fits")
 
 

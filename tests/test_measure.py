@@ -7,7 +7,16 @@ import pytest
 import torch
 
 import compressft
-from compressft.measure import hardware, latencies, quantiles, timed, usable_cores, versions
+from compressft.measure import (
+    default_threads,
+    hardware,
+    latencies,
+    process_age,
+    quantiles,
+    timed,
+    usable_cores,
+    versions,
+)
 
 
 def test_timed_counts_and_measures():
@@ -20,6 +29,22 @@ def test_timed_counts_and_measures():
 def test_timed_uses_its_budget():
     samples = timed(lambda: time.sleep(0.001), warmup=0, least=1, budget=0.05)
     assert sum(samples) >= 45
+
+
+@pytest.mark.parametrize(
+    ("asked", "threads"), [("1", 1), ("3", 3), ("2,4", 2), (" 5 ", 5), ("", None), ("0", None), ("many", None)]
+)
+def test_threads_are_those_asked_for(monkeypatch, asked, threads):
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert default_threads() == (threads or usable_cores())
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert default_threads() == usable_cores()
+
+
+def test_the_process_has_an_age():
+    before = process_age()
+    time.sleep(0.02)
+    assert 0 < before < process_age() < before + 5
 
 
 def test_quantiles():

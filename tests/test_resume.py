@@ -211,7 +211,7 @@ def kill_and_resume(recipe: Path, folder: Path, points: list[str]) -> None:
 
 
 NAMES = {".lock", "recipe.yaml", "identity.json", "metrics.jsonl"}
-NAMES |= {"checkpoints", "delta", "model", "onnx", "report", "stages"}
+NAMES |= {"checkpoints", "delta", "memo", "model", "onnx", "report", "stages"}
 
 
 def test_killed_and_resumed(recipe, reference, tmp_path):

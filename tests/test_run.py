@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +21,7 @@ from safetensors import safe_open
 from compressft import cli
 from compressft.checkpoint import load_compressed
 from compressft.model import load_tokenizer, resolve
+from compressft.plan import plan
 from compressft.recipe import load_recipe
 from compressft.run import load_task
 
@@ -30,6 +32,8 @@ REPORT_KEYS = {
     "parameters": {"base", "total", "trainable", "nonzero"},
     "training": {"seconds", "examples_per_second", "tokens_per_second", "peak_memory_bytes"},
 }
+# Seconds that the finished run took, by its folder.
+WALL: dict[Path, float] = {}
 LATENCY_KEYS = {"runtime", "model", "batch", "length", "p50", "p90", "threads"}
 
 
@@ -60,12 +64,14 @@ def finished(tmp_path_factory, smoke) -> Path:
     """The directory of a finished `compressft run banking77-edge --smoke`; tests must not change it."""
     folder = tmp_path_factory.mktemp("smoke") / "run"
     paths = os.pathsep.join(p for p in sys.path if p)
+    begun = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-m", "compressft", *smoke, "--output", str(folder)],
         env={**os.environ, "PYTHONPATH": paths},
         capture_output=True,
         text=True,
     )
+    WALL[folder] = time.perf_counter() - begun
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert str(folder / "onnx" / "model.onnx") in done.stdout.replace("\n", "")
@@ -115,6 +121,21 @@ def fingerprint(folder: Path) -> dict[str, tuple[int, str]]:
 
 def operators(path: Path) -> Counter:
     return Counter(node.op_type for node in onnx.load(str(path)).graph.node)
+
+
+def test_all_seconds_are_in_the_report(finished, report):
+    spent = report["seconds"]
+    assert {"loading", "search", "training", "evaluation", "saving", "export", "verification", "latency"} <= set(spent)
+    # Python's own start and end are in no phase.
+    assert 0.98 * WALL[finished] - 3.0 < sum(spent.values()) < WALL[finished]
+    assert spent["other"] < 0.1 * sum(spent.values())
+
+
+def test_the_peak_is_the_whole_runs_and_was_planned(finished, report):
+    """Of the process, export and verification included; the plan is from shapes alone."""
+    peak = report["peak_memory_bytes"]
+    assert peak >= max(stage["peak_memory_bytes"] for stage in report["stages"])
+    assert 0.9 * peak < plan(load_recipe(finished / "recipe.yaml")).peak < 1.25 * peak
 
 
 def test_directory_has_what_the_contract_lists(finished):

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from compressft.anatomy import anatomy
-from compressft.choice import CELLS, choose, choose_by_importance, sizes_allowed
+from compressft.choice import CELLS, best, choose, choose_by_importance, sizes_allowed, tried
 from compressft.costs import CostTable, LayerCosts, counted, monotone
 from compressft.errors import UserError
 from compressft.model import count
@@ -307,3 +307,38 @@ def test_targets_that_nothing_can_cost_are_refused():
     with pytest.raises(UserError, match=r"ships in int4, .* set target.precision to int8 or fp32"):
         cost_table(tiny(), Target(bytes=9), Context(ships="int4"), "pass x")
     cost_table(tiny(), Target(parameters=0.5), Context(ships="int4"), "pass x")
+
+
+# Choices that are measured.
+
+LOSSES = [{1: 3.0, 2: 1.0, 3: 0.5, 4: 0.0}] * 4, [{8: 4.0, 16: 2.0, 24: 1.0, 40: 0.5, 64: 0.0}] * 4
+
+
+@pytest.mark.parametrize("off", [0.4, 0.6, 1.0, 1.5])
+def test_what_a_whole_model_takes_corrects_the_table(off):
+    """A whole model that takes `off` of what its parts add up to: the budget is used, and held."""
+    budget, measured = 44.0, []
+
+    def measure(shapes):
+        measured.append(off * TABLE.cost(shapes))
+        return measured[-1]
+
+    found = best(tried(lambda most: choose(TABLE, most, *LOSSES), TABLE, budget, measure), budget)
+    assert found.measured <= budget
+    # No finer choice than the sizes allow, and no more than the whole model is there.
+    whole = off * TABLE.cost(layers(*[(4, 64)] * 4))
+    assert found.measured >= 0.9 * min(budget, whole)
+    assert len(measured) <= 3
+    if off == 0.4:
+        assert measured[0] < 0.5 * budget, "the table alone would have removed far more than was asked"
+
+
+def test_a_budget_that_no_choice_holds_gets_the_cheapest():
+    def measure(shapes):
+        return 60.0 + TABLE.cost(shapes)
+
+    trials = tried(lambda most: choose(TABLE, most, *LOSSES), TABLE, 60.0, measure)
+    assert len(trials) == 2
+    assert best(trials, 60.0).measured == min(one.measured for one in trials) < trials[0].measured
+    with pytest.raises(UserError, match="cannot be reached"):
+        tried(lambda most: choose(TABLE, most, *LOSSES), TABLE, 5.0, measure)

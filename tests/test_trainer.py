@@ -336,6 +336,15 @@ def test_evaluation_of_a_language_model_holds_one_batch_of_logits(tmp_path):
     assert found["eval_perplexity"] == pytest.approx(surprise.exp().item(), rel=1e-5)
 
 
+def test_free_memory_goes_back_after_the_first_steps_and_before_an_evaluation(tmp_path, monkeypatch):
+    calls = []
+    t = trainer(tmp_path, max_steps=6, batch_size=16)
+    monkeypatch.setattr("compressft.trainer.trim", lambda: calls.append(t.state.global_step))
+    t.train()
+    # One epoch is one step here, and each ends with an evaluation.
+    assert calls == [1, 1, 2, 2, 3, 4, 4, 5, 6]
+
+
 # Precision.
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,10 +15,19 @@ from compressft.data.fields import Fields
 from compressft.data.rows import ROW_KEY, Row
 from compressft.data.words import wants_blanks, with_blanks
 from compressft.errors import UserError
+from compressft.phases import phase, steps
 
 IGNORE = -100
 # More tokens than any row has.
 UNCUT = 2**30
+ROWS_AT_ONCE = 1000
+ENCODING = "encoding rows"
+
+
+def _at_once(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+    """The rows in parts that a tokenizer takes in one call."""
+    parts = [rows[i : i + ROWS_AT_ONCE] for i in range(0, len(rows), ROWS_AT_ONCE)]
+    return steps(parts, ENCODING)
 
 
 class Task(ABC):
@@ -83,6 +92,7 @@ class Task(ABC):
             batch[key] = torch.tensor([f[key] + [fill] * (width - len(f[key])) for f in features])
         return batch
 
+    @phase("loading")
     def cut(self, rows: Sequence[Row]) -> str | None:
         """How many rows are longer than `max_length` and lose their end, in a sentence; None where none does."""
         whole = type(self)(self.tokenizer, UNCUT, self.labels).encode(rows) if rows else []
@@ -108,11 +118,14 @@ class Task(ABC):
         return self.label_ids[value]
 
     def _tokenise(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
-        pairs = [row["text_b"] for row in rows] if rows and "text_b" in rows[0] else None
-        encoded = self.tokenizer(
-            [row["text"] for row in rows], pairs, truncation=True, max_length=self.max_length, padding=False
-        )
-        return [self._feature(encoded, i, row) for i, row in enumerate(rows)]
+        found: list[dict[str, Any]] = []
+        for some in _at_once(rows):
+            pairs = [row["text_b"] for row in some] if "text_b" in some[0] else None
+            encoded = self.tokenizer(
+                [row["text"] for row in some], pairs, truncation=True, max_length=self.max_length, padding=False
+            )
+            found += [self._feature(encoded, i, row) for i, row in enumerate(some)]
+        return found
 
     def _feature(self, encoded: Any, i: int, row: Row) -> dict[str, list[int]]:
         """Row `i` of a tokenizer's output; UserError where it has no token, as an empty text has for most decoders."""
@@ -198,20 +211,20 @@ class TokenClassification(Task):
         return tuple(sorted({tag for row in rows for tag in row["tags"]}))
 
     def encode(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
-        if not rows:
-            return []
-        words = [row["tokens"] for row in rows]
-        if wants_blanks(self.tokenizer):
-            words = [with_blanks(row) for row in words]
-        encoded = self.tokenizer(words, is_split_into_words=True, truncation=True, max_length=self.max_length)
         features = []
-        for i, row in enumerate(rows):
-            feature = self._feature(encoded, i, row)
-            if "tags" in row:
-                if len(row["tags"]) != len(row["tokens"]):
-                    raise UserError(f"data: {row[ROW_KEY]}: {len(row['tags'])} tags for {len(row['tokens'])} tokens")
-                feature["labels"] = self._align(encoded.word_ids(i), row)
-            features.append(feature)
+        for some in _at_once(rows):
+            words = [row["tokens"] for row in some]
+            if wants_blanks(self.tokenizer):
+                words = [with_blanks(row) for row in words]
+            encoded = self.tokenizer(words, is_split_into_words=True, truncation=True, max_length=self.max_length)
+            for i, row in enumerate(some):
+                feature = self._feature(encoded, i, row)
+                if "tags" in row:
+                    if len(row["tags"]) != len(row["tokens"]):
+                        tags = f"{len(row['tags'])} tags for {len(row['tokens'])} tokens"
+                        raise UserError(f"data: {row[ROW_KEY]}: {tags}")
+                    feature["labels"] = self._align(encoded.word_ids(i), row)
+                features.append(feature)
         return features
 
     def cut(self, rows: Sequence[Row]) -> str | None:
@@ -286,10 +299,10 @@ class CausalLM(Task):
 
     def encode(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
         if rows and "prompt" in rows[0]:
-            return [self._answered(row) for row in rows]
+            return [self._answered(row) for row in steps(rows, ENCODING)]
         end = self.tokenizer.eos_token_id
         stream: list[int] = []
-        for row in rows:
+        for row in steps(rows, ENCODING):
             stream += self.tokenizer(row["text"], add_special_tokens=False)["input_ids"]
             if end is not None:
                 stream.append(end)

@@ -29,15 +29,17 @@ from compressft.export.continuation import continue_rows
 from compressft.export.fold import fold
 from compressft.export.fuse import fuse_qattention
 from compressft.export.locate import diverging_layer
-from compressft.export.onnx import save, to_graph
+from compressft.export.onnx import drop_weights, save, to_graph
 from compressft.export.portable import portability
 from compressft.export.reached import reached, shapes_to_time
 from compressft.export.refuse import refuse_model
 from compressft.export.verify import Check, model_run, scored, verify
 from compressft.flops import FLOPS_LENGTH, flops
 from compressft.measure import hardware, latencies, versions
+from compressft.memory import give_back, release
 from compressft.model import count, load_model, load_tokenizer
 from compressft.modules.structure import describe
+from compressft.phases import doing, phase
 from compressft.recipe import Recipe
 from compressft.shrink import shapes
 
@@ -51,6 +53,7 @@ SHIPPED_FIELDS = ("task", "labels", "max_length", "columns", "metric", "model")
 EVALUATED = ("validation", "test")
 
 
+@phase("export")
 def export(recipe: Recipe, root: Path, splits: Splits, console: Console) -> dict[str, Any]:
     """Export `root/model` to `root/onnx`, prove it and measure it.
 
@@ -82,6 +85,7 @@ def export(recipe: Recipe, root: Path, splits: Splits, console: Console) -> dict
         own = make_task(recipe.task, load_tokenizer(str(baseline)), recipe.data.max_length, manifest["labels"])
         features = own.encode(getattr(splits, split))
         quality["baseline"] = score(dense, own, features, recipe)
+        release(dense)
     if not recipe.export.enabled:
         quality["torch"] = score(model, task, encoded[split], recipe)
         quality["baseline"] = quality["torch"] if dense_ships else quality["baseline"]
@@ -89,7 +93,9 @@ def export(recipe: Recipe, root: Path, splits: Splits, console: Console) -> dict
     checks: list[Check] = []
 
     def write_and_prove(target: Path) -> None:
-        write_onnx(model, tokenizer, task, encoded, recipe, manifest, target)
+        with doing("exporting to ONNX"):
+            write_onnx(model, tokenizer, task, encoded, recipe, manifest, target)
+        give_back()
         console.print("exported to ONNX; verifying", highlight=False)
         proof = portability(target / "model.onnx")
         report.update(proof.rows())
@@ -123,6 +129,7 @@ def export(recipe: Recipe, root: Path, splits: Splits, console: Console) -> dict
     }
     report["verification"] = [check.row() for check in checks]
     report["quality"] = quality
+    release(model)
     measure(recipe, root, task, encoded, baseline, report, console)
     first = read_manifest(root / "stages" / recipe.stages[0].name, "model", ("stage",))["stage"]
     found = reached(recipe, model, report, first["base"]["shapes"])
@@ -131,6 +138,7 @@ def export(recipe: Recipe, root: Path, splits: Splits, console: Console) -> dict
     return report
 
 
+@phase("evaluation")
 def score(model: nn.Module, task: Task, features: Sequence[Mapping[str, Any]], recipe: Recipe) -> float:
     """The task's metric of a torch model on a split, in the recipe's evaluation batches."""
     return scored(model_run(model, task), task, features, recipe.evaluation_batch)[task.metric]
@@ -142,7 +150,7 @@ def _badness(task: Task) -> Any:
 
 def describe_run(recipe: Recipe, root: Path, model: nn.Module, baseline: Path | None) -> dict[str, Any]:
     """What is known without running anything: parameters, shapes, versions, hardware, bytes of the torch folders."""
-    stages = [read_manifest(root / "stages" / stage.name, "model", ("stage",))["stage"] for stage in recipe.stages]
+    stages = [stage_record(root, stage.name) for stage in recipe.stages]
     counted = count(model)
     return {
         "parameters": {
@@ -226,11 +234,15 @@ def weight_bytes(folder: Path) -> int:
 
 
 def baseline_folder(recipe: Recipe, root: Path) -> Path | None:
-    """The dense model trained in the same run: the first stage without passes, if any."""
-    for stage in recipe.stages:
-        if not stage.passes:
-            return root / "stages" / stage.name
-    return None
+    """The dense model trained in the same run: the first stage, where it removes and rounds nothing."""
+    first = recipe.stages[0]
+    # What follows a stage that compresses is no dense model, whatever it does itself.
+    return root / "stages" / first.name if stage_record(root, first.name).get("dense", not first.passes) else None
+
+
+def stage_record(root: Path, name: str) -> dict[str, Any]:
+    """What was recorded of a finished stage."""
+    return read_manifest(root / "stages" / name, "model", ("stage",))["stage"]
 
 
 def write_onnx(
@@ -250,6 +262,7 @@ def write_onnx(
     if recipe.export.attention == "qattention":
         fuse_qattention(graph)
     save(graph, target / "model.onnx")
+    drop_weights(graph)
     tokenizer.save_pretrained(target)
     # Readers of a cache take the number of heads from there.
     uniform_config(model).save_pretrained(target)
@@ -291,6 +304,7 @@ def set_aside(folder: Path, aside: Path) -> Path:
     return folder.rename(aside)
 
 
+@phase("latency")
 def measure(
     recipe: Recipe,
     root: Path,
@@ -309,7 +323,11 @@ def measure(
             save_compressed(dense, None, dense_folder, {})
         dense = load_compressed(dense_folder)
         base_file = Path(scratch) / "base.onnx"
-        save(to_graph(dense, sample_batch(task, encoded), tidy=False), base_file)
+        with doing("exporting the uncompressed model"):
+            graph = to_graph(dense, sample_batch(task, encoded), tidy=False)
+            save(graph, base_file)
+        drop_weights(graph)
+        release(dense)
         models = {
             ("onnxruntime", "compressed"): root / "onnx" / "model.onnx",
             ("onnxruntime", "base_fp32"): base_file,

@@ -170,6 +170,12 @@ def save(model: Any, path: Path) -> None:
     onnx_ir.save(model, str(path), external_data=f"{path.name}.data" if total > 1_900_000_000 else None)
 
 
+def drop_weights(model: Any) -> None:
+    """Let go of a saved graph's weights: the exporter's rewrite rules keep the last graph that they saw for good."""
+    for value in model.graph.initializers.values():
+        value.const_value = None
+
+
 def operators(model: Any) -> Counter[str]:
     """How often each operator occurs."""
     return Counter(node.op_type for node in model.graph)

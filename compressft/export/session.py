@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compressft.data.tasks import Task
 from compressft.foreign import foreign
-from compressft.measure import empty_past
+from compressft.measure import default_threads, empty_past
 
 # Rows to the logits of their padded batch, (B, C) or (B, T, C) fp32.
 Run = Callable[[Sequence[Mapping[str, Any]]], np.ndarray]
@@ -22,6 +22,7 @@ def open_session(model: str | Path | bytes, threads: int | None = None, exact: b
 
     Args:
         model: a file, or its content.
+        threads: None: `default_threads`.
         exact: take kernels that add u8 x s8 products in 32 bits also where the processor has faster ones that saturate.
     """
     import onnxruntime
@@ -34,8 +35,7 @@ def open_session(model: str | Path | bytes, threads: int | None = None, exact: b
     options.enable_cpu_mem_arena = False
     if exact:
         options.add_session_config_entry("session.x64quantprecision", "1")
-    if threads:
-        options.intra_op_num_threads = threads
+    options.intra_op_num_threads = threads or default_threads()
     source = model if isinstance(model, bytes) else str(model)
     with foreign(f"{'the model' if isinstance(model, bytes) else model}: onnxruntime cannot open it"):
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])

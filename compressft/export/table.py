@@ -23,12 +23,14 @@ from compressft.export.fold import fold
 from compressft.export.fuse import fuse_qattention
 from compressft.export.onnx import module_of, save, to_graph
 from compressft.export.pooled import computes_first_token
-from compressft.measure import hardware, usable_cores
+from compressft.measure import default_threads, hardware
 from compressft.modules.attention import TRAINING, register
 from compressft.modules.quantizer import Int8Quantizer
 from compressft.passes.int8 import Int8
 from compressft.passes.quantised import PARTS
+from compressft.phases import doing, steps
 from compressft.shrink import keep_vocabulary, resize
+from compressft.target import Target
 from compressft.trace import REST, Timing, trace
 from compressft.transform import Context
 
@@ -111,9 +113,36 @@ def measure_reference(deployment: Deployment, batch: int, length: int, between: 
         config = copy.deepcopy(deployment.config)
         model = deployment.architecture._from_config(config, attn_implementation="sdpa", dtype=torch.float32)  # type: ignore[attr-defined]
         file = Path(scratch) / "base.onnx"
-        save(to_graph(model.eval(), deployment.inputs, tidy=False), file)
-        threads = deployment.threads or usable_cores()
-        return quietest([trace(file, batch, length, threads) for _ in range(deployment.rounds)], between)
+        with doing("exporting the uncompressed model"):
+            save(to_graph(model.eval(), deployment.inputs, tidy=False), file)
+        threads = deployment.threads or default_threads()
+        rounds = steps(range(deployment.rounds), "timing the uncompressed model")
+        return quietest([trace(file, batch, length, threads) for _ in rounds], between)
+
+
+def measure_shapes(
+    deployment: Deployment, layers: Sequence[Mapping[str, int]], target: Target, between: float
+) -> float:
+    """Milliseconds of a whole model with layers of these shapes, exported as it will ship, measured as the reference.
+
+    Args:
+        layers: {"kv_heads", "ffn"} of each; those of 0 and 0 are not there.
+        target: says at which batch and length.
+        between: what the table adds per node (its `about`).
+    """
+    there = [layer for layer in layers if layer["kv_heads"] or layer["ffn"]]
+    with tempfile.TemporaryDirectory() as scratch, torch.random.fork_rng(devices=[]):
+        file = Path(scratch) / "chosen.onnx"
+        with doing("exporting a model of the chosen shapes"):
+            model = sample_model(deployment, there)
+            inputs = with_cache(model, deployment.inputs) if deployment.cache else deployment.inputs
+            graph = to_graph(fold(model), inputs)
+            if deployment.attention == "qattention":
+                fuse_qattention(graph)
+            save(graph, file)
+        threads = deployment.threads or default_threads()
+        rounds = steps(range(deployment.rounds), "timing the chosen shapes")
+        return quietest([trace(file, target.batch, target.length, threads) for _ in rounds], between)
 
 
 def quietest(rounds: Sequence[Timing], between: float) -> float:
@@ -145,7 +174,7 @@ def write_samples(deployment: Deployment, folder: Path) -> Samples:
         largest = {name: max(shape[name] for shape in grids) for name in grids[0]}
         smallest = {name: min(shape[name] for shape in grids) for name in grids[0]}
         sample, short = [*grids, largest], [smallest] * SHORT
-        for name, layers in (("sample", sample), ("short", short)):
+        for name, layers in steps((("sample", sample), ("short", short)), "exporting models to time"):
             model = sample_model(deployment, layers)
             inputs = with_cache(model, deployment.inputs) if deployment.cache else deployment.inputs
             graph = to_graph(fold(model), inputs)
@@ -158,9 +187,9 @@ def write_samples(deployment: Deployment, folder: Path) -> Samples:
 
 def time_samples(samples: Samples, deployment: Deployment, batch: int, length: int, timer: Timer) -> CostTable:
     """The table of exported sample models."""
-    threads = deployment.threads or usable_cores()
+    threads = deployment.threads or default_threads()
     short, rounds = [], []
-    for _ in range(deployment.rounds):
+    for _ in steps(range(deployment.rounds), "timing heads and neurons"):
         short.append(timer(samples.folder / "short.onnx", batch, length, threads))
         rounds.append(timer(samples.folder / "sample.onnx", batch, length, threads))
     between = min(one.whole for one in short) - min(sum(one.parts.values()) for one in short)

@@ -21,6 +21,7 @@ from compressft.export.session import (
     session_run,
     unlabelled,
 )
+from compressft.phases import phase, steps
 
 KERNELS = ("exact", "default")
 
@@ -71,7 +72,7 @@ def model_logits(
 def scored(run: Run, task: Task, features: Sequence[Mapping[str, Any]], batch: int = 32) -> dict[str, float]:
     """The task's metrics of a model on rows, with one batch of logits in memory at a time."""
     scores = Scores(task)
-    for indices in batches_by_length(features, batch):
+    for indices in steps(batches_by_length(features, batch), "evaluating"):
         rows = [features[i] for i in indices]
         scores.add(torch.from_numpy(run(rows)), labels_of(task, rows))
     return scores.metrics()
@@ -146,6 +147,7 @@ class Comparison:
         return Check(ran.split, ran.kernels, ran.batch, *figures, failure)
 
 
+@phase("verification")
 def verify(
     file: Path, model: nn.Module, task: Task, splits: Mapping[str, Sequence[Mapping[str, Any]]], limits: Any
 ) -> list[Check]:
@@ -157,13 +159,15 @@ def verify(
         limits: a recipe's `export`.
     """
     trained = model_run(model, task)
-    exported = {kernels: session_run(open_session(file, exact=kernels == "exact"), task) for kernels in KERNELS}
+    exported = {
+        kernels: session_run(open_session(file, limits.threads, kernels == "exact"), task) for kernels in KERNELS
+    }
     checks = []
     for name, features in splits.items():
         scores = Scores(task)
         ran = [Ran(name, size, kernels) for kernels in KERNELS for size in (1, limits.batch)]
         comparisons = [Comparison(one, task, scores) for one in ran]
-        for indices in batches_by_length(features, limits.batch):
+        for indices in steps(batches_by_length(features, limits.batch), f"verifying on {name}"):
             rows = [features[i] for i in indices]
             logits = trained(rows)
             scores.add(torch.from_numpy(logits), labels_of(task, rows))

@@ -18,6 +18,7 @@ from compressft.modules.gate import Gate
 from compressft.modules.head import Body, Pooling, ProbeHead, mean_of_tokens
 from compressft.modules.linear import CompressedLinear
 from compressft.modules.quantizer import Quantizer
+from compressft.phases import steps
 from compressft.transform import WEIGHTS, Context, Transform
 
 NAME = "probe_head"
@@ -128,7 +129,8 @@ class Probe(Transform):
         causal, device = anatomy(model).family.causal, next(model.parameters()).device
         total = squares = torch.zeros(())
         number = 0
-        for batch in context.data.batches(len(context.data.features), ENCODED_ROWS, context.seed):
+        batches = context.data.batches(len(context.data.features), ENCODED_ROWS, context.seed)
+        for batch in steps(batches, "method probe: features of the training rows"):
             batch = {name: value.to(device) for name, value in batch.items() if name != "labels"}
             real, rows = batch["attention_mask"].bool(), frozen.features(**batch)
             if head.pools_features:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressft.phases import steps
+
 
 @torch.no_grad()
 def second_moments(
@@ -33,7 +35,7 @@ def second_moments(
     counts = dict.fromkeys(paths, 0.0)
     device = next(model.parameters()).device
     with _quiet(model):
-        for batch in batches:
+        for batch in steps(batches, "looking at what flows into the layers"):
             batch = {name: value.to(device) for name, value in batch.items()}
             for path, x in _inputs(model, paths, batch).items():
                 rows = _tokens(x, batch.get("attention_mask"))
@@ -53,7 +55,7 @@ def means(model: nn.Module, paths: Sequence[str], batches: Sequence[Mapping[str,
     counts = dict.fromkeys(paths, 0)
     device = next(model.parameters()).device
     with _quiet(model):
-        for batch in batches:
+        for batch in steps(batches, "looking at what flows into the layers"):
             batch = {name: value.to(device) for name, value in batch.items()}
             for path, x in _inputs(model, paths, batch).items():
                 rows = _tokens(x, batch.get("attention_mask"))

@@ -26,6 +26,7 @@ from compressft.passes.quantised import (
     settle,
 )
 from compressft.passes.select import check_exclude
+from compressft.phases import steps
 from compressft.transform import PARTS as REMOVES_PARTS
 from compressft.transform import QUANTISES, Context, Transform
 
@@ -89,7 +90,7 @@ class Int4(Transform):
         batches = context.calibration(self.rows, "pass int4.rounding gptq")
         for batch in batches:
             batch.pop("labels", None)
-        for group in _by_layer(model, paths):
+        for group in steps(list(_by_layer(model, paths)), "pass int4: rounding"):
             for path, moments in second_moments(model, group, batches).items():
                 layer = model.get_submodule(path)
                 assert isinstance(layer, CompressedLinear) and isinstance(layer.quantizer, Int4Quantizer)

@@ -15,6 +15,7 @@ from compressft.modules.linear import CompressedLinear
 from compressft.passes.calibrate import second_moments
 from compressft.passes.n_m import check_divides, cuts_groups
 from compressft.passes.unstructured import Unstructured
+from compressft.phases import steps
 from compressft.transform import Context, Transform
 
 
@@ -59,7 +60,7 @@ class OneShot(Unstructured):
     def prepare(self, model: nn.Module, context: Context) -> None:
         batches = context.calibration(self.rows, f"pass {self.type}")
         super().prepare(model, context)
-        for layer in anatomy(model).layers:
+        for layer in steps(anatomy(model).layers, f"pass {self.type}"):
             linears = {f"{layer.name}.{path}": layer.part(path) for path in layer.linears}
             chosen = {p: m for p, m in linears.items() if isinstance(m, CompressedLinear) and self.type in m.gates}
             if not chosen:

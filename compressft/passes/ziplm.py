@@ -11,10 +11,11 @@ from pydantic import Field
 from torch import nn
 
 from compressft.anatomy import Layer, anatomy
-from compressft.choice import choose, sizes_allowed
+from compressft.choice import Trial, best, choose, sizes_allowed, tried
 from compressft.errors import UserError
 from compressft.passes.calibrate import means, second_moments
 from compressft.passes.prunable import Prunable, Shift, model_losses, skipped
+from compressft.phases import steps
 from compressft.shrink import drop_layers, shrink
 from compressft.target import Target, cost_table
 from compressft.transform import REMOVES, Context, Transform
@@ -29,7 +30,9 @@ class ZipLM(Transform):
     Kurtic, Frantar & Alistarh, "ZipLM: Inference-Aware Structured Pruning of Language Models" (2023). In each layer
     the structures go one at a time in the order of their Optimal Brain Surgeon score (`passes.obs`), a KV group with
     all its query heads; the remaining weights, and the bias, take over what they can. The sizes that lose least within
-    the target come from `target.choose`. The model is smaller from the first step on, so steps are faster too.
+    the target come from `choice.choose`. Where it is a time, a model of these sizes is measured, and they are chosen
+    anew by what it takes: parts that are timed one by one do not quite add up to a whole. The model is smaller from the
+    first step on, so steps are faster too.
 
     Fields: `target`: see `Target`, `{latency_ms: 3.0}`, `{speedup: 4}`, `{parameters: 0.3}`, `{bytes: 8000000}` or
     `{sparsity: 0.8}`. `rows`: training rows in the calibration set. `align`: FFN sizes are multiples of it.
@@ -68,7 +71,7 @@ class ZipLM(Transform):
         parts = self._parts(model, layers, batches)
         # A resumed run builds the same shapes, whatever its machine takes by then.
         keep = context.memo(self.type, lambda: self._choose(model, context, layers, parts, batches))["keep"]
-        for pair, kept in zip(parts, keep, strict=True):
+        for pair, kept in steps(list(zip(parts, keep, strict=True)), "pass ziplm: removing"):
             for part, groups in zip(pair, (kept["heads"], kept["ffn"]), strict=True):
                 part.keep(groups)
         staying = [i for i, kept in enumerate(keep) if _stays(kept)]
@@ -117,7 +120,8 @@ class ZipLM(Transform):
         shown = batches[step // 2 :: step][:number]
         shift = Shift(model, shown, [x.module for x in layers]) if self.measure == "model" else None
         orders, losses = [], []
-        for i, (layer, pair) in enumerate(zip(layers, parts, strict=True)):
+        for i, layer in steps(list(enumerate(layers)), "pass ziplm: what each layer's parts are worth"):
+            pair = parts[i]
             moved = shift and partial(shift, i)
             found = [part.removal() for part in pair]
             allowed = (
@@ -133,7 +137,17 @@ class ZipLM(Transform):
                         gone = moved()
                 loss[0][0], loss[1][0] = gone, 0.0
             losses.append(loss)
-        chosen = choose(table, budget, [a for a, _ in losses], [f for _, f in losses])
+        trials: list[Trial] = []
+
+        def fitting(most: float) -> list[dict[str, int]]:
+            return choose(table, most, [a for a, _ in losses], [f for _, f in losses])
+
+        if self.target.timed and context.whole is not None:
+            precision = self.target.precision or context.ships
+            trials = tried(fitting, table, budget, partial(context.whole, self.target, precision))
+            chosen = best(trials, budget).shapes
+        else:
+            chosen = fitting(budget)
         keep = [
             {
                 "heads": sorted(order[0][len(order[0]) - shape["kv_heads"] :]),
@@ -147,6 +161,7 @@ class ZipLM(Transform):
             "keep": keep,
             "cost": table.cost(chosen),
             "budget": budget,
+            "trials": [{"cost": one.cost, "measured": one.measured} for one in trials],
             "losses": losses,
             "table": table.model_dump(mode="json"),
         }

@@ -3,7 +3,16 @@
 from compressft.report import numbers
 from compressft.report.figures import Picture
 from compressft.report.markdown import measured_on
-from compressft.report.summary import Summary, layer_rows, part, portable_sentence, sentence, summarise, target_lines
+from compressft.report.summary import (
+    Summary,
+    layer_rows,
+    part,
+    portable_sentence,
+    sentence,
+    summarise,
+    target_lines,
+    time_rows,
+)
 from compressft.report.template import PAGE
 
 
@@ -102,6 +111,9 @@ def _tables(report: dict, summary: Summary) -> list[dict]:
         ),
         _table("Stages", ["stage", "time", "steps", "ex/s", "validation", "best"], _stages(report)),
         _table("Training", ["", ""], _training(report)),
+        _table("Time", ["phase", "time", "share"], [
+            [name, numbers.duration(value), numbers.percent(share)] for name, value, share in time_rows(report)
+        ]),
         _table("Shape of each layer", header, rows),
         _table("Hardware", ["", ""], _hardware(report), text_columns=2),
         _table("Versions", ["", ""], sorted(part(report, "versions").items()), text_columns=2),
@@ -162,6 +174,7 @@ def _training(report: dict) -> list[list[str]]:
         ["examples", numbers.rate(training.get("examples_per_second"), "examples")],
         ["tokens", numbers.rate(training.get("tokens_per_second"), "tokens")],
         ["peak memory", numbers.size(training.get("peak_memory_bytes"))],
+        ["peak memory, whole run", numbers.size(report.get("peak_memory_bytes"))],
     ]
 
 

@@ -1,7 +1,16 @@
 """report.md: the report as text, fit for the body of a model card (no picture links, so that it can be moved)."""
 
 from compressft.report import numbers
-from compressft.report.summary import Summary, layer_rows, part, portable_sentence, sentence, summarise, target_lines
+from compressft.report.summary import (
+    Summary,
+    layer_rows,
+    part,
+    portable_sentence,
+    sentence,
+    summarise,
+    target_lines,
+    time_rows,
+)
 
 # What the first output means, per task; anything else gets the neutral line.
 _READING = {
@@ -24,6 +33,8 @@ def render_markdown(report: dict) -> str:
     if rows:
         sections.append("## Shape of each layer\n\n" + _table(header, rows))
     sections.append("## Use\n\n" + _use(report, summary))
+    if report.get("seconds"):
+        sections.append("## Time\n\n" + _time(report))
     if report.get("notes"):
         sections.append("## Notes\n\n" + "\n".join(f"- {_inline(note)}" for note in report["notes"]))
     sections.append("## Made with\n\n" + _made_with(report))
@@ -54,6 +65,9 @@ def _headline(report: dict, summary: Summary) -> str:
         lines.append(f"Same label in both for {numbers.percent(parity['label_agreement'])} of the rows.")
     lines += [f"{line[:1].upper()}{line[1:]}." for line in target_lines(report)]
     lines.append(f"Training took {numbers.duration(training.get('seconds'))}.")
+    if report.get("peak_memory_bytes") is not None:
+        size = numbers.size(report["peak_memory_bytes"])
+        lines.append(f"The process took {size} of memory at most, export and verification included.")
     return _table(["", "base", "compressed", "change"], rows) + "\n\n" + " ".join(lines)
 
 
@@ -103,6 +117,11 @@ batch = tokenizer(["Your text here."], padding=True, truncation=True, return_ten
 logits = session.run(None, {{name: array for name, array in batch.items() if name in inputs}})[0]
 {reading}
 ```"""
+
+
+def _time(report: dict) -> str:
+    rows = [[phase, numbers.duration(seconds), numbers.percent(share)] for phase, seconds, share in time_rows(report)]
+    return _table(["phase", "time", "share"], rows)
 
 
 def _made_with(report: dict) -> str:

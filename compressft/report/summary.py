@@ -135,6 +135,13 @@ def subtract(a: object, b: object) -> float | None:
     return a - b if numbers.is_number(a) and numbers.is_number(b) else None
 
 
+def time_rows(report: dict) -> list[tuple[str, float, float]]:
+    """(phase, seconds, share of all) of what the run's time went to, and of all together."""
+    spent = {name: value for name, value in part(report, "seconds").items() if numbers.is_number(value)}
+    total = sum(spent.values())
+    return [(name, value, value / total) for name, value in {**spent, "all": total}.items()] if total else []
+
+
 def layer_rows(report: dict) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table of shapes per layer: position, then base and kept of every part."""
     base, kept = layers(report)

@@ -7,7 +7,17 @@ from rich.table import Table
 from rich.text import Text
 
 from compressft.report import numbers
-from compressft.report.summary import Summary, part, portable_sentence, summarise, target_lines
+from compressft.report.summary import (
+    Summary,
+    part,
+    portable_sentence,
+    summarise,
+    target_lines,
+    time_rows,
+)
+
+# So many phases are named, the longest ones.
+MOST_PHASES = 3
 
 
 def terminal_table(report: dict) -> RenderableType:
@@ -62,12 +72,15 @@ def _lines(report: dict) -> list[Padding]:
         lines.append("portable: the same integer sums on every processor")
     lines += [f"target: {line}" for line in target_lines(report)]
     lines.append(f"training: {numbers.duration(training.get('seconds'))}")
-    for key, write in (
-        ("examples_per_second", lambda value: numbers.rate(value, "examples")),
-        ("peak_memory_bytes", lambda value: f"peak memory {numbers.size(value)}"),
-    ):
-        if training.get(key) is not None:
-            lines[-1] += ", " + write(training[key])
+    if training.get("examples_per_second") is not None:
+        lines[-1] += ", " + numbers.rate(training["examples_per_second"], "examples")
+    if report.get("peak_memory_bytes") is not None:
+        lines.append(f"memory: at most {numbers.size(report['peak_memory_bytes'])} in the whole run")
+    if rows := time_rows(report):
+        *phases, (_, total, _) = rows
+        most = sorted(phases, key=lambda row: -row[1])[:MOST_PHASES]
+        said = ", ".join(f"{name} {numbers.duration(value)}" for name, value, _ in most)
+        lines.append(f"time: {numbers.duration(total)}, of it {said}")
     lines += [f"note: {note}" for note in report.get("notes") or ()]
     return [Padding(Text(line), (0, 0, 0, 1), expand=False) for line in lines]
 

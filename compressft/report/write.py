@@ -3,15 +3,23 @@
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from compressft.phases import phase
 from compressft.report.markdown import render_markdown
 from compressft.visible import all_visible
 
 
-def write_report(report: dict, metrics: list[dict], folder: str | Path) -> None:
+@phase("report")
+def write_report(
+    report: dict, metrics: list[dict], folder: str | Path, seconds: Callable[[], dict] | None = None
+) -> dict:
     """Write report.json, report.md, report.html and the PNGs of one run into `folder`, which is created if need be.
+
+    Returns the report as it was written; `seconds` gives its key of this name once the pictures, which take the longest
+    of all this, are drawn.
 
     `report` has the keys of the report.json contract; `metrics` are the rows of metrics.jsonl (see `load_metrics`).
     NaN and infinities, which JSON has no form for, are recorded as null together with a line in "notes".
@@ -21,8 +29,10 @@ def write_report(report: dict, metrics: list[dict], folder: str | Path) -> None:
     from compressft.report.html import render_html
 
     report = _finite_report(report)
+    pictures = draw(all_visible(report), all_visible(metrics))
+    if seconds is not None:
+        report |= {"seconds": seconds()}
     shown = all_visible(report)
-    pictures = draw(shown, all_visible(metrics))
     files = {f"{picture.name}.png": picture.png for picture in pictures}
     files["report.html"] = render_html(shown, pictures).encode()
     files["report.md"] = render_markdown(shown).encode()
@@ -36,6 +46,7 @@ def write_report(report: dict, metrics: list[dict], folder: str | Path) -> None:
     for name in FIGURE_NAMES:  # a picture left by an earlier report of this run would contradict this one
         if f"{name}.png" not in files:
             (folder / f"{name}.png").unlink(missing_ok=True)
+    return report
 
 
 def _replace(path: Path, content: bytes) -> None:

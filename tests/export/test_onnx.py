@@ -1,10 +1,15 @@
 """The written graph: what it computes, which operators it has, and that padding and batch mates change nothing."""
 
+import gc
+import weakref
+
 import numpy as np
 import onnx
+import onnx_ir
 import onnxruntime
 import pytest
 
+from compressft.export.onnx import drop_weights, save, to_graph
 from compressft.export.verify import model_logits
 from tests.export.conftest import kinds
 
@@ -114,3 +119,21 @@ def test_weights_have_the_pruned_shapes(exported):
     for heads, neurons in ((3, 44), (2, 35)):
         assert sum(32 in s and heads * 8 in s for s in shapes) >= 4
         assert sum(32 in s and neurons in s for s in shapes) == 2
+
+
+def test_weights_of_a_saved_graph_are_let_go_of(exported, tmp_path):
+    """onnxscript's rewrite rules keep the last graph that they matched, and so all of its weights."""
+    model = exported("dense")
+    rows = [{k: v for k, v in f.items() if k != "labels"} for f in model.features[:2]]
+    graph = to_graph(model.model, model.task.collate(rows))
+    weights = [
+        weakref.ref(tensor.raw)
+        for value in graph.graph.initializers.values()
+        if isinstance(tensor := value.const_value, onnx_ir.tensor_adapters.TorchTensor)
+    ]
+    save(graph, tmp_path / "model.onnx")
+    assert len(weights) > 10 and all(one() is not None for one in weights)
+    drop_weights(graph)
+    del graph, tensor
+    gc.collect()
+    assert not [one for one in weights if one() is not None]

@@ -291,6 +291,8 @@ def test_a_gradual_run_measures_once_for_what_it_ships(tmp_path, monkeypatch):
     reference = 1.25 * table(rest=0.2).cost([{"kv_heads": 4, "ffn": 64}] * 2)
     monkeypatch.setattr("compressft.stages.measure_table", fake)
     monkeypatch.setattr("compressft.stages.measure_reference", lambda deployment, batch, length, between: reference)
+    # A whole model takes what its parts add up to.
+    monkeypatch.setattr("compressft.stages.measure_shapes", lambda deployment, layers, *_: table(rest=0.2).cost(layers))
     run(parse_recipe(write_recipe(tmp_path)), tmp_path / "run")
     # The first pruned stage already counts in the arithmetic that the recipe ends with, and the table serves both.
     assert asked == [(True, 1, 128, "BertForSequenceClassification")]

@@ -20,11 +20,15 @@ def test_figures_are_there_and_fit(report):
     text = _text(report)
     assert max(map(len, text.splitlines())) <= 80
     for figure in ("92.10%", "91.80%", "−0.30 points", "91.70%", "−0.40 points", "−82.5%", "22.7 M", "15.0 M", "6.19×",
-                   "8.87×", "14.2 ms", "0.0312", "99.80%", "4 min 0 s"):  # fmt: skip
+                   "8.87×", "14.2 ms", "0.0312", "99.80%", "4 min 0 s", "at most 2.3 GB"):  # fmt: skip
         assert figure in text, figure
     # Nothing was folded: one line per row.
     assert sum(line.strip().startswith(("1×32", "1×128", "8×128")) and "ms" in line for line in text.splitlines()) == 3
-    assert len(text.splitlines()) <= 24
+    assert len(text.splitlines()) <= 25
+
+
+def test_the_longest_phases_are_named(report):
+    assert " time: 5 min 0 s, of it training 3 min 20 s, evaluation 40.0 s, search 30.0 s" in _text(report)
 
 
 def test_large_figures_still_fit_on_one_line(report):

@@ -40,7 +40,7 @@ def test_files_and_contents(report, metrics, tmp_path):
     assert json.loads((folder / "report.json").read_text()) == before == report
     for text in (html, markdown):
         for figure in ("91.70%", "92.10%", "−0.40 points", "6.19×", "16.0 MB", "91.6 MB", "−82.5%", "99.80%",
-                       "1.60 ms"):  # fmt: skip
+                       "1.60 ms", "2.3 GB", "5 min 0 s", "66.67%"):  # fmt: skip
             assert figure in text, figure
     assert html.count("<svg") == len(FIGURE_NAMES)
     assert numbers.MISSING not in html + markdown
