@@ -247,10 +247,10 @@ def load_compressed(folder: str | Path) -> Any:
     for name in ("config.json", WEIGHTS):
         if not (folder / name).is_file():
             raise UserError(f"{folder / name}: is missing; the folder is incomplete")
-    model = _rebuilt(load_config(folder, str(folder)), manifest, folder)
     tensors = load_tensors(folder / WEIGHTS)
     if (folder / EXTRA).is_file():
         tensors |= load_tensors(folder / EXTRA)
+    model = _rebuilt(load_config(folder, str(folder)), manifest, folder, sum(t.numel() for t in tensors.values()))
     _fill(model, tensors)
     unused = sorted(set(tensors) - {name.replace(".inner.", ".") for name in model.state_dict()})
     if unused:
@@ -258,8 +258,12 @@ def load_compressed(folder: str | Path) -> Any:
     return model.eval()
 
 
-def _rebuilt(config: Any, manifest: Mapping[str, Any], folder: Path) -> Any:
-    """A random model of a manifest's class, shapes and modules."""
+def _rebuilt(config: Any, manifest: Mapping[str, Any], folder: Path, stored: int) -> Any:
+    """A random model of a manifest's class, shapes and modules.
+
+    Args:
+        stored: entries of the tensors that will fill it. What wants far more is refused before it is allocated.
+    """
     register()
     kind = _class_of(manifest["architecture"], folder)
     wanted = getattr(kind.config_class, "model_type", config.model_type)
@@ -268,10 +272,20 @@ def _rebuilt(config: Any, manifest: Mapping[str, Any], folder: Path) -> Any:
             f"{folder / MANIFEST}: architecture {manifest['architecture']!r} is of family {wanted!r}, "
             f"the configuration of {config.model_type!r}; restore the folder"
         )
-    with foreign(f"{folder}: a {manifest['architecture']} could not be built from its configuration"):
-        model = kind._from_config(config, attn_implementation=TRAINING, dtype=torch.float32)
-    resize(model, manifest["shapes"], manifest.get("width"), str(folder / MANIFEST))
-    rebuild(model, manifest["modules"], str(folder / MANIFEST))
+
+    def build() -> Any:
+        with foreign(f"{folder}: a {manifest['architecture']} could not be built from its configuration"):
+            model = kind._from_config(config, attn_implementation=TRAINING, dtype=torch.float32)
+        resize(model, manifest["shapes"], manifest.get("width"), str(folder / MANIFEST))
+        rebuild(model, manifest["modules"], str(folder / MANIFEST))
+        return model
+
+    with torch.device("meta"):
+        wanted = sum(t.numel() for t in build().state_dict().values())
+    # A tied table is stored once and wanted twice.
+    if wanted > 2 * stored + MOST:
+        raise UserError(f"{folder}: wants {wanted:,} entries, {stored:,} are stored; restore the folder")
+    model = build()
     # As `load_model` does: a resumed run draws what the uninterrupted one draws.
     quicken(model)
     return model
@@ -446,7 +460,7 @@ def load_delta(folder: str | Path, base: str | None = None) -> Any:
     with foreign(f"{folder / MANIFEST}: config"):
         config = AutoConfig.for_model(values.pop("model_type"), **values)
     _refuse_growth(config, kind, name, tensors, f"{folder / MANIFEST}: config")
-    model = _rebuilt(config, manifest, folder)
+    model = _rebuilt(config, manifest, folder, sum(t.numel() for t in tensors.values()))
     changed = unpack(load_tensors(folder / DELTA), tensors, _stored_shapes(model), str(folder / DELTA))
     _fill(model, {**tensors, **changed})
     return model.eval()

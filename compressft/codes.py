@@ -75,6 +75,19 @@ def encode(difference: Tensor, code: Code) -> dict[str, Tensor]:
     return {"int8": steps.round().clamp(-127, 127).to(torch.int8), "scale": scale}
 
 
+def shape_of(parts: Mapping[str, Tensor]) -> torch.Size:
+    """Of the difference that the parts stand for, without decoding it.
+
+    Raises:
+        KeyError, IndexError, TypeError: they are no code.
+    """
+    if "exact" in parts or "int8" in parts:
+        return parts["exact" if "exact" in parts else "int8"].shape
+    if "left" in parts:
+        return torch.Size((parts["left"].shape[0], parts["right"].shape[1]))
+    return torch.Size(parts["shape"].tolist())
+
+
 @torch.no_grad()
 def decode(parts: Mapping[str, Tensor]) -> Tensor:
     """The difference that the parts stand for; the same bits on every machine."""

@@ -6,6 +6,7 @@ language models, one command each; the process keeps what it freed inside a part
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -19,8 +20,9 @@ MIB = 2**20
 # Resident bytes of Python with torch and transformers loaded: while training, while saving, and with the exporter and
 # onnxruntime too.
 TRAINING_PROCESS, SAVING_PROCESS, EXPORT_PROCESS = 625 * MIB, 690 * MIB, 870 * MIB
-# What lies between tensors, as a share of theirs.
-ALLOCATOR_SHARE = 0.05
+# What lies between tensors, as a share of theirs; of activations whose sizes change from batch to batch, so that they
+# rarely fit where the last batch's were.
+ALLOCATOR_SHARE, VARIED_SHARE = 0.05, 0.5
 # Tensors as large as a batch's logits that are there at once: in training logits, log-probabilities and a gradient; in
 # evaluation logits, log-probabilities and a row's own.
 LOGITS_COPIES = 3
@@ -38,13 +40,14 @@ def parameters(model: nn.Module, trainable: bool = False) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
 
 
-def training_bytes(model: nn.Module, stage: Stage, longest: int, device: str) -> dict[str, int]:
+def training_bytes(model: nn.Module, stage: Stage, lengths: Sequence[int], device: str) -> dict[str, int]:
     """Peak of a stage by what takes it.
 
     Args:
         model: without data, prepared by the stage's method.
-        longest: tokens of the longest row.
+        lengths: tokens of each row.
     """
+    longest = max(lengths)
     trainable = parameters(model, trainable=True)
     teachers = sum(1 for o in stage.objectives if getattr(o, "teacher", "self") not in ("self", "base"))
     moments = {"adamw_8bit": 2, "paged_adamw_8bit": 2}.get(stage.train.optimizer, 8)
@@ -58,7 +61,8 @@ def training_bytes(model: nn.Module, stage: Stage, longest: int, device: str) ->
     # Before there are gradients; what is more than those counts.
     calibration = calibration_bytes(model, stage)
     found["calibration"] = max(calibration - sum(found.values()) + found["weights"], 0)
-    found["allocator"] = int(ALLOCATOR_SHARE * sum(found.values()))
+    share = VARIED_SHARE if device == "cpu" and min(lengths) < longest else ALLOCATOR_SHARE
+    found["allocator"] = int(ALLOCATOR_SHARE * sum(found.values()) + (share - ALLOCATOR_SHARE) * found["activations"])
     return {**found, "process": TRAINING_PROCESS}
 
 

@@ -137,7 +137,7 @@ def _stage(stage: Stage, model: Any, lengths: list[int]) -> dict[str, Any]:
         "name": stage.name,
         "steps": steps,
         "trainable": trainable,
-        "bytes": training_bytes(model, stage, max(lengths), device),
+        "bytes": training_bytes(model, stage, lengths, device),
         "flops": flops,
         "seconds": seconds,
     }

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from compressft.checkpoint import base_of, base_tensors, load_delta, plain_state, read_manifest
-from compressft.codes import Code, decode, encode
+from compressft.codes import Code, decode, encode, shape_of
 from compressft.errors import UserError
 from compressft.foreign import foreign
 from compressft.model import content_hash
@@ -82,12 +82,16 @@ class TaskVector:
         from.
 
         Raises:
-            UserError: this is another base than the vector's.
+            UserError: this is another base than the vector's, or the vector is damaged.
         """
         if content_hash(base) != self.base:
             raise UserError("task vector: was made on another base (content hashes differ); give the right base")
         tensors = dict(base)
-        for name in self.changes:
+        for name, parts in self.changes.items():
+            # Before it is decoded: a few bytes may stand for more than memory holds.
+            if name not in base or shape_of(parts) != base[name].shape:
+                wants = tuple(base[name].shape) if name in base else "no such tensor"
+                raise UserError(f"task vector: {name!r} is {tuple(shape_of(parts))}, the base has {wants}; restore it")
             tensors[name] = _moved(base[name], self.difference(name), scaling)
             if scaling == 1.0 and name in self.patches:
                 places, values = self.patches[name]
@@ -165,7 +169,7 @@ def load(path: str | Path) -> TaskVector:
     with foreign(f"{path}: is no readable safetensors file"), safe_open(path, framework="pt") as file:
         metadata: Any = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if metadata.get("kind") != KIND:
+    if metadata.get("kind") != KIND or "base_hash" not in metadata:
         raise UserError(f"{path}: is not a task vector; give a file that TaskVector.save wrote")
     changes: dict[str, dict[str, Tensor]] = {}
     patches: dict[str, tuple[Tensor, Tensor]] = {}
@@ -175,9 +179,15 @@ def load(path: str | Path) -> TaskVector:
         if not part:
             own[name] = tensor
         elif part == "patch_places":
-            patches[name] = (tensor, tensors[f"{name}#patch_values"])
+            values = tensors.get(f"{name}#patch_values")
+            if values is None or values.shape != tensor.shape:
+                raise UserError(f"{path}: {key!r} has no values of its number; the file is damaged")
+            patches[name] = (tensor, values)
         elif part != "patch_values":
             changes.setdefault(name, {})[part] = tensor
+    for name, parts in changes.items():
+        with foreign(f"{path}: {name!r} is no coded tensor; the file is damaged"):
+            shape_of(parts)
     return TaskVector(metadata["base_hash"], changes, patches, own)
 
 

@@ -2,11 +2,14 @@
 
 Names (families, methods, passes, kinds) multiply as registries grow, and dtypes multiply with every case of a kernel.
 Numbers and shapes do not, and cost little: they stay whole, but where Triton's interpreter makes each one dear.
+Of what is marked `dear` (an export, a run or a compilation of its own: some five CPU seconds) a third is drawn: whole
+files where the file is marked, for their cases share what costs, else cases.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import cache
@@ -22,8 +25,10 @@ STRUCTURE = {
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), "bert"),
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), "llama"),
 }
-# Here numbers and shapes are drawn like names.
-DEAR = "tests/kernels/interpreted/"
+# Here numbers and shapes are drawn like names, and all cases are dear.
+INTERPRETED = "tests/kernels/interpreted/"
+# One of so many that are dear runs.
+DEAR = 3
 Value = tuple[str, Any]
 
 
@@ -52,7 +57,7 @@ def drawn(number: int, among: Iterable[Any], always: Sequence[Any] = ()) -> list
 
 def values(item: pytest.Function) -> frozenset[Value]:
     """What a case has of each parameter; families stand for their structure, and what is no name for itself alone."""
-    other = repr if item.nodeid.startswith(DEAR) else lambda value: item.nodeid
+    other = repr if item.nodeid.startswith(INTERPRETED) else lambda value: item.nodeid
     return frozenset(
         (name, STRUCTURE.get(value, value) if isinstance(value, str | bool | torch.dtype) else other(value))
         for name, value in item.callspec.params.items()
@@ -77,6 +82,30 @@ def cover(items: Sequence[pytest.Function]) -> set[pytest.Function]:
     return chosen
 
 
+def unit(item: Any) -> tuple[str, str] | None:
+    """Kind and name of what is drawn together of what is dear; None where the case is not."""
+    if item.nodeid.startswith(INTERPRETED):
+        return "interpreted", item.nodeid
+    if not item.get_closest_marker("dear"):
+        return None
+    marks = getattr(item.module, "pytestmark", [])
+    whole = any(mark.name == "dear" for mark in (marks if isinstance(marks, list) else [marks]))
+    return ("file", item.nodeid.partition("::")[0]) if whole else ("case", item.nodeid)
+
+
+def spared(items: Iterable[Any]) -> set[Any]:
+    """What is not drawn of what is dear, of each kind of unit by itself."""
+    kinds: dict[str, dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
+    for item in items:
+        if found := unit(item):
+            kinds[found[0]][found[1]].append(item)
+    rest = set()
+    for units in kinds.values():
+        for name in sorted(units, key=rank)[math.ceil(len(units) / DEAR) :]:
+            rest.update(units[name])
+    return rest
+
+
 def left_out(items: Sequence[pytest.Item]) -> set[pytest.Item]:
     """What `make test` leaves to `make test-all`."""
     rest = {item for item in items if item.get_closest_marker("full")}
@@ -86,7 +115,7 @@ def left_out(items: Sequence[pytest.Item]) -> set[pytest.Item]:
             products[item.nodeid.partition("[")[0]].append(item)
     for cases in products.values():
         rest |= set(cases) - cover(cases)
-    return rest
+    return rest | spared(item for item in items if item not in rest)
 
 
 class Share:

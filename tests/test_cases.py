@@ -18,6 +18,8 @@ from compressft.errors import UserError
 from compressft.recipe import parse_recipe
 from tests.tiny_folder import rows_of, save_tiny, write_jsonl
 
+pytestmark = pytest.mark.dear
+
 
 @pytest.fixture
 def suite(tmp_path, monkeypatch):

@@ -231,6 +231,7 @@ ALWAYS = ("head_gates", "passes", "learned ranges")
 NAMES = drawn(2, cases(Path()), ALWAYS)
 
 
+@pytest.mark.dear
 @pytest.mark.parametrize("name", NAMES)
 def test_two_processes_train_what_one_does(name, folder, found, tmp_path):
     alone = trained(cases(folder)[name], tmp_path, batch_size=8)

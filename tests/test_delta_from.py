@@ -14,6 +14,8 @@ from compressft.vectors import of_delta
 from tests.tiny import batch_for, logits
 from tests.tiny_folder import document, rows_of, save_tiny, write_jsonl
 
+pytestmark = pytest.mark.dear
+
 SHORT = {"max_steps": 2, "batch_size": 8, "save": "no", "learning_rate": 1e-3, "warmup": 0.0}
 STAGES = [
     {"name": "teacher", "train": SHORT},

@@ -65,7 +65,7 @@ def test_ziplm_has_every_layers_moments_at_once():
     assert calibration_bytes(deep, ziplm) - calibration_bytes(small, ziplm) == 4 * (12 * moments + 8 * weights)
     # With a batch of one token there is little else; with a large one training takes more, and this is not added.
     wide = bert(intermediate_size=512)
-    little, much = (training_bytes(wide, ziplm, n, "cpu") for n in (1, 512))
+    little, much = (training_bytes(wide, ziplm, [n], "cpu") for n in (1, 512))
     assert little["calibration"] > 0 == much["calibration"]
 
 
@@ -87,5 +87,14 @@ def test_teachers_and_moments(optimizer, each):
     model = bert()
     count = sum(p.numel() for p in model.parameters())
     taught = stage(train={"optimizer": optimizer}, objectives=[{"type": "distill", "teacher": "big", "logits": 1.0}])
-    found = training_bytes(model, taught, 8, "cpu")
+    found = training_bytes(model, taught, [8], "cpu")
     assert (found["weights"], found["gradients"], found["optimiser"]) == (8 * count, 4 * count, each * count)
+
+
+def test_batches_of_changing_sizes_leave_more_between_them():
+    model = bert()
+    same, varied = (training_bytes(model, stage(), lengths, "cpu") for lengths in ([8, 8], [3, 8]))
+    more = (footprint.VARIED_SHARE - footprint.ALLOCATOR_SHARE) * same["activations"]
+    assert varied["allocator"] - same["allocator"] == pytest.approx(more, abs=1)
+    assert {**varied, "allocator": 0} == {**same, "allocator": 0}
+    assert training_bytes(model, stage(), [3, 8], "cuda") == training_bytes(model, stage(), [8, 8], "cuda")

@@ -268,6 +268,7 @@ def interrupted(recipe, tmp_path_factory) -> tuple[Path, str, int]:
     return folder, stderr, process.returncode
 
 
+@pytest.mark.dear
 def test_interrupted_says_how_to_go_on(interrupted, reference, tmp_path):
     folder, stderr, code = interrupted
     assert code == 130 and "Traceback" not in stderr
@@ -513,6 +514,7 @@ class Killed(BaseException):
     """What no handler of a run catches."""
 
 
+@pytest.mark.dear
 @pytest.mark.parametrize("name", drawn(3, METHODS))
 def test_every_method_goes_on_where_it_was_killed(name, base, tmp_path, monkeypatch):
     """Stopped behind a random step by what nobody handles, without a chance to save."""

@@ -61,6 +61,35 @@ def test_full_cases_are_left_out():
     assert share.left_out([full, Case(name="b")]) == {full}
 
 
+def in_file(number, mark, count=3):
+    """Cases of a file that is marked, or whose cases are."""
+    module = SimpleNamespace(pytestmark=SimpleNamespace(name=mark)) if mark else SimpleNamespace()
+    cases = [Case(("dear",), name=f"{number}-{i}") for i in range(count)]
+    for case in cases:
+        case.module, case.nodeid = module, f"file-{number}::{case.nodeid}"
+    return cases
+
+
+def test_a_third_of_what_is_dear_is_drawn_whole_files_where_the_file_is_marked():
+    files = [in_file(number, "dear") for number in range(9)]
+    cases = [case for number in range(9, 12) for case in in_file(number, None)]
+    cheap = [Case(name="cheap")]
+    rest = share.left_out([*itertools.chain(*files), *cases, *cheap])
+    assert sorted(len(set(file) & rest) for file in files) == [0] * 3 + [3] * 6
+    assert len(set(cases) & rest) == 6
+    assert not set(cheap) & rest
+
+
+def test_trees_draw_other_dear_files(monkeypatch):
+    """None is left out for good."""
+    files = [in_file(number, "dear", 1) for number in range(6)]
+    drawn = set()
+    for tree in range(40):
+        monkeypatch.setattr(share, "tree", lambda tree=tree: tree)
+        drawn |= set(itertools.chain(*files)) - share.left_out([*itertools.chain(*files)])
+    assert drawn == set(itertools.chain(*files))
+
+
 def test_a_tree_draws_the_same_again(monkeypatch):
     def kept():
         return [one for one in share.drawn(3, range(40), (7,)) if isinstance(one, int)]

@@ -121,11 +121,13 @@ def check_run(stage, rows, folder):
     )
 
 
+@pytest.mark.dear
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_beside_the_hardest_passes(method, rows, tmp_path):
     check_run(next(filter(None, (refused(method, passes) for passes in HARD_PASSES))), rows, tmp_path)
 
 
+@pytest.mark.dear
 @pytest.mark.parametrize("one", PASSES)
 def test_every_pass_beside_the_hardest_method(one, rows, tmp_path):
     check_run(stage_of(HARD_METHOD, [one]), rows, tmp_path)
@@ -172,6 +174,7 @@ SETS = {
 }
 
 
+@pytest.mark.dear
 @pytest.mark.parametrize("name", drawn(1, SETS, ("full+vocabulary+structured+int8",)))
 def test_together_and_exported(name, rows, tmp_path):
     method, passes, objectives = SETS[name]
@@ -187,6 +190,7 @@ def test_together_and_exported(name, rows, tmp_path):
     assert close(after, got, 0.1)
 
 
+@pytest.mark.dear
 def test_a_compressed_model_can_be_pruned_further(rows, tmp_path):
     model, data, _, _ = trained(stage_of("full", ["vocabulary", "structured", "int8"]), rows)
     save_compressed(model, data.task.tokenizer, tmp_path / "model", {})

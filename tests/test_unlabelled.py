@@ -24,6 +24,7 @@ def two_stages(tmp_path, **data):
     return recipe
 
 
+@pytest.mark.dear
 def test_only_taught_stages_train_on_them(tmp_path):
     """Pairs of rows, three quarters of them without labels: batches without any label occur and give no NaN."""
     folder = tmp_path / "run"

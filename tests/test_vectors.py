@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from compressft.checkpoint import base_tensors, save_delta
@@ -248,6 +249,29 @@ def test_what_is_no_vector_is_refused(base, tmp_path):
     (tmp_path / "text.safetensors").write_text("hello")
     with pytest.raises(UserError, match="no readable"):
         load(tmp_path / "text.safetensors")
+
+
+def test_damaged_vectors_are_one_line(base, tmp_path):
+    """Nothing is decoded that is not of the base's shape: two kilobytes may stand for terabytes."""
+    path = tmp_path / "v.safetensors"
+    between(base, tuned(tmp_path)).encode(Code("low_rank", rank=1)).save(path)
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    left = next(name for name in tensors if name.endswith("#left"))
+    name = left.partition("#")[0]
+    huge = {left: torch.zeros(10**6, 1), f"{name}#right": torch.zeros(1, 10**6)}
+    for changed, said in (
+        (huge, rf"'{name}' is \(1000000, 1000000\), the base has \(64, 32\)|the base has \(32, "),
+        ({"nowhere#exact": torch.zeros(2)}, r"'nowhere' is \(2,\), the base has no such tensor"),
+    ):
+        save_file({**tensors, **changed}, path, metadata)
+        with pytest.raises(UserError, match=said):
+            load(path).apply(base)
+    for changed in ({f"{name}#odd": torch.zeros(1)}, {f"{name}#patch_places": torch.zeros(3, dtype=torch.int64)}):
+        kept = {key: value for key, value in tensors.items() if not key.startswith(f"{name}#")}
+        save_file({**kept, **changed}, path, metadata)
+        with pytest.raises(UserError, match=f"v.safetensors: '{name}.* the file is damaged"):
+            load(path)
 
 
 def test_differences_of_half_precision_are_kept_in_fp32():

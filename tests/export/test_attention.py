@@ -16,6 +16,8 @@ from tests.share import drawn
 from tests.tiny import PAIRS, TINY, logits, padded, tiny
 from tests.tiny_folder import document
 
+pytestmark = pytest.mark.dear
+
 ONE = {"num_hidden_layers": 1}
 MIXED = {"use_sliding_window": True, "sliding_window": 4, "layer_types": ["full_attention", "sliding_attention"]}
 # Of one structure with another, whose export is in other tests: beside these are `test_cache.py`, `test_rotary.py`.

@@ -33,6 +33,8 @@ from tests.share import drawn
 from tests.tiny import padded, tiny
 from tests.tiny_folder import document, write_jsonl
 
+pytestmark = pytest.mark.dear
+
 NEW = 72
 
 

@@ -18,6 +18,8 @@ from compressft.recipe import parse_recipe
 from compressft.run import run
 from tests.tiny_folder import document, rows_of, save_tiny, write_jsonl
 
+pytestmark = pytest.mark.dear
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:

@@ -20,6 +20,8 @@ from tests.export.conftest import Pads
 from tests.formats.saved import loaded
 from tests.tiny import tiny
 
+pytestmark = pytest.mark.dear
+
 
 @pytest.mark.parametrize("family", ["mistral", pytest.param("qwen2", marks=pytest.mark.full)])
 def test_a_sliding_window_is_the_same_at_every_length(family, tmp_path):

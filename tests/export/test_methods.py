@@ -17,6 +17,8 @@ from tests.passes.sparse import Run
 from tests.share import drawn
 from tests.tiny import logits
 
+pytestmark = pytest.mark.dear
+
 NAMES = ("peft", "mask", "diff", "task_vector", "parallel", "side", "ladder", "prefix")
 METHODS = {name: CASES[name] for name in NAMES}
 METHODS |= {

@@ -10,6 +10,8 @@ from tests.export.conftest import Exported, Pads, rows_for
 from tests.share import drawn
 from tests.tiny import fit, tiny
 
+pytestmark = pytest.mark.dear
+
 QUIET = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 CASES = {
     "electra, int8": ("electra", "sequence-classification", "static", {**QUIET, "num_hidden_layers": 4}),

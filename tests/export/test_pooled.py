@@ -18,6 +18,8 @@ from compressft.export.pooled import compute_first_token, computes_first_token
 from tests.export.conftest import kinds
 from tests.tiny import padded, tiny
 
+pytestmark = pytest.mark.dear
+
 # XLM-RoBERTa and CamemBERT are RoBERTa's graph.
 FIRST = ["bert", "roberta", "electra", "distilbert"]
 

@@ -28,6 +28,8 @@ from compressft.transform import Context
 from tests.share import drawn
 from tests.tiny import batch_for, logits, tiny
 
+pytestmark = pytest.mark.dear
+
 WIDTHS = (64, 100, 33)
 
 

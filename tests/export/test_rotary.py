@@ -19,6 +19,8 @@ from tests.share import drawn
 from tests.tiny import padded, tiny
 from tests.tiny_folder import document
 
+pytestmark = pytest.mark.dear
+
 ORIGINAL, MOST = 12, 40
 SCALED = {"rope_theta": 100.0, "factor": 10 / 3}
 PRETRAINED = {**SCALED, "original_max_position_embeddings": ORIGINAL}

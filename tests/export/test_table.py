@@ -28,6 +28,8 @@ from compressft.shrink import shapes
 from compressft.trace import Timing, read_trace, trace
 from tests.tiny import TINY, padded, tiny
 
+pytestmark = pytest.mark.dear
+
 POINTS = 4
 
 

@@ -22,6 +22,8 @@ from tests.export.conftest import Pads, rows_for, settle
 from tests.share import drawn
 from tests.tiny import logits, padded, tiny
 
+pytestmark = pytest.mark.dear
+
 ROWS, WIDTH = 2000, 72
 # Width 72: the blocks of four-bit rows do not end where the rows do.
 PASSES = {

@@ -14,6 +14,8 @@ from tests.formats.saved import LORA, adapted_on, config_of, loaded, rewrite, sa
 from tests.methods.added import shaken
 from tests.tiny import TINY, logits
 
+pytestmark = pytest.mark.dear
+
 SEQUENCE = "AutoModelForSequenceClassification"
 CLASSES = {"llama": "LlamaForSequenceClassification", "gpt2": "GPT2ForSequenceClassification"}
 CLASSES |= {"qwen2": "Qwen2ForSequenceClassification"}

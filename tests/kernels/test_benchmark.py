@@ -15,6 +15,8 @@ from compressft_kernels.benchmark.cases import BOTH, FORWARD, Way
 
 from benchmarks import ops, tune
 
+pytestmark = pytest.mark.dear
+
 CPU, SINGLE = torch.device("cpu"), torch.float32
 CEILINGS = {"bytes_per_second": 1e10, "flops_per_second": 1e11}
 FOLDER = Path(cases.__file__).parent

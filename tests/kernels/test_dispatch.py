@@ -215,6 +215,7 @@ def test_every_kernel_has_a_row_for_all_sizes(entry):
             assert all(row["when"] for row in rows[:-1]), kernel
 
 
+@pytest.mark.dear
 @pytest.mark.parametrize("new", [True, False])
 @pytest.mark.parametrize("allowed", [True, False])
 def test_tf32_is_read_from_the_new_setting_and_the_old_flag(new, allowed):

@@ -18,6 +18,7 @@ from tests.tiny import labelled, logits, tiny
 
 # What dynamo's own tracing of our autograd functions and between two graphs warns of.
 pytestmark = [
+    pytest.mark.dear,
     pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
 ]

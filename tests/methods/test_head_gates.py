@@ -25,6 +25,8 @@ from tests.methods.universal import check_checkpointing, check_folders, check_re
 from tests.passes.sparse import Run, classifier
 from tests.tiny import SHAPE, TINY, batch_for, labelled, logits, tiny
 
+pytestmark = pytest.mark.dear
+
 GATES = HeadGates(penalty=0.3, gate_lr=1.6, end=0.5)
 FROZEN = HeadGates(penalty=0.3, gate_lr=1.6, end=0.5, weights="frozen")
 HALF = HeadGates(decide="importance", heads=0.5, start=0.0, end=0.5)

@@ -9,6 +9,8 @@ from tests.methods.universal import check_checkpointing, check_learns
 from tests.share import drawn
 from tests.tiny import tiny
 
+pytestmark = pytest.mark.dear
+
 NAMES = [*CASES, "fusion"]
 
 

@@ -27,6 +27,8 @@ from tests.passes.sparse import context as with_rows
 from tests.tiny import SHAPE, batch_for, fit, labelled, logits, padded, tiny
 from tests.tiny_folder import document, rows_of, save_tiny, write_jsonl
 
+pytestmark = pytest.mark.dear
+
 METHOD = LshAttention(chunk=4, rounds=2, buckets=4)
 SHAPES = [(2, 3, 13, 8), (1, 1, 1, 2), (2, 1, 24, 5)]
 

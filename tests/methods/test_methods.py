@@ -39,6 +39,7 @@ CASES = {**ROWS, **VARIANTS}
 HEAD = {"probe", "layers", "mlp probe", "bilstm probe", "scalar_mix", "head importance, frozen"}
 
 
+@pytest.mark.dear
 @pytest.mark.parametrize("name", [*ROWS, *drawn(2, VARIANTS)])
 def test_learns_sixteen_examples(name):
     model, batch = tiny(), labelled()
@@ -53,6 +54,7 @@ def test_learns_sixteen_examples(name):
     assert before < 1.0 and accuracy(model, batch) == 1.0
 
 
+@pytest.mark.dear
 @pytest.mark.parametrize("name", CASES)
 def test_same_seed_same_result(name):
     results = []

@@ -29,6 +29,7 @@ def loss_of(model):
         return float(model.eval()(**pair_batch()).loss)
 
 
+@pytest.mark.dear
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("family", PAIRS)
 @pytest.mark.parametrize("name", CASES)
@@ -60,6 +61,7 @@ def logits_of(model):
     return model.eval()(**pair_batch()).logits
 
 
+@pytest.mark.dear
 @pytest.mark.parametrize("family", PAIRS)
 @pytest.mark.parametrize("name", CASES)
 def test_saved_loaded_and_generating(name, family, tmp_path):
@@ -82,6 +84,7 @@ def test_saved_loaded_and_generating(name, family, tmp_path):
         assert torch.equal(cached, plain)
 
 
+@pytest.mark.dear
 @pytest.mark.parametrize("family", PAIRS)
 @pytest.mark.parametrize("name", CASES)
 def test_on_packed_weights(name, family):
@@ -113,6 +116,7 @@ def test_bf16(name, family):
         assert tensor.grad is not None and tensor.grad.dtype == torch.float32 and tensor.grad.isfinite().all(), n
 
 
+@pytest.mark.dear
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("family", drawn(1, PAIRS))
 @pytest.mark.parametrize("name", drawn(1, CASES))

@@ -49,6 +49,8 @@ from tests.tiny import (
     tiny,
 )
 
+pytestmark = pytest.mark.dear
+
 P = 3
 MLP = PrefixTuning(length=P, hidden=8)
 FLAT = PrefixTuning(length=P, reparameterise=False)

@@ -13,6 +13,8 @@ from tests.methods.added import save_adapter
 from tests.share import drawn
 from tests.tiny import fit
 
+pytestmark = pytest.mark.dear
+
 ASSETS = Path(__file__).parents[1] / "assets"
 STORIES = str(ASSETS / "stories260K")
 FIELDS = {

@@ -90,6 +90,7 @@ def test_dropout_acts_on_the_low_rank_part_alone():
     assert not torch.equal(y, linear(x))
 
 
+@pytest.mark.dear
 @pytest.mark.parametrize("config", [LORA, DORA], ids=["lora", "dora"])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_compiles_to_one_graph(config, autocast):

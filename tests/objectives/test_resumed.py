@@ -18,6 +18,8 @@ from compressft.stages import train_stages
 from tests.tiny import tiny
 from tests.tiny_folder import rows_of, save_tiny, write_jsonl
 
+pytestmark = pytest.mark.dear
+
 # Three steps are an epoch.
 STEPS = 8
 SETTINGS = {

@@ -185,6 +185,7 @@ def test_conflicts():
     assert "leave int4.start" in Int4(rounding="gptq", start=0.1).conflict([])
 
 
+@pytest.mark.dear
 @pytest.mark.parametrize("one", [Int4(noise=0.7), Int4(rounding="gptq", rows=16), Int8(ranges="learned", noise=0.7)])
 def test_interrupted_training_ends_bit_identically(one):
     """State dict, optimiser and the global generator are what a checkpoint holds."""

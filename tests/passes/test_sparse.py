@@ -97,6 +97,7 @@ def test_only_the_layers_projections_are_gated(name):
     assert model.lm_head.weight is model.transformer.wte.weight, "tied tables stay tied"
 
 
+@pytest.mark.dear
 @pytest.mark.parametrize("name", [*ROWS, *drawn(1, VARIANTS)])
 def test_a_resumed_run_ends_with_the_same_bits(name):
     """Saved within the schedule and after it; the hook's extra call after a resume changes nothing."""

@@ -86,6 +86,7 @@ def nothing_left(model):
 ONE_KIND = [(family, (kind,)) for family in ("bert", "electra", "llama", "gpt2") for kind in ("hidden", "layers")]
 
 
+@pytest.mark.dear
 @pytest.mark.parametrize(("family", "kinds"), [*[(family, tuple(ALL)) for family in TINY], *ONE_KIND])
 def test_every_family_ships_its_masked_model(family, kinds, tmp_path):
     one = Structured(**{kind: ALL[kind] for kind in kinds}, **FAST)

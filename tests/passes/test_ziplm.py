@@ -280,6 +280,7 @@ def write_recipe(folder, **stage):
     return document(save_tiny(folder / "base"), data, stages=stages, export={"enabled": False})
 
 
+@pytest.mark.dear
 def test_a_gradual_run_measures_once_for_what_it_ships(tmp_path, monkeypatch):
     asked = []
 

@@ -14,6 +14,8 @@ from compressft_kernels import (
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+pytestmark = pytest.mark.dear
+
 MASK = torch.arange(5 * 7).view(5, 7) % 3 > 0
 LAYOUT = torch.tensor([[1, 0, 1], [0, 1, 1]])
 

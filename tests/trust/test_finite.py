@@ -43,6 +43,7 @@ UPDATE = r"the update of step {} left a NaN or an infinity in \S+; lower"
 LOSS = r"the loss \(task\) became nan at step {}, all weights being finite"
 
 
+@pytest.mark.dear
 @pytest.mark.parametrize(
     ("train", "said"),
     [

@@ -19,7 +19,9 @@ from compressft.checkpoint import (
 from compressft.errors import UserError
 from compressft.evaluate import evaluate
 from compressft.manifest import compare_labels, sealed
+from compressft.methods.adapter import Adapter
 from compressft.model import load_model
+from compressft.transform import Context
 from tests.tiny import tiny
 from tests.tiny_folder import rows_of, write_jsonl
 
@@ -133,3 +135,36 @@ def test_a_delta_allocates_nothing_that_its_base_does_not_bear_out(tmp_path, cas
     with pytest.raises(UserError, match=said) as caught:
         load_delta(tmp_path / "delta")
     assert "\n" not in str(caught.value)
+
+
+HUGE = 10**10
+LARGE = {
+    "a wide module": {"modules": {"bert.encoder.layer.0.output.adapter": {"kind": "bottleneck", "size": HUGE}}},
+    "wide layers": {"shapes": [{"heads": 4, "kv_heads": 4, "ffn": HUGE}] * 2},
+}
+
+
+@pytest.mark.parametrize("case", LARGE)
+@pytest.mark.parametrize("kind", OPENERS)
+def test_nothing_is_allocated_that_the_files_do_not_hold(tmp_path, kind, case):
+    tiny(**NAMED).bert.save_pretrained(tmp_path / "base")
+    base, folder = str(tmp_path / "base"), tmp_path / kind
+    model = tiny(**NAMED)
+    Adapter(size=4).prepare(model, Context())
+    if kind == "model":
+        save_compressed(model, None, folder, INFO)
+    else:
+        save_delta(model, None, base_tensors(base), folder, {**INFO, "model": base})
+    path = folder / "compressft.json"
+    entry = json.loads(path.read_text())
+    del entry["hash"]
+    if "modules" in LARGE[case]:
+        name, fields = next((name, e) for name, e in entry["modules"].items() if e["kind"] == "bottleneck")
+        entry["modules"][name] = {**fields, "size": HUGE}
+    else:
+        entry |= LARGE[case]
+    path.write_text(json.dumps(sealed(entry)))
+    with pytest.raises(UserError) as caught:
+        OPENERS[kind][0](folder)
+    said = str(caught.value).replace(",", "")
+    assert "\n" not in said and (str(HUGE) in said or "are stored" in said)
