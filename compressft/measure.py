@@ -8,16 +8,21 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from compressft import __version__
+from compressft.collector import end_quickly, importing
 from compressft.waiting import as_found
 
 Shape = tuple[int, int]
+# A call that takes this long has nothing to warm up that a second one would need.
+WARM = 0.25
 
 
 def usable_cores() -> int:
@@ -32,10 +37,17 @@ def default_threads() -> int:
     return int(asked) if asked.isdecimal() and int(asked) > 0 else usable_cores()
 
 
-def timed(call: Callable[[], Any], warmup: int = 5, least: int = 15, budget: float = 1.0) -> list[float]:
-    """Milliseconds of single calls: `warmup` untimed ones, then at least `least` and up to `budget` seconds."""
+def timed(call: Callable[[], Any], warmup: int = 5, least: int = 10, budget: float = 1.0) -> list[float]:
+    """Milliseconds of single calls: at least `least` and up to `budget` seconds.
+
+    Args:
+        warmup: untimed calls before; no more once they have taken `WARM` seconds.
+    """
+    warm = time.perf_counter() + WARM
     for _ in range(warmup):
         call()
+        if time.perf_counter() > warm:
+            break
     samples: list[float] = []
     end = time.perf_counter() + budget
     while len(samples) < least or time.perf_counter() < end:
@@ -62,23 +74,27 @@ def latencies(
         models: (runtime, name) -> path; runtime "onnxruntime" takes a file, "torch" a `model/` folder.
         shapes: (batch, length) pairs.
         threads: None: `default_threads`.
-        rounds: the processes are interleaved this many times; of each model and shape the quietest round (least
-            median) is reported, because what else a machine does can only slow a call down.
+        rounds: the processes take turns this many times; of each model and shape the quietest round (least median) is
+            reported, because what else a machine does can only slow a call down.
+
+    Raises:
+        RuntimeError: a model does not run; with the end of what its process wrote.
     """
     # The measured processes do without it.
     from compressft.phases import steps
 
     threads = threads or default_threads()
     quietest: dict[tuple[str, str, Shape], dict[str, float]] = {}
-    for (runtime, name), path in steps(list(models.items()) * rounds, "measuring latency"):
-        command = [sys.executable, "-m", "compressft.measure", runtime, str(path), str(threads), json.dumps(shapes)]
-        done = subprocess.run(command, capture_output=True, text=True, env=child_environment())
-        if done.returncode:
-            raise RuntimeError(f"measuring {path} failed:\n{done.stderr[-2000:]}")
-        for shape, samples in json.loads(done.stdout.splitlines()[-1]):
-            key, found = (runtime, name, tuple(shape)), quantiles(samples)
-            if key not in quietest or found["p50"] < quietest[key]["p50"]:
-                quietest[key] = found
+    with ExitStack() as stack:
+        # Each waits, asleep, while the others have their turn: starting one takes longer than its turns.
+        running: dict[tuple[str, str], Callable[[], Any]] = {}
+        for (runtime, name), path in steps(list(models.items()) * rounds, "measuring latency"):
+            if (runtime, name) not in running:
+                running[runtime, name] = stack.enter_context(_measured(runtime, path, threads, shapes))
+            for shape, samples in running[runtime, name]():
+                key, found = (runtime, name, tuple(shape)), quantiles(samples)
+                if key not in quietest or found["p50"] < quietest[key]["p50"]:
+                    quietest[key] = found
     return [
         {
             "runtime": runtime,
@@ -90,6 +106,38 @@ def latencies(
         }
         for (runtime, name, shape), found in quietest.items()
     ]
+
+
+@contextmanager
+def _measured(runtime: str, path: Path, threads: int, shapes: Sequence[Shape]) -> Iterator[Callable[[], Any]]:
+    """A process that times one model whenever it is asked to: calls give [shape, milliseconds of single calls] each.
+
+    A call raises RuntimeError where the process has failed.
+    """
+    command = [sys.executable, "-m", "compressft.measure", runtime, str(path), str(threads), json.dumps(shapes)]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+    with (
+        tempfile.TemporaryFile("w+") as said,
+        subprocess.Popen(command, stderr=said, env=child_environment(), **pipes) as process,
+    ):
+
+        def turn() -> Any:
+            assert process.stdin is not None and process.stdout is not None
+            with suppress(BrokenPipeError):
+                process.stdin.write("\n")
+            answer = process.stdout.readline()
+            if not answer:
+                process.wait()
+                said.seek(0)
+                raise RuntimeError(f"measuring {path} failed:\n{said.read()[-2000:]}")
+            return json.loads(answer)
+
+        try:
+            yield turn
+        except BaseException:
+            # It would go on with what it was asked.
+            process.kill()
+            raise
 
 
 def child_environment() -> dict[str, str]:
@@ -152,9 +200,10 @@ def _onnx_calls(path: str, threads: int) -> Callable[[int, int], Callable[[], An
 
 
 def _torch_calls(path: str, threads: int) -> Callable[[int, int], Callable[[], Any]]:
-    import torch
+    with importing():
+        import torch
 
-    from compressft.checkpoint import load_compressed
+        from compressft.checkpoint import load_compressed
 
     torch.set_num_threads(threads)
     model = load_compressed(path)
@@ -251,8 +300,10 @@ def _child() -> None:
     parser.add_argument("shapes", type=json.loads)
     arguments = parser.parse_args()
     calls = {"onnxruntime": _onnx_calls, "torch": _torch_calls}[arguments.runtime](arguments.path, arguments.threads)
-    print(json.dumps([[shape, timed(calls(*shape))] for shape in arguments.shapes]))
+    for _ in sys.stdin:
+        print(json.dumps([[shape, timed(calls(*shape))] for shape in arguments.shapes]), flush=True)
 
 
 if __name__ == "__main__":
+    end_quickly()
     _child()
