@@ -73,6 +73,9 @@ def export(recipe: Recipe, root: Path, splits: Splits, console: Console) -> dict
     encoded = {name: task.encode(rows) for name, rows in vars(splits).items() if name in EVALUATED and rows}
     report = describe_run(recipe, root, model, baseline)
     cut = task.cut([*splits.train, *splits.validation, *splits.test])
+    if cut and any(one.type == "vocabulary" for stage in recipe.stages for one in stage.passes):
+        # What was said before training counted the base's pieces.
+        cut += "; the vocabulary that ships has shorter pieces than the base's"
     report["notes"] += [cut] if cut else []
     report["notes"] += step_notes(report["steps"])
     split = splits.report_split
