@@ -18,17 +18,17 @@ import pytest
 
 BUDGET = {
     # Importing and collecting, all processes.
-    "collection": 45,
-    "tests": 320,
-    "tests/export": 280,
-    "tests/methods": 175,
-    "tests/kernels": 105,
-    "tests/passes": 90,
-    "tests/report": 40,
-    "tests/trust": 40,
-    "tests/formats": 42,
-    "tests/objectives": 22,
-    "tests/modules": 15,
+    "collection": 50,
+    "tests": 360,
+    "tests/export": 220,
+    "tests/methods": 160,
+    "tests/kernels": 100,
+    "tests/passes": 95,
+    "tests/report": 32,
+    "tests/trust": 35,
+    "tests/formats": 40,
+    "tests/objectives": 20,
+    "tests/modules": 16,
     "tests/reference": 15,
     "tests/data": 6,
 }

@@ -167,7 +167,7 @@ def test_peak_is_the_largest_stage_and_the_budget_is_judged(recipe):
 
 
 def test_shipped_recipe_trains_all_of_minilm():
-    prediction = plan(load_recipe("banking77-edge", ["data.limit=80"]))
+    prediction = plan(load_recipe("banking77-edge-full", ["data.limit=80"]))
     assert [stage["name"] for stage in prediction.stages] == ["teacher", "student"]
     # MiniLM-L6 has 22.7 million parameters, as its own card says, and a head for the labels that occur.
     assert prediction.stages[0]["trainable"] == pytest.approx(22.7e6, rel=0.01)

@@ -64,7 +64,7 @@ class Fusion(Extra):
         self.up_bias = nn.Parameter(torch.zeros(len(sizes), width), requires_grad=False)
         self.register_buffer("temperature", torch.ones(()), persistent=False)
         # Which adapter each hidden value belongs to.
-        place = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(self.sizes))
+        place = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(self.sizes), output_size=total)
         self.register_buffer("place", place, persistent=False)
 
     @classmethod
