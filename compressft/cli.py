@@ -18,6 +18,7 @@ from rich.table import Table
 from compressft import __version__
 from compressft.collector import end_quickly, importing
 from compressft.errors import Interrupted, UserError, VerificationError, trouble
+from compressft.phases import Clock, watched
 from compressft.visible import PlainConsole
 from compressft.waiting import sleep_while_waiting
 
@@ -279,7 +280,8 @@ def main() -> None:
     # Where peft is installed, transformers imports bitsandbytes, which recommends a hub package that nothing here uses.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
-        app()
+        with watched(err, Clock()):
+            app()
     except UserError as error:
         err.print(f"error: {error}", soft_wrap=True)
         sys.exit(2)

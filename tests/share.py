@@ -106,8 +106,12 @@ def spared(items: Iterable[Any]) -> set[Any]:
     return rest
 
 
-def left_out(items: Sequence[pytest.Item]) -> set[pytest.Item]:
-    """What `make test` leaves to `make test-all`."""
+def left_out(items: Sequence[pytest.Item], named: bool = False) -> set[pytest.Item]:
+    """What `make test` leaves to `make test-all`.
+
+    Args:
+        named: files are named on the command line; what is dear in them is wanted.
+    """
     rest = {item for item in items if item.get_closest_marker("full")}
     products = defaultdict(list)
     for item in items:
@@ -115,7 +119,7 @@ def left_out(items: Sequence[pytest.Item]) -> set[pytest.Item]:
             products[item.nodeid.partition("[")[0]].append(item)
     for cases in products.values():
         rest |= set(cases) - cover(cases)
-    return rest | spared(item for item in items if item not in rest)
+    return rest if named else rest | spared(item for item in items if item not in rest)
 
 
 class Share:
@@ -127,6 +131,6 @@ class Share:
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         if config.getoption("all") or any("::" in argument for argument in config.args):
             return
-        rest = left_out(items)
+        rest = left_out(items, any(argument.endswith(".py") for argument in config.args))
         config.hook.pytest_deselected(items=[item for item in items if item in rest])
         items[:] = [item for item in items if item not in rest]

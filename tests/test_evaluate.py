@@ -109,3 +109,12 @@ def test_damaged_folder_is_refused(shipped, file, tmp_path):
     (folder / "model.safetensors").write_bytes(b"x")
     with pytest.raises(UserError, match=r"model\.safetensors"):
         evaluate(folder, file)
+
+
+def test_an_evaluation_that_takes_long_says_how_far_it_is(shipped, file, call, monkeypatch):
+    rows = file.read_text() * 20
+    file.write_text(rows)
+    monkeypatch.setattr("compressft.phases.PATIENCE", 0.01)
+    done = call("evaluate", shipped / "model", "--data", file, "--batch", 1)
+    assert done.code == 0 and "accuracy" in done.out
+    assert any(line.startswith("evaluating: ") and "/620  " in line for line in done.err.splitlines())

@@ -78,6 +78,7 @@ def test_a_third_of_what_is_dear_is_drawn_whole_files_where_the_file_is_marked()
     assert sorted(len(set(file) & rest) for file in files) == [0] * 3 + [3] * 6
     assert len(set(cases) & rest) == 6
     assert not set(cheap) & rest
+    assert not share.left_out([*itertools.chain(*files), *cases, *cheap], named=True)
 
 
 def test_trees_draw_other_dear_files(monkeypatch):

@@ -18,6 +18,7 @@ from compressft.export.session import open_session, places
 from compressft.export.verify import KERNELS
 from compressft.measure import empty_past
 from compressft.modules.quantizer import Int8Quantizer
+from compressft.phases import phase, steps
 
 # Rows that are continued, and tokens of each that are given one by one.
 ROWS, SINGLE = 8, 16
@@ -62,6 +63,7 @@ class Chunk:
     places: np.ndarray
 
 
+@phase("verification")
 def continue_rows(file: Path, model: nn.Module, task: Task, features: Sequence[Mapping[str, Any]]) -> list[Continued]:
     """Compare logits at every token of some rows, read as a prompt, `SINGLE` single tokens and a rest.
 
@@ -73,11 +75,11 @@ def continue_rows(file: Path, model: nn.Module, task: Task, features: Sequence[M
     if len(rows) > 1 and not any(isinstance(m, Int8Quantizer) and m.ranges == "dynamic" for m in model.modules()):
         batches.append(rows)
     prepared = [list(chunks(*padded_left(batch, task.tokenizer.pad_token_id))) for batch in batches]
-    trained = [model_chunks(model, parts) for parts in prepared]
+    trained = [model_chunks(model, parts) for parts in steps(prepared, "continuing rows in torch")]
     found = []
     for kernels in KERNELS:
         session = open_session(file, exact=kernels == "exact")
-        for parts, want in zip(prepared, trained, strict=True):
+        for parts, want in steps(list(zip(prepared, trained, strict=True)), f"continuing rows, {kernels} kernels"):
             got = session_chunks(session, parts)
             real = parts[-1].mask.astype(bool)
             error = float(np.abs(want - got)[real].max())
