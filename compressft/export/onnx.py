@@ -62,6 +62,7 @@ def to_graph(model: nn.Module, inputs: Mapping[str, Any], tidy: bool = True) -> 
     merge_scalars(graph)
     # q, k and v quantise the same input with the same range: after this they share one node.
     CommonSubexpressionEliminationPass()(graph)
+    own_zero_points(graph)
     RemoveUnusedNodesPass()(graph)
     compute_first_token(graph)
     if PAST in inputs:
@@ -113,6 +114,29 @@ def merge_scalars(model: Any) -> None:
             del model.graph.initializers[value.name]
         else:
             first[key] = value
+
+
+def own_zero_points(model: Any) -> None:
+    """Give each weight's DequantizeLinear a zero point of its own, of which the exporter has made equal ones one.
+
+    Where exact kernels are asked for, onnxruntime turns s8 weights and their zero points into u8, and fails at the
+    second weight that shares one.
+    """
+    import onnx_ir
+
+    for node in model.graph:
+        if node.op_type != "DequantizeLinear" or len(node.inputs) < 3:
+            continue
+        weight, point = node.inputs[0], node.inputs[2]
+        name = f"{weight.name}_zero_point"
+        if weight.const_value is None or point is None or point.const_value is None:
+            continue
+        if name in model.graph.initializers:
+            # This one's already; equal nodes of one weight are one node by now.
+            continue
+        own = onnx_ir.Value(name=name, const_value=onnx_ir.tensor(point.const_value.numpy(), name=name))
+        model.graph.register_initializer(own)
+        node.replace_input_with(2, own)
 
 
 @contextmanager
