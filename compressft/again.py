@@ -13,7 +13,7 @@ from compressft.document import refuse_edited
 from compressft.entries import refuse_links
 from compressft.errors import UserError
 from compressft.export import export
-from compressft.export.flow import baseline_folder
+from compressft.export.flow import baseline_folder, stage_record
 from compressft.folder import held
 from compressft.identity import UNKNOWN, read, refuse_changed
 from compressft.model import load_tokenizer
@@ -59,7 +59,7 @@ def _refuse_changed(recipe: Recipe, folder: Path, console: Console) -> None:
 
 
 def _export(recipe: Recipe, folder: Path, console: Console) -> dict[str, Any]:
-    stages = [read_manifest(folder / "stages" / stage.name, "model", ("stage",))["stage"] for stage in recipe.stages]
+    stages = [stage_record(folder, stage.name) for stage in recipe.stages]
     with watched(console, Clock()) as clock:
         clock.add({name: value for name, value in kept(folder / SECONDS).items() if name not in AGAIN})
         _, splits = load_task(recipe, load_tokenizer(str(folder / "model")))

@@ -135,8 +135,10 @@ def _measured(runtime: str, path: Path, threads: int, shapes: Sequence[Shape]) -
         try:
             yield turn
         except BaseException:
-            # It would go on with what it was asked.
+            # It would go on with what it was asked; and closing its input must not hide why.
             process.kill()
+            with suppress(OSError):
+                process.stdin.close()  # type: ignore[union-attr]
             raise
 
 

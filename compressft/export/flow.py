@@ -134,8 +134,7 @@ def export(recipe: Recipe, root: Path, splits: Splits, console: Console) -> dict
     report["quality"] = quality
     release(model)
     measure(recipe, root, task, encoded, baseline, report, console)
-    first = read_manifest(root / "stages" / recipe.stages[0].name, "model", ("stage",))["stage"]
-    found = reached(recipe, model, report, first["base"]["shapes"])
+    found = reached(recipe, model, report, stage_record(root, recipe.stages[0].name)["base"]["shapes"])
     report["targets"] = [one.row() for one in found]
     report["notes"] += [note for one in found if (note := one.note())]
     return report
