@@ -5,21 +5,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from compressft.adapted import Adapted, get_model
-    from compressft.checkpoint import load_compressed
+    from compressft.checkpoint import load_compressed, load_delta
     from compressft.errors import UserError
     from compressft.model import load_model
     from compressft.recipe import Recipe, load_recipe
     from compressft.run import run as run_recipe
     from compressft.transform import Transform
+    from compressft.vectors import TaskVector
 
 __version__ = "0.1.0"
 __all__ = [
     "Adapted",
     "Recipe",
+    "TaskVector",
     "Transform",
     "UserError",
     "get_model",
     "load_compressed",
+    "load_delta",
     "load_model",
     "load_recipe",
     "run_recipe",
@@ -29,10 +32,12 @@ __all__ = [
 _HOMES = {
     "Adapted": ("compressft.adapted", "Adapted"),
     "Recipe": ("compressft.recipe", "Recipe"),
+    "TaskVector": ("compressft.vectors", "TaskVector"),
     "Transform": ("compressft.transform", "Transform"),
     "UserError": ("compressft.errors", "UserError"),
     "get_model": ("compressft.adapted", "get_model"),
     "load_compressed": ("compressft.checkpoint", "load_compressed"),
+    "load_delta": ("compressft.checkpoint", "load_delta"),
     "load_model": ("compressft.model", "load_model"),
     "load_recipe": ("compressft.recipe", "load_recipe"),
     "run_recipe": ("compressft.run", "run"),

@@ -1,6 +1,6 @@
 """Task vectors: what fine-tuning changed, as a thing of its own to store in few bytes, add, negate and apply.
 
-Ilharco et al. (ICLR 2023). `between` and `of_delta` make one; `base_tensors` (compressft.checkpoint) gives a base's
+Ilharco et al. (ICLR 2023). `TaskVector.between` and `TaskVector.of_delta` make one; `base_tensors` (compressft.checkpoint) gives a base's
 tensors.
 """
 
@@ -109,86 +109,92 @@ class TaskVector:
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, path, metadata={"format": "pt", "kind": KIND, "base_hash": self.base})
 
+    @classmethod
+    def between(cls, base: Mapping[str, Tensor], tuned: nn.Module | Mapping[str, Tensor]) -> TaskVector:
+        """The vector from a base to a fine-tuned model (or its tensors under the plain model's names).
 
-def between(base: Mapping[str, Tensor], tuned: nn.Module | Mapping[str, Tensor]) -> TaskVector:
-    """The vector from a base to a fine-tuned model (or its tensors under the plain model's names).
+        Tied weights are one tensor; integer buffers and other tensors that did not change are left out.
 
-    Tied weights are one tensor; integer buffers and other tensors that did not change are left out.
+        Raises:
+            UserError: a tensor has another shape or type than the base's, or the model has modules of its own.
+        """
+        if isinstance(tuned, nn.Module):
+            tuned, extra = plain_state(tuned)
+            if extra:
+                raise UserError(
+                    f"task vector: {next(iter(extra))!r} is no tensor of a plain model; use its delta/ folder"
+                )
+        changes, patches, own = {}, {}, {}
+        for name, new in tuned.items():
+            old = base.get(name)
+            if old is None:
+                own[name] = new.detach().clone()
+                continue
+            if (
+                old.shape != new.shape
+                or old.dtype != new.dtype
+                or not (new.is_floating_point() or torch.equal(old, new))
+            ):
+                raise UserError(
+                    f"task vector: {name!r} is {tuple(new.shape)} {new.dtype} and {tuple(old.shape)} {old.dtype} in "
+                    "the base; a vector is taken between models of one shape"
+                )
+            new = new.detach().to(old.device)
+            if torch.equal(old, new):
+                continue
+            difference = new.float() - old.float()
+            changes[name] = {"exact": difference}
+            places = torch.nonzero((_moved(old, difference, 1.0) != new).flatten()).flatten()
+            if len(places):
+                patches[name] = (places, new.reshape(-1)[places].clone())
+        return cls(content_hash(base), changes, patches, own)
 
-    Raises:
-        UserError: a tensor has another shape or type than the base's, or the model has modules of its own.
-    """
-    if isinstance(tuned, nn.Module):
-        tuned, extra = plain_state(tuned)
-        if extra:
-            raise UserError(f"task vector: {next(iter(extra))!r} is no tensor of a plain model; use its delta/ folder")
-    changes, patches, own = {}, {}, {}
-    for name, new in tuned.items():
-        old = base.get(name)
-        if old is None:
-            own[name] = new.detach().clone()
-            continue
-        if old.shape != new.shape or old.dtype != new.dtype or not (new.is_floating_point() or torch.equal(old, new)):
-            raise UserError(
-                f"task vector: {name!r} is {tuple(new.shape)} {new.dtype} and {tuple(old.shape)} {old.dtype} in the "
-                "base; a vector is taken between models of one shape"
-            )
-        new = new.detach().to(old.device)
-        if torch.equal(old, new):
-            continue
-        difference = new.float() - old.float()
-        changes[name] = {"exact": difference}
-        places = torch.nonzero((_moved(old, difference, 1.0) != new).flatten()).flatten()
-        if len(places):
-            patches[name] = (places, new.reshape(-1)[places].clone())
-    return TaskVector(content_hash(base), changes, patches, own)
+    @classmethod
+    def of_delta(cls, folder: str | Path, base: str | None = None) -> TaskVector:
+        """The vector of a run's `delta/` folder.
 
+        Args:
+            base: where the base is now (default: where the recipe found it).
 
-def of_delta(folder: str | Path, base: str | None = None) -> TaskVector:
-    """The vector of a run's `delta/` folder.
+        Raises:
+            UserError: as `load_delta` and `between`.
+        """
+        model = load_delta(folder, base)
+        name = base or base_of(Path(folder), read_manifest(folder, "delta", ("model",)))
+        return cls.between(base_tensors(name, type(model).__name__), model)
 
-    Args:
-        base: where the base is now (default: where the recipe found it).
+    @classmethod
+    def load(cls, path: str | Path) -> TaskVector:
+        """Read what `TaskVector.save` wrote.
 
-    Raises:
-        UserError: as `load_delta` and `between`.
-    """
-    model = load_delta(folder, base)
-    name = base or base_of(Path(folder), read_manifest(folder, "delta", ("model",)))
-    return between(base_tensors(name, type(model).__name__), model)
+        Raises:
+            UserError: the file is not there, or is not a task vector.
+        """
+        from safetensors import safe_open
 
-
-def load(path: str | Path) -> TaskVector:
-    """Read what `TaskVector.save` wrote.
-
-    Raises:
-        UserError: the file is not there, or is not a task vector.
-    """
-    from safetensors import safe_open
-
-    with foreign(f"{path}: is no readable safetensors file"), safe_open(path, framework="pt") as file:
-        metadata: Any = file.metadata() or {}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if metadata.get("kind") != KIND or "base_hash" not in metadata:
-        raise UserError(f"{path}: is not a task vector; give a file that TaskVector.save wrote")
-    changes: dict[str, dict[str, Tensor]] = {}
-    patches: dict[str, tuple[Tensor, Tensor]] = {}
-    own: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        name, _, part = key.partition("#")
-        if not part:
-            own[name] = tensor
-        elif part == "patch_places":
-            values = tensors.get(f"{name}#patch_values")
-            if values is None or values.shape != tensor.shape:
-                raise UserError(f"{path}: {key!r} has no values of its number; the file is damaged")
-            patches[name] = (tensor, values)
-        elif part != "patch_values":
-            changes.setdefault(name, {})[part] = tensor
-    for name, parts in changes.items():
-        with foreign(f"{path}: {name!r} is no coded tensor; the file is damaged"):
-            shape_of(parts)
-    return TaskVector(metadata["base_hash"], changes, patches, own)
+        with foreign(f"{path}: is no readable safetensors file"), safe_open(path, framework="pt") as file:
+            metadata: Any = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if metadata.get("kind") != KIND or "base_hash" not in metadata:
+            raise UserError(f"{path}: is not a task vector; give a file that TaskVector.save wrote")
+        changes: dict[str, dict[str, Tensor]] = {}
+        patches: dict[str, tuple[Tensor, Tensor]] = {}
+        own: dict[str, Tensor] = {}
+        for key, tensor in tensors.items():
+            name, _, part = key.partition("#")
+            if not part:
+                own[name] = tensor
+            elif part == "patch_places":
+                values = tensors.get(f"{name}#patch_values")
+                if values is None or values.shape != tensor.shape:
+                    raise UserError(f"{path}: {key!r} has no values of its number; the file is damaged")
+                patches[name] = (tensor, values)
+            elif part != "patch_values":
+                changes.setdefault(name, {})[part] = tensor
+        for name, parts in changes.items():
+            with foreign(f"{path}: {name!r} is no coded tensor; the file is damaged"):
+                shape_of(parts)
+        return cls(metadata["base_hash"], changes, patches, own)
 
 
 def _moved(old: Tensor, difference: Tensor, scaling: float) -> Tensor:

@@ -10,7 +10,7 @@ from compressft.checkpoint import load_compressed, load_delta
 from compressft.errors import UserError
 from compressft.recipe import parse_recipe
 from compressft.run import run
-from compressft.vectors import of_delta
+from compressft.vectors import TaskVector
 from tests.tiny import batch_for, logits
 from tests.tiny_folder import document, rows_of, save_tiny, write_jsonl
 
@@ -54,7 +54,7 @@ def test_the_report_says_what_could_be_left_out(runs):
 
 
 def test_its_vector_is_the_last_stage_alone(runs):
-    whole, own = (set(of_delta(runs / name / "delta").changes) for name in ("None", "teacher"))
+    whole, own = (set(TaskVector.of_delta(runs / name / "delta").changes) for name in ("None", "teacher"))
     assert {name for name in own if ".layer.0." in name or "embeddings" in name} == set()
     # The head is no change where the pretrained model, which has none, is the base.
     assert any(".layer.1." in name for name in own) and own - {"classifier.weight", "classifier.bias"} < whole

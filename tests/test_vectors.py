@@ -12,7 +12,7 @@ from compressft.methods.adapter import Adapter
 from compressft.model import load_model
 from compressft.shrink import shrink
 from compressft.transform import Context
-from compressft.vectors import between, load, of_delta
+from compressft.vectors import TaskVector
 from tests.tiny import labelled, logits, random_keep, tiny
 
 CODES = {
@@ -146,7 +146,7 @@ def tuned(tmp_path, seed=1, size=1e-3, labels=3):
 
 def test_exact_gives_back_the_bits(base, tmp_path):
     model = tuned(tmp_path)
-    vector = between(base, model)
+    vector = TaskVector.between(base, model)
     assert vector.patches, "differences alone do not always give the bits back"
     whole = vector.apply(base)
     other = load_model(str(tmp_path / "base"), "AutoModelForSequenceClassification", num_labels=3)
@@ -160,9 +160,9 @@ def test_exact_gives_back_the_bits(base, tmp_path):
 
 @pytest.mark.parametrize("name", CODES)
 def test_save_and_load(base, tmp_path, name):
-    vector = between(base, tuned(tmp_path)).encode(CODES[name])
+    vector = TaskVector.between(base, tuned(tmp_path)).encode(CODES[name])
     vector.save(tmp_path / "v.safetensors")
-    back = load(tmp_path / "v.safetensors")
+    back = TaskVector.load(tmp_path / "v.safetensors")
     assert back.base == vector.base and back.changes.keys() == vector.changes.keys()
     one, other = vector.apply(base), back.apply(base)
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
@@ -179,16 +179,16 @@ def test_save_and_load(base, tmp_path, name):
 
 
 def test_another_base_is_refused(base, tmp_path):
-    vector = between(base, tuned(tmp_path))
+    vector = TaskVector.between(base, tuned(tmp_path))
     changed = {**base, "bert.encoder.layer.0.output.dense.bias": base["bert.encoder.layer.0.output.dense.bias"] + 1e-3}
     with pytest.raises(UserError, match="another base"):
         vector.apply(changed)
     with pytest.raises(UserError, match="different bases"):
-        vector + between(changed, tuned(tmp_path))
+        vector + TaskVector.between(changed, tuned(tmp_path))
 
 
 def test_arithmetic(base, tmp_path):
-    one, two = between(base, tuned(tmp_path)), between(base, tuned(tmp_path, seed=2))
+    one, two = TaskVector.between(base, tuned(tmp_path)), TaskVector.between(base, tuned(tmp_path, seed=2))
     total = one + two
     both, turned, scaled = total.apply(base), (two + one).apply(base), (0.3 * one).apply(base)
     of_one, of_less, negated, gone = one.apply(base), one.apply(base, 0.3), (-one).apply(base), (one - one).apply(base)
@@ -209,8 +209,8 @@ def test_disjoint_vectors_add_up(base, tmp_path):
     first, second = tuned(tmp_path).state_dict(), dict(base)
     name = "bert.encoder.layer.0.attention.self.query.weight"
     second[name] = base[name] * 1.01
-    one = between(base, {n: t for n, t in first.items() if n in base})
-    two = between(base, second)
+    one = TaskVector.between(base, {n: t for n, t in first.items() if n in base})
+    two = TaskVector.between(base, second)
     both = (one + two).apply(base)
     torch.testing.assert_close(both[name], second[name])
     assert torch.equal(
@@ -219,14 +219,14 @@ def test_disjoint_vectors_add_up(base, tmp_path):
 
 
 def test_heads_of_another_shape_are_no_hindrance(base, tmp_path):
-    three, five = between(base, tuned(tmp_path)), between(base, tuned(tmp_path, 2, labels=5))
+    three, five = TaskVector.between(base, tuned(tmp_path)), TaskVector.between(base, tuned(tmp_path, 2, labels=5))
     assert (five + three).own["classifier.weight"].shape[0] == 5
 
 
 def test_of_a_delta_folder(base, tmp_path):
     model = tuned(tmp_path)
     save_delta(model, None, base, tmp_path / "delta", {"model": str(tmp_path / "base")})
-    one, other = of_delta(tmp_path / "delta").apply(base), between(base, model).apply(base)
+    one, other = TaskVector.of_delta(tmp_path / "delta").apply(base), TaskVector.between(base, model).apply(base)
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -234,27 +234,27 @@ def test_what_is_no_vector_is_refused(base, tmp_path):
     pruned = tuned(tmp_path)
     shrink(pruned, random_keep(pruned))
     with pytest.raises(UserError, match="between models of one shape"):
-        between(base, pruned)
+        TaskVector.between(base, pruned)
     adapted = tuned(tmp_path)
     Adapter(size=4).prepare(adapted, Context())
     with pytest.raises(UserError, match="no tensor of a plain model"):
-        between(base, adapted)
+        TaskVector.between(base, adapted)
     with pytest.raises(UserError, match="between models of one shape"):
-        between(base, {name: tensor.bfloat16() for name, tensor in base.items()})
+        TaskVector.between(base, {name: tensor.bfloat16() for name, tensor in base.items()})
     save_file(dict(base), tmp_path / "w.safetensors")
     with pytest.raises(UserError, match="not a task vector"):
-        load(tmp_path / "w.safetensors")
+        TaskVector.load(tmp_path / "w.safetensors")
     with pytest.raises(UserError, match="no readable"):
-        load(tmp_path / "missing.safetensors")
+        TaskVector.load(tmp_path / "missing.safetensors")
     (tmp_path / "text.safetensors").write_text("hello")
     with pytest.raises(UserError, match="no readable"):
-        load(tmp_path / "text.safetensors")
+        TaskVector.load(tmp_path / "text.safetensors")
 
 
 def test_damaged_vectors_are_one_line(base, tmp_path):
     """Nothing is decoded that is not of the base's shape: two kilobytes may stand for terabytes."""
     path = tmp_path / "v.safetensors"
-    between(base, tuned(tmp_path)).encode(Code("low_rank", rank=1)).save(path)
+    TaskVector.between(base, tuned(tmp_path)).encode(Code("low_rank", rank=1)).save(path)
     with safe_open(path, framework="pt") as file:
         metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     left = next(name for name in tensors if name.endswith("#left"))
@@ -266,18 +266,18 @@ def test_damaged_vectors_are_one_line(base, tmp_path):
     ):
         save_file({**tensors, **changed}, path, metadata)
         with pytest.raises(UserError, match=said):
-            load(path).apply(base)
+            TaskVector.load(path).apply(base)
     for changed in ({f"{name}#odd": torch.zeros(1)}, {f"{name}#patch_places": torch.zeros(3, dtype=torch.int64)}):
         kept = {key: value for key, value in tensors.items() if not key.startswith(f"{name}#")}
         save_file({**kept, **changed}, path, metadata)
         with pytest.raises(UserError, match=f"v.safetensors: '{name}.* the file is damaged"):
-            load(path)
+            TaskVector.load(path)
 
 
 def test_differences_of_half_precision_are_kept_in_fp32():
     one = {"w": torch.tensor([[256.0, 1.0]]).bfloat16()}
     two = {"w": torch.tensor([[258.0, 1.0078125]]).bfloat16()}
-    vector = between(one, two)
+    vector = TaskVector.between(one, two)
     assert vector.difference("w").dtype == torch.float32
     assert torch.equal(vector.apply(one)["w"], two["w"]) and vector.apply(one)["w"].dtype == torch.bfloat16
 
@@ -290,12 +290,12 @@ def test_tied_weights_and_integers_are_taken_once(tmp_path):
     with torch.no_grad():
         model.lm_head.weight.add_(0.1)
     model.register_buffer("positions", torch.arange(4))
-    vector = between(plain_state(tiny("gpt2"))[0], model)
+    vector = TaskVector.between(plain_state(tiny("gpt2"))[0], model)
     assert list(vector.changes) == ["transformer.wte.weight"]
     assert torch.equal(vector.own["positions"], torch.arange(4))
     assert "lm_head.weight" in base
     vector.save(tmp_path / "v.safetensors")
     assert set(load_file(tmp_path / "v.safetensors")) >= {"transformer.wte.weight#exact", "positions"}
     other = tiny("gpt2")
-    other.load_state_dict(load(tmp_path / "v.safetensors").apply(plain_state(other)[0]), strict=False)
+    other.load_state_dict(TaskVector.load(tmp_path / "v.safetensors").apply(plain_state(other)[0]), strict=False)
     assert torch.equal(logits(other, labelled()), logits(model, labelled()))
