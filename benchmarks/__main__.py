@@ -6,7 +6,7 @@ from importlib import import_module
 
 from benchmarks.registry import BENCHMARKS
 from compressft.errors import UserError
-from compressft.waiting import sleep_while_waiting
+from compressft.utils.waiting import sleep_while_waiting
 
 
 def main() -> int:

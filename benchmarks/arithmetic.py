@@ -18,7 +18,7 @@ from torch import nn
 from benchmarks.arithmetic_speed import speed
 from benchmarks.cases import Case, prepared, results, run_cases, update
 from benchmarks.options import positive
-from compressft.checkpoint import load_compressed
+from compressft.model.saved.compressed import load_compressed
 from compressft.modules.int8 import quantise_weight, weight_scale
 from compressft.modules.quantizer import Int8Quantizer
 

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from compressft.checkpoint import load_compressed
+from compressft.evaluation.logits import open_session
 from compressft.export.fold import fold
 from compressft.export.fuse import fuse_qattention
+from compressft.export.measure import latencies
 from compressft.export.onnx import save, to_graph
-from compressft.export.session import open_session
-from compressft.measure import latencies
+from compressft.model.saved.compressed import load_compressed
 from compressft.modules.quantizer import Int8Quantizer
 
 SHAPES = ((1, 32), (1, 128), (8, 128))

@@ -17,11 +17,11 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.sentences import cut
-from compressft.again import export_again
 from compressft.errors import UserError
-from compressft.measure import hardware, versions
-from compressft.recipe import parse_recipe
-from compressft.run import run
+from compressft.recipe.recipe import parse_recipe
+from compressft.run.again import export_again
+from compressft.run.flow import run
+from compressft.utils.machine import hardware, versions
 
 ROOT = Path("runs") / "benchmarks"
 

@@ -34,8 +34,9 @@ class Built(NamedTuple):
 def compressft(model: str, method: Mapping[str, Any]) -> Built:
     """One of our methods."""
     from compressft.methods import METHODS
-    from compressft.model import load_model, load_tokenizer
-    from compressft.recipe import parse_transform
+    from compressft.model.load import load_model
+    from compressft.model.source import load_tokenizer
+    from compressft.recipe.program import parse_transform
     from compressft.transform import Context, TrainingData
 
     loaded = load_model(model, "AutoModelForSequenceClassification", num_labels=LABELS)
@@ -190,7 +191,7 @@ def main() -> None:
     torch.set_num_threads(spec["threads"])
     torch.manual_seed(0)
     if spec["keep_memory"]:
-        from compressft.memory import keep_freed_memory
+        from compressft.utils.memory import keep_freed_memory
 
         keep_freed_memory()
     training = Training(spec)

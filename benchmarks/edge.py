@@ -14,9 +14,9 @@ from typing import Any
 
 from rich.console import Console
 
-from compressft.again import export_again
-from compressft.recipe import load_recipe
-from compressft.run import run
+from compressft.recipe.recipe import load_recipe
+from compressft.run.again import export_again
+from compressft.run.flow import run
 
 RECIPES = ("banking77-edge", "banking77-edge-full", "banking77-tiny")
 RESULTS = Path(__file__).parent / "results"

@@ -39,11 +39,12 @@ from benchmarks.methods_table import MASKS, render
 from benchmarks.options import positive
 from benchmarks.race import Conditions, Contestant, race
 from compressft.errors import UserError
-from compressft.measure import usable_cores
 from compressft.methods import METHODS
-from compressft.model import load_empty, resolve
-from compressft.recipe import parse_transform
+from compressft.model.load import load_empty
+from compressft.model.source import resolve
+from compressft.recipe.program import parse_transform
 from compressft.transform import Context
+from compressft.utils.machine import usable_cores
 
 RESULTS = Path(__file__).parent / "results" / "methods.json"
 SUITE = "methods"

@@ -23,7 +23,7 @@ from compressft_kernels.benchmark.run import default_dtype, measure
 from compressft_kernels.nf4 import BLOCK
 
 from benchmarks import tune
-from compressft.measure import hardware, versions
+from compressft.utils.machine import hardware, versions
 
 RESULTS = Path(__file__).parent / "results"
 TABLE = Path(dispatch.__file__).parent / "table.json"

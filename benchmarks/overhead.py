@@ -6,8 +6,8 @@ from typing import Any
 
 from rich.console import Console
 
-from compressft.benchmark import training
-from compressft.recipe import parse_recipe
+from compressft.recipe.recipe import parse_recipe
+from compressft.run.benchmark import training
 
 DISTILL = {"temperature": 2.0, "task": 0.5, "logits": 0.5, "hidden": 1.0}
 STRUCTURED = {"type": "structured", "heads": 0.5, "ffn": 0.5, "start": 0.0}

@@ -20,8 +20,8 @@ from rich.console import Console
 
 from benchmarks.options import positive
 from benchmarks.race import Conditions, Contestant, race, ratio
-from compressft.measure import hardware, usable_cores, versions
-from compressft.model import resolve
+from compressft.model.source import resolve
+from compressft.utils.machine import hardware, usable_cores, versions
 
 RESULTS = Path(__file__).parent / "results"
 # How much less time than the quickest peer is the goal.

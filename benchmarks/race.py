@@ -19,7 +19,7 @@ from typing import Any
 
 from rich.console import Console
 
-from compressft.measure import usable_cores
+from compressft.utils.machine import usable_cores
 
 COMMAND = ("-m", "benchmarks.contestant")
 WARMUP = 3
@@ -31,7 +31,7 @@ class Contestant:
     """A package's method, as `benchmarks.contestant` builds it, and the environment that it runs in.
 
     `also`: parts of names of further parameters that are trained, so that all contestants train the same ones.
-    `keep_memory`: with the allocator settings of `compressft run` (`compressft.memory`).
+    `keep_memory`: with the allocator settings of `compressft run` (`compressft.utils.memory`).
     """
 
     package: str

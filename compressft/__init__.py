@@ -3,17 +3,19 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from compressft.adapted import Adapted, get_model
-    from compressft.checkpoint import load_compressed, load_delta
-    from compressft.errors import UserError
-    from compressft.model import load_model
-    from compressft.recipe import Recipe, load_recipe
-    from compressft.run import run as run_recipe
-    from compressft.transform import Transform
-    from compressft.vectors import TaskVector
+from compressft.utils.version import __version__ as __version__
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from compressft.adapters.adapted import Adapted, get_model
+    from compressft.errors import UserError
+    from compressft.model.load import load_model
+    from compressft.model.saved.compressed import load_compressed
+    from compressft.model.saved.delta import load_delta
+    from compressft.model.saved.vectors import TaskVector
+    from compressft.recipe.recipe import Recipe, load_recipe
+    from compressft.run.flow import run as run_recipe
+    from compressft.transform import Transform
+
 __all__ = [
     "Adapted",
     "Recipe",
@@ -30,17 +32,17 @@ __all__ = [
 
 # Names load on first use, so that `import compressft` stays fast: public name -> (module, name there).
 _HOMES = {
-    "Adapted": ("compressft.adapted", "Adapted"),
-    "Recipe": ("compressft.recipe", "Recipe"),
-    "TaskVector": ("compressft.vectors", "TaskVector"),
+    "Adapted": ("compressft.adapters.adapted", "Adapted"),
+    "Recipe": ("compressft.recipe.recipe", "Recipe"),
+    "TaskVector": ("compressft.model.saved.vectors", "TaskVector"),
     "Transform": ("compressft.transform", "Transform"),
     "UserError": ("compressft.errors", "UserError"),
-    "get_model": ("compressft.adapted", "get_model"),
-    "load_compressed": ("compressft.checkpoint", "load_compressed"),
-    "load_delta": ("compressft.checkpoint", "load_delta"),
-    "load_model": ("compressft.model", "load_model"),
-    "load_recipe": ("compressft.recipe", "load_recipe"),
-    "run_recipe": ("compressft.run", "run"),
+    "get_model": ("compressft.adapters.adapted", "get_model"),
+    "load_compressed": ("compressft.model.saved.compressed", "load_compressed"),
+    "load_delta": ("compressft.model.saved.delta", "load_delta"),
+    "load_model": ("compressft.model.load", "load_model"),
+    "load_recipe": ("compressft.recipe.recipe", "load_recipe"),
+    "run_recipe": ("compressft.run.flow", "run"),
 }
 
 

@@ -15,12 +15,12 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from compressft import __version__
-from compressft.collector import end_quickly, importing
 from compressft.errors import Interrupted, UserError, VerificationError, trouble
-from compressft.phases import Clock, watched
-from compressft.visible import PlainConsole
-from compressft.waiting import sleep_while_waiting
+from compressft.utils.collector import end_quickly, importing
+from compressft.utils.phases import Clock, watched
+from compressft.utils.version import __version__
+from compressft.utils.visible import PlainConsole
+from compressft.utils.waiting import sleep_while_waiting
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -60,17 +60,17 @@ def run(
     smoke: Annotated[bool, typer.Option("--smoke", help="Every step on a few rows: does it run at all?")] = False,
 ) -> None:
     """Train, compress, export, verify, measure and report."""
-    from compressft.recipe import load_recipe
-    from compressft.recipe import smoke as few_rows
+    from compressft.recipe.recipe import load_recipe
+    from compressft.recipe.recipe import smoke as few_rows
 
     loaded = load_recipe(recipe, set or ())
     if smoke:
         loaded = few_rows(loaded)
     # After the recipe, which is refused before seconds of imports.
     with importing():
-        from compressft.measure import process_age
-        from compressft.report import terminal_table
-        from compressft.run import run as run_recipe
+        from compressft.run.flow import run as run_recipe
+        from compressft.run.report import terminal_table
+        from compressft.utils.machine import process_age
 
     # What schedulers and containers send, before and after training too.
     if threading.current_thread() is threading.main_thread():
@@ -95,7 +95,7 @@ def _interrupt(number: int, frame: object) -> None:
 @app.command()
 def recipes() -> None:
     """List the shipped recipes."""
-    from compressft.document import read_document, shipped_recipes
+    from compressft.recipe.document import read_document, shipped_recipes
 
     names = shipped_recipes()
     width = max(map(len, names))
@@ -113,8 +113,8 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """Score a torch checkpoint or an ONNX file with the same metrics."""
-    from compressft.evaluate import evaluate as score
-    from compressft.quiet import quiet_libraries
+    from compressft.run.evaluate import evaluate as score
+    from compressft.utils.quiet import quiet_libraries
 
     quiet_libraries()
     result = score(source, data, batch)
@@ -131,8 +131,8 @@ def evaluate(
 @app.command()
 def export(run_dir: RunDir, set: Set = None) -> None:
     """Export, verify and measure a trained run again, with other export settings."""
-    from compressft.again import export_again
-    from compressft.report import terminal_table
+    from compressft.run.again import export_again
+    from compressft.run.report import terminal_table
 
     out.print(terminal_table(export_again(run_dir, set or (), err)))
 
@@ -140,8 +140,8 @@ def export(run_dir: RunDir, set: Set = None) -> None:
 @app.command()
 def report(run_dir: RunDir) -> None:
     """Print a run's final table and write its report files again."""
-    from compressft.again import report_again
-    from compressft.report import terminal_table
+    from compressft.run.again import report_again
+    from compressft.run.report import terminal_table
 
     out.print(terminal_table(report_again(run_dir)))
 
@@ -153,8 +153,8 @@ def plan(
     set: Set = None,
 ) -> None:
     """Predict peak memory and time before anything is run."""
-    from compressft.plan import plan as predict
-    from compressft.recipe import load_recipe
+    from compressft.recipe.recipe import load_recipe
+    from compressft.run.plan.predict import plan as predict
 
     prediction = predict(load_recipe(recipe, set or ()), memory)
     for line in prediction.lines():
@@ -190,7 +190,7 @@ def edge(
     json_file: Json = None,
 ) -> None:
     """Latency of ONNX files, each in a process of its own, interleaved."""
-    from compressft.benchmark import edge as measure_edge
+    from compressft.run.benchmark import edge as measure_edge
 
     _rows(measure_edge(models, shape or ["1x32", "1x128", "8x128"], threads, rounds), json_file)
 
@@ -203,8 +203,8 @@ def training(
     json_file: Json = None,
 ) -> None:
     """Step time, tokens per second and peak memory of every stage of a recipe."""
-    from compressft.benchmark import training as measure_training
-    from compressft.recipe import load_recipe
+    from compressft.recipe.recipe import load_recipe
+    from compressft.run.benchmark import training as measure_training
 
     _rows(measure_training(load_recipe(recipe, set or ()), steps), json_file)
 
@@ -219,7 +219,7 @@ def ops(
     json_file: Json = None,
 ) -> None:
     """Correctness and speed of the kernels' operators, beside PyTorch's."""
-    from compressft.benchmark import ops as measure_ops
+    from compressft.run.benchmark import ops as measure_ops
 
     document, tables = measure_ops(device, only or (), quick, lambda line: err.print(line, soft_wrap=True))
     for operation, rows in tables.items():
@@ -255,8 +255,8 @@ def convert(
     base: Annotated[str | None, typer.Option(help="The base model, where SRC does not say it.")] = None,
 ) -> None:
     """Turn an adapter of PEFT's or AdapterHub's into ours, or ours into theirs."""
-    from compressft.formats.convert import convert as convert_folder
-    from compressft.quiet import quiet_libraries
+    from compressft.adapters.convert import convert as convert_folder
+    from compressft.utils.quiet import quiet_libraries
 
     quiet_libraries()
     done = convert_folder(source, target, to, base)
@@ -267,7 +267,7 @@ def convert(
 @app.command()
 def env() -> None:
     """Versions, device, and which kernels will be used and why."""
-    from compressft.environment import lines
+    from compressft.run.environment import lines
 
     for line in lines():
         out.print(line, soft_wrap=True)

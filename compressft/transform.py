@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from compressft.errors import UserError
-from compressft.strict import Strict
+from compressft.utils.strict import Strict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from compressft.costs import CostTable
-    from compressft.target import Target
+    from compressft.model.costs import CostTable
+    from compressft.passes.shared.target import Target
 
 TASK_LOSS = "task"
 
@@ -189,3 +190,40 @@ def ungrouped(parameters: Iterable[nn.Parameter], groups: Sequence[Mapping[str, 
     """Those that are in none of these optimiser groups."""
     taken = {id(parameter) for group in groups for parameter in group["params"]}
     return [parameter for parameter in parameters if id(parameter) not in taken]
+
+
+def ramp(progress: float, start: float, end: float) -> float:
+    """Fraction in [0, 1] of the way from `start` to `end`; a step at `end` where the two are equal."""
+    if progress >= end:
+        return 1.0
+    if progress <= start:
+        return 0.0
+    return (progress - start) / (end - start)
+
+
+def constant(fraction: float) -> float:
+    """1 from the beginning of the ramp on."""
+    return 1.0 if fraction > 0.0 else 0.0
+
+
+def linear(fraction: float) -> float:
+    """Identity."""
+    return fraction
+
+
+def cubic(fraction: float) -> float:
+    """1 - (1 - t)^3: prune fast while much is redundant (Zhu & Gupta 2017, equation 1)."""
+    return 1.0 - (1.0 - fraction) ** 3
+
+
+def cosine(fraction: float) -> float:
+    """Half a cosine from 0 to 1."""
+    return 0.5 - 0.5 * math.cos(math.pi * fraction)
+
+
+SHAPES: dict[str, Callable[[float], float]] = {
+    "constant": constant,
+    "linear": linear,
+    "cubic": cubic,
+    "cosine": cosine,
+}

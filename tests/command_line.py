@@ -23,7 +23,7 @@ def call(monkeypatch, capfd, tmp_path) -> Callable[..., Done]:
     """Runs the command line in an empty working directory."""
     monkeypatch.chdir(tmp_path)
     # On a busy machine something might take long enough to say so.
-    monkeypatch.setattr("compressft.phases.PATIENCE", 600.0)
+    monkeypatch.setattr("compressft.utils.phases.PATIENCE", 600.0)
 
     def call(*arguments: str | Path) -> Done:
         monkeypatch.setattr(sys, "argv", ["compressft", *map(str, arguments)])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from compressft.collector import end_quickly
+from compressft.utils.collector import end_quickly
 from tests.budget import Budget
 from tests.command_line import call  # noqa: F401 - a fixture for all
 from tests.share import Share

@@ -15,7 +15,7 @@ from benchmarks.compression import cases
 from benchmarks.methods_table import claims
 from benchmarks.options import positive
 from compressft.errors import UserError
-from compressft.recipe import parse_recipe
+from compressft.recipe.recipe import parse_recipe
 from tests.tiny_folder import rows_of, save_tiny, write_jsonl
 
 pytestmark = pytest.mark.dear

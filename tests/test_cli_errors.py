@@ -14,9 +14,9 @@ import yaml
 from onnx import TensorProto, helper, save
 
 import compressft
-from compressft.document import shipped_recipes
-from compressft.families import FAMILIES
-from compressft.recipe import load_recipe, parse_recipe
+from compressft.modules.families import FAMILIES
+from compressft.recipe.document import shipped_recipes
+from compressft.recipe.recipe import load_recipe, parse_recipe
 from tests.command_line import Done
 from tests.tiny_folder import document, rows_of, save_tiny, write_jsonl
 
@@ -402,6 +402,6 @@ def test_a_fault_of_ours_is_not_passed_off_as_the_users(call, tmp_path, monkeypa
     def fault(*arguments):
         raise KeyError("of ours")
 
-    monkeypatch.setattr("compressft.recipe.load_recipe", fault)
+    monkeypatch.setattr("compressft.recipe.recipe.load_recipe", fault)
     with pytest.raises(KeyError):
         call("plan", "banking77-edge")

@@ -63,18 +63,22 @@ def test_wheel_has_two_packages_and_no_tests(wheel):
 
 
 def test_wheel_carries_recipes_and_samples(wheel):
-    data = {str(p.relative_to(ROOT)) for f in ("recipes", "samples") for p in (ROOT / "compressft" / f).rglob("*.*")}
-    data |= {str(p.relative_to(ROOT)) for p in (ROOT / "compressft" / "samples").rglob("LICENSE")}
-    assert {name for name in wheel if name.startswith(("compressft/recipes", "compressft/samples"))} == data
-    assert "compressft/recipes/banking77-edge.yaml" in data
+    data = {
+        str(p.relative_to(ROOT))
+        for f in ("recipe/shipped", "data/samples")
+        for p in (ROOT / "compressft" / f).rglob("*.*")
+    }
+    data |= {str(p.relative_to(ROOT)) for p in (ROOT / "compressft" / "data" / "samples").rglob("LICENSE")}
+    assert {name for name in wheel if name.startswith(("compressft/recipe/shipped", "compressft/data/samples"))} == data
+    assert "compressft/recipe/shipped/banking77-edge.yaml" in data
 
 
 def test_every_sample_travels_with_its_licence(wheel):
-    samples = [p for p in (ROOT / "compressft" / "samples").iterdir() if p.is_dir()]
+    samples = [p for p in (ROOT / "compressft" / "data" / "samples").iterdir() if p.is_dir()]
     assert samples
     for sample in samples:
         for name in ("LICENSE", "README.md", "train.jsonl"):
-            assert f"compressft/samples/{sample.name}/{name}" in wheel
+            assert f"compressft/data/samples/{sample.name}/{name}" in wheel
         assert (sample / "LICENSE").stat().st_size > 1000
 
 
@@ -105,5 +109,5 @@ def test_versions_agree():
 
 
 def test_shipped_recipes_are_yaml_of_their_name():
-    for path in (ROOT / "compressft" / "recipes").glob("*.yaml"):
+    for path in (ROOT / "compressft" / "recipe" / "shipped").glob("*.yaml"):
         assert yaml.safe_load(path.read_text())["name"] == path.stem

@@ -17,7 +17,7 @@ from benchmarks.portable.probe import WIDTH, write_probe
 from benchmarks.portable.rows import Rows, sample
 from benchmarks.portable.table import below, cell, render
 from compressft.errors import UserError
-from compressft.recipe import parse_recipe
+from compressft.recipe.recipe import parse_recipe
 
 SCORE = Path(machines.__file__).with_name("score.py")
 

@@ -6,20 +6,21 @@ import numpy as np
 import pytest
 import torch
 
-from compressft.anatomy import anatomy
-from compressft.checkpoint import load_compressed, save_compressed
-from compressft.data import Splits, make_task
+from compressft.data.splits import Splits
+from compressft.evaluation.logits import model_logits, open_session, session_logits
 from compressft.export.fold import fold
 from compressft.export.onnx import save, to_graph
-from compressft.export.session import open_session, session_logits
-from compressft.export.verify import model_logits
 from compressft.methods import METHODS
-from compressft.model import count, load_tokenizer
+from compressft.model.anatomy import anatomy
+from compressft.model.count import count
+from compressft.model.saved.compressed import load_compressed, save_compressed
+from compressft.model.source import load_tokenizer
 from compressft.objectives import OBJECTIVES
 from compressft.passes import PASSES
-from compressft.passes.trim import trim
-from compressft.recipe import Stage
-from compressft.stages import StageRows
+from compressft.passes.shared.trim import trim
+from compressft.recipe.program import Stage
+from compressft.run.feed import StageRows
+from compressft.tasks import make_task
 from compressft.transform import Context
 from tests.settings import fields
 from tests.share import drawn, rank

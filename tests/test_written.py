@@ -1,8 +1,8 @@
 """Folders that version 0.1 wrote: every one still opens, computes the same, and a stopped run goes on.
 
 `tests/written/0.1` was written by the command line in that folder: runs of `student`, `adapter`, `prefix` and `lora`,
-one that was stopped, adapters made of two of them with `compressft convert`, and a task vector. `logits.safetensors` has
-what each computed on the first eight rows.
+one that was stopped, adapters made of two of them with `compressft convert`, and a task vector. What each computed on
+the first eight rows is in `logits.safetensors`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 import compressft
-from compressft.model import load_tokenizer
+from compressft.model.source import load_tokenizer
 
 WRITTEN = Path(__file__).parent / "written" / "0.1"
 RUNS = ("student", "adapter", "prefix", "lora")

@@ -10,8 +10,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from compressft.anatomy import anatomy
-from compressft.model import compress_linear
+from compressft.model.anatomy import anatomy
+from compressft.model.surgery import compress_linear
 from compressft.modules.attention import TRAINING, register
 from compressft.modules.dropout import quicken
 from compressft.modules.gate import ColumnGate

@@ -8,8 +8,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from compressft.model import load_tokenizer
-from compressft.passes.trim import trim
+from compressft.model.source import load_tokenizer
+from compressft.passes.shared.trim import trim
 from tests.methods.added import save_adapter
 from tests.tiny import tiny
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import transformers
 
-from compressft.model import load_tokenizer
+from compressft.model.source import load_tokenizer
 from tests.tiny import TINY
 
 WORDS = ("apple", "river", "stone", "cloud", "lamp", "winter", "garden", "paper")

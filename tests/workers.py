@@ -9,11 +9,11 @@ TOGETHER = "tests/export"
 FIRST = (
     TOGETHER,
     "tests/kernels/test_interpreted.py",
-    "tests/test_run.py",
-    "tests/test_ddp.py",
+    "tests/run/test_run.py",
+    "tests/run/test_ddp.py",
     "tests/kernels/test_ahead.py",
     "tests/methods/test_compiled.py",
-    "tests/test_resume.py",
+    "tests/run/test_resume.py",
 )
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressft.model import load_model, load_tokenizer
+from compressft.model.load import load_model
+from compressft.model.source import load_tokenizer
 from compressft.modules.attention import TRAINING, register
 
 VOCABULARY, LABELS = 97, 3

@@ -22,11 +22,11 @@ from torch import Tensor
 
 from benchmarks.parity.bases import write_bases
 from benchmarks.parity.environment import HOME, environment
-from compressft.adapted import Adapted, get_model
-from compressft.formats.convert import convert
-from compressft.measure import hardware, versions
-from compressft.model import load_model
-from compressft.quiet import quiet_libraries
+from compressft.adapters.adapted import Adapted, get_model
+from compressft.adapters.convert import convert
+from compressft.model.load import load_model
+from compressft.utils.machine import hardware, versions
+from compressft.utils.quiet import quiet_libraries
 
 RESULTS = Path(__file__).parents[1] / "results"
 LIMIT = 1e-5

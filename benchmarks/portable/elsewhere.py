@@ -17,12 +17,12 @@ from benchmarks.parity.environment import install
 from benchmarks.portable.lack import Lack, installed
 from benchmarks.portable.rows import sample
 from benchmarks.portable.wasm import install_package
-from compressft.again import finished_run
-from compressft.checkpoint import load_compressed
-from compressft.export.verify import model_logits
-from compressft.model import load_tokenizer
-from compressft.recipe import load_recipe
-from compressft.run import load_task
+from compressft.evaluation.logits import model_logits
+from compressft.model.saved.compressed import load_compressed
+from compressft.model.source import load_tokenizer
+from compressft.recipe.recipe import load_recipe
+from compressft.run.again import finished_run
+from compressft.run.flow import load_task
 
 HERE = Path(__file__).parent
 ROWS = 32

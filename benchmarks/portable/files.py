@@ -12,7 +12,7 @@ from rich.console import Console
 from benchmarks.cases import Case, prepared
 from benchmarks.edge import report
 from compressft.errors import UserError, nearest
-from compressft.recipe import load_recipe
+from compressft.recipe.recipe import load_recipe
 
 SUITE = "portable"
 # What is compared is decided here, on every machine; a run itself need not pass, and its times are of no interest.

@@ -10,13 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from compressft.again import finished_run
-from compressft.checkpoint import load_compressed
-from compressft.export.session import batches_by_length
-from compressft.export.verify import model_logits
-from compressft.model import load_tokenizer
-from compressft.recipe import load_recipe
-from compressft.run import load_task
+from compressft.evaluation.logits import batches_by_length, model_logits
+from compressft.model.saved.compressed import load_compressed
+from compressft.model.source import load_tokenizer
+from compressft.recipe.recipe import load_recipe
+from compressft.run.again import finished_run
+from compressft.run.flow import load_task
 
 # Each row by itself, and in padded batches: other kernels run, and other ranges are found.
 SIZES = (1, 8)

@@ -31,7 +31,7 @@ from benchmarks.portable.probe import WIDTH, write_probe
 from benchmarks.portable.rows import Rows, rows_of
 from benchmarks.portable.table import LIMIT, below, render
 from compressft.errors import UserError, VerificationError
-from compressft.quiet import quiet_libraries
+from compressft.utils.quiet import quiet_libraries
 
 RESULTS = Path(__file__).parents[1] / "results" / "portable.json"
 FOLDER = ROOT / "portable"

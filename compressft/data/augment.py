@@ -10,7 +10,7 @@ from compressft.data.rows import ROW_KEY, Row
 from compressft.errors import UserError
 
 if TYPE_CHECKING:
-    from compressft.recipe import AugmentConfig
+    from compressft.data.source import AugmentConfig
 
 
 def rewritten(

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from compressft.errors import UserError, nearest
-from compressft.foreign import foreign
-from compressft.texts import parse_json, read_text
+from compressft.utils.foreign import foreign
+from compressft.utils.texts import parse_json, read_text
 
 Row = dict[str, Any]
 ROW_KEY = "__row__"
@@ -175,7 +175,7 @@ READERS: dict[str, Callable[[Path], list[Row]]] = {
 
 def sample_files(name: str) -> dict[str, str]:
     """Files of a data set shipped inside the package, by split."""
-    root = Path(str(files("compressft"))) / "samples"
+    root = Path(str(files("compressft"))) / "data" / "samples"
     known = sorted(p.name for p in root.iterdir() if p.is_dir())
     if name not in known:
         raise UserError(f"data.sample: {name!r} is not shipped; allowed: {', '.join(known)}{nearest(name, known)}")

@@ -14,7 +14,7 @@ from compressft.data.rows import ROW_KEY, Row, hub_rows, read_rows, sample_files
 from compressft.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from compressft.recipe import DataConfig
+    from compressft.data.source import DataConfig
 
 # What others call the two texts of a pair.
 STEMS = ("text", "text_", "sentence", "sentence_", "question", "question_", "sent", "s", "q", "string", "input_")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressft.recipe import Recipe
+from compressft.recipe.recipe import Recipe
 
 PAST, PRESENT = "past_key_values", "present"
 # Tokens in the past that is traced with: as with the batch and the length, 0 or 1 would be taken for constants.

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compressft.data.tasks import Task
+from compressft.evaluation.inputs import empty_past
+from compressft.evaluation.logits import open_session, places
 from compressft.export.cache import PAST, PRESENT
-from compressft.export.session import open_session, places
 from compressft.export.verify import KERNELS
-from compressft.measure import empty_past
 from compressft.modules.quantizer import Int8Quantizer
-from compressft.phases import phase, steps
+from compressft.tasks.task import Task
+from compressft.utils.phases import phase, steps
 
 # Rows that are continued, and tokens of each that are given one by one.
 ROWS, SINGLE = 8, 16

@@ -13,35 +13,37 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from compressft.checkpoint import (
-    load_compressed,
-    read_manifest,
-    save_compressed,
-    uniform_config,
-    write_atomically,
-    write_manifest,
-)
-from compressft.data import Splits, Task, make_task
-from compressft.entries import MEASURING
+from compressft.data.splits import Splits
 from compressft.errors import VerificationError
+from compressft.evaluation.logits import model_run, scored
 from compressft.export.cache import has_cache, with_cache
 from compressft.export.continuation import continue_rows
 from compressft.export.fold import fold
 from compressft.export.fuse import fuse_qattention
 from compressft.export.locate import diverging_layer
+from compressft.export.measure import latencies
 from compressft.export.onnx import drop_weights, save, to_graph
 from compressft.export.portable import portability
 from compressft.export.reached import reached, shapes_to_time
 from compressft.export.refuse import refuse_model
-from compressft.export.verify import Check, model_run, scored, verify
-from compressft.flops import FLOPS_LENGTH, flops
-from compressft.measure import hardware, latencies, versions
-from compressft.memory import give_back, release
-from compressft.model import count, load_model, load_tokenizer
+from compressft.export.verify import Check, verify
+from compressft.model.count import count
+from compressft.model.flops import FLOPS_LENGTH, flops
+from compressft.model.load import load_model
+from compressft.model.saved.compressed import load_compressed, save_compressed
+from compressft.model.saved.folders import read_manifest, write_manifest
+from compressft.model.saved.state import uniform_config
+from compressft.model.shrink import shapes
+from compressft.model.source import load_tokenizer
 from compressft.modules.structure import describe
-from compressft.phases import doing, phase
-from compressft.recipe import Recipe
-from compressft.shrink import shapes
+from compressft.recipe.recipe import Recipe
+from compressft.tasks import make_task
+from compressft.tasks.task import Task
+from compressft.utils.entries import MEASURING
+from compressft.utils.files import write_atomically
+from compressft.utils.machine import hardware, versions
+from compressft.utils.memory import give_back, release
+from compressft.utils.phases import doing, phase
 
 # Dead rows and columns are removed; this share of zeros is from single weights.
 NOTEWORTHY_ZEROS = 0.1

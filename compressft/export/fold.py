@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from compressft.export.int4 import Int4Embedding, Int4Linear
 from compressft.export.int8 import Int8Embedding, Int8Linear, QdqLinear
-from compressft.model import replace, take_hooks
+from compressft.model.surgery import replace, take_hooks
 from compressft.modules.attention import EXPORT, TRAINING
 from compressft.modules.embedding import CompressedEmbedding
 from compressft.modules.linear import CompressedLinear

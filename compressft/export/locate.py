@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compressft.anatomy import anatomy
+from compressft.evaluation.logits import feed, open_session
 from compressft.export.onnx import module_of
-from compressft.export.session import feed, open_session
+from compressft.model.anatomy import anatomy
 
 
 def diverging_layer(

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from compressft.costs import counted
-from compressft.recipe import Recipe
-from compressft.shrink import shapes
-from compressft.target import Target
+from compressft.model.costs import counted
+from compressft.model.shrink import shapes
+from compressft.passes.shared.target import Target
+from compressft.recipe.recipe import Recipe
 
 # Of these less is better.
 LEAST = ("latency_ms", "parameters", "bytes")

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressft.anatomy import anatomy, family_of
 from compressft.errors import UserError
 from compressft.export.cache import has_cache
 from compressft.export.rotary import BY_LENGTH, mixed_lengths
+from compressft.model.anatomy import anatomy, family_of
 from compressft.modules.attention import Attended, Recorder, recording
-from compressft.recipe import Recipe
+from compressft.recipe.recipe import Recipe
 
 WITHOUT = "set export.cache to false for a file that scores texts, or export.enabled to false to ship model/ alone"
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressft.model import replace
+from compressft.model.surgery import replace
 
 # Kinds whose frequencies depend on the length; linear, yarn and llama3 fix theirs beforehand.
 BY_LENGTH = ("dynamic", "longrope")

@@ -15,24 +15,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compressft.anatomy import Anatomy, anatomy, positions
-from compressft.costs import CostTable, LayerCosts, monotone
 from compressft.errors import UserError
 from compressft.export.cache import with_cache
 from compressft.export.fold import fold
 from compressft.export.fuse import fuse_qattention
 from compressft.export.onnx import module_of, save, to_graph
 from compressft.export.pooled import computes_first_token
-from compressft.measure import default_threads, hardware
+from compressft.export.trace import REST, Timing, trace
+from compressft.model.anatomy import Anatomy, anatomy, positions
+from compressft.model.costs import CostTable, LayerCosts, monotone
+from compressft.model.shrink import keep_vocabulary, resize
 from compressft.modules.attention import TRAINING, register
 from compressft.modules.quantizer import Int8Quantizer
 from compressft.passes.int8 import Int8
-from compressft.passes.quantised import PARTS
-from compressft.phases import doing, steps
-from compressft.shrink import keep_vocabulary, resize
-from compressft.target import Target
-from compressft.trace import REST, Timing, trace
+from compressft.passes.shared.quantised import PARTS
+from compressft.passes.shared.target import Target
 from compressft.transform import Context
+from compressft.utils.machine import default_threads, hardware
+from compressft.utils.phases import doing, steps
 
 # Shapes per part, and so layers of the measured model. Exporting takes about a second per layer.
 POINTS = 12

@@ -11,17 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compressft.data.scores import Scores
-from compressft.data.tasks import Task
-from compressft.export.session import (
-    Run,
+from compressft.evaluation.logits import (
     batches_by_length,
-    by_row,
+    labels_of,
+    model_run,
     open_session,
     session_run,
-    unlabelled,
 )
-from compressft.phases import phase, steps
+from compressft.evaluation.scores import Scores
+from compressft.tasks.task import Task
+from compressft.utils.phases import phase, steps
 
 KERNELS = ("exact", "default")
 
@@ -47,40 +46,6 @@ class Check:
     def row(self) -> dict[str, Any]:
         """As it stands in report.json."""
         return {name: value for name, value in vars(self).items() if name != "failure"}
-
-
-def model_run(model: nn.Module, task: Task) -> Run:
-    """A torch model, put into eval mode, as a `Run`."""
-    model.eval()
-    device = next(model.parameters()).device
-
-    @torch.no_grad()
-    def run(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
-        batch = unlabelled(task, rows)
-        return model(**{k: v.to(device) for k, v in batch.items()}).logits.float().cpu().numpy()
-
-    return run
-
-
-def model_logits(
-    model: nn.Module, task: Task, features: Sequence[Mapping[str, Any]], batch: int = 32
-) -> list[np.ndarray]:
-    """Logits per row of a torch model in eval mode; see `by_row`."""
-    return by_row(model_run(model, task), features, batch)
-
-
-def scored(run: Run, task: Task, features: Sequence[Mapping[str, Any]], batch: int = 32) -> dict[str, float]:
-    """The task's metrics of a model on rows, with one batch of logits in memory at a time."""
-    scores = Scores(task)
-    for indices in steps(batches_by_length(features, batch), "evaluating"):
-        rows = [features[i] for i in indices]
-        scores.add(torch.from_numpy(run(rows)), labels_of(task, rows))
-    return scores.metrics()
-
-
-def labels_of(task: Task, rows: Sequence[Mapping[str, Any]]) -> Tensor:
-    """The labels of a padded batch."""
-    return task.collate([dict(row) for row in rows])["labels"]
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from compressft.adapters import cut_before, put_after, put_after_ffn, read_adapters
-from compressft.anatomy import Layer, anatomy, linear_shape, refuse_pairs
 from compressft.errors import UserError
 from compressft.methods.layers import Layers
+from compressft.methods.places import cut_before
+from compressft.model.anatomy import Layer, anatomy, linear_shape, refuse_pairs
+from compressft.model.saved.bottlenecks import read_adapters
+from compressft.model.surgery import put_after, put_after_ffn
 from compressft.modules.bottleneck import Bottleneck, Parallel
 from compressft.modules.invertible import INVERTIBLE, Invertible, add_invertible
 from compressft.transform import Context, Transform

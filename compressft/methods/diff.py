@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from compressft.methods.layers import Layers
 from compressft.methods.places import linear_paths
-from compressft.model import compress_linear
+from compressft.model.surgery import compress_linear
 from compressft.modules.diff import Diff as DiffModule
 from compressft.modules.linear import CompressedLinear
 from compressft.modules.rank import keep_largest

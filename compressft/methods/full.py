@@ -6,8 +6,8 @@ from typing import Literal
 
 from torch import nn
 
-from compressft.anatomy import anatomy
-from compressft.model import freeze
+from compressft.model.anatomy import anatomy
+from compressft.model.surgery import freeze
 from compressft.transform import Context, Transform
 
 

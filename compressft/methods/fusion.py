@@ -9,13 +9,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from compressft.adapters import adapter_in, cut_before, put_after_ffn, read_adapters
-from compressft.anatomy import anatomy, refuse_pairs
 from compressft.errors import UserError
 from compressft.methods.layers import Layers
+from compressft.methods.places import cut_before
+from compressft.model.anatomy import anatomy, refuse_pairs
+from compressft.model.saved.bottlenecks import read_adapters
+from compressft.model.surgery import adapter_in, put_after_ffn
 from compressft.modules.fusion import Fusion as FusionModule
-from compressft.schedule import ramp
-from compressft.transform import Context, Transform
+from compressft.transform import Context, Transform, ramp
 
 # Where configurations state the dropout of attention's probabilities.
 DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")

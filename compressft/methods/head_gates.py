@@ -9,18 +9,17 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from compressft.anatomy import Layer, anatomy
 from compressft.errors import UserError
 from compressft.methods.full import Full
 from compressft.methods.layers import Layers
-from compressft.model import compress_linear
+from compressft.model.anatomy import Layer, anatomy
+from compressft.model.shrink import shrink
+from compressft.model.surgery import compress_linear
 from compressft.modules.gate import ColumnGate
 from compressft.modules.head_gate import HeadGate
 from compressft.modules.linear import CompressedLinear
 from compressft.modules.rank import keep_largest
-from compressft.schedule import ramp
-from compressft.shrink import shrink
-from compressft.transform import Context, Transform
+from compressft.transform import Context, Transform, ramp
 
 
 class HeadGates(Transform):

@@ -7,9 +7,9 @@ from typing import Literal
 from pydantic import Field
 from torch import nn
 
-from compressft.anatomy import anatomy
 from compressft.errors import UserError
-from compressft.model import freeze, head_parameters
+from compressft.model.anatomy import anatomy
+from compressft.model.surgery import freeze, head_parameters
 from compressft.transform import Context, Transform
 
 

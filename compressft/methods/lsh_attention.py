@@ -9,9 +9,9 @@ import torch
 from pydantic import Field, field_validator
 from torch import nn
 
-from compressft.anatomy import anatomy, refuse_pairs
 from compressft.errors import UserError
 from compressft.methods.full import Full
+from compressft.model.anatomy import anatomy, refuse_pairs
 from compressft.modules.attention import TRAINING, prefix_of
 from compressft.modules.lsh import Lsh, without_cache
 from compressft.transform import Context, Transform

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from compressft.errors import UserError
 from compressft.methods.layers import Layers
 from compressft.methods.places import Part, head_linears, linear_paths, stacks
-from compressft.model import compress_linear
+from compressft.model.surgery import compress_linear
 from compressft.modules.gate import MaskGate, ScoreGate
 from compressft.modules.linear import CompressedLinear
 from compressft.modules.rank import keep_largest

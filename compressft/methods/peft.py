@@ -9,11 +9,11 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 from torch import nn
 
-from compressft.anatomy import anatomy
 from compressft.errors import UserError
 from compressft.methods.layers import Layers
 from compressft.methods.places import linear_paths
-from compressft.model import compress_linear, head_parameters, replace
+from compressft.model.anatomy import anatomy
+from compressft.model.surgery import compress_linear, head_parameters, replace
 from compressft.modules.linear import CompressedLinear
 from compressft.modules.tuner import PeftTuner, inject, peft_config, plain
 from compressft.transform import Context, Transform

@@ -8,8 +8,9 @@ from typing import Literal
 
 from torch import nn
 
-from compressft.anatomy import Layer, anatomy
-from compressft.model import head_parameters
+from compressft.model.anatomy import Layer, anatomy
+from compressft.model.surgery import head_parameters
+from compressft.transform import REMOVES, Transform
 
 Part = Literal["q", "k", "v", "o", "up", "down", "pooler"]
 PROJECTIONS: tuple[Part, ...] = ("q", "k", "v", "o", "up", "down")
@@ -60,3 +61,15 @@ def _linears(model: nn.Module, root: str) -> list[str]:
     return [
         f"{prefix}{path}" for path, m in model.get_submodule(root).named_modules() if path and isinstance(m, nn.Linear)
     ]
+
+
+def cut_before(others: Sequence[Transform], who: str) -> str | None:
+    """Why saved adapters do not fit into what `others` leave of the layers before a method begins, or None."""
+    for other in others:
+        # A vocabulary is no layer.
+        if other.order == REMOVES and other.type != "vocabulary":
+            return (
+                f"{who}: saved adapters want the layers that they were trained on, and pass {other.type!r} cuts them "
+                "first; do it in a stage after this one"
+            )
+    return None

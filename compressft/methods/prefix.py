@@ -10,10 +10,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from compressft.anatomy import Layer, anatomy, linear_shape, positions
 from compressft.errors import UserError
 from compressft.methods.layers import Layers
-from compressft.model import replace
+from compressft.model.anatomy import Layer, anatomy, linear_shape, positions
+from compressft.model.surgery import replace
 from compressft.modules.attention import TRAINING, Recorder, prefix_of, recording
 from compressft.modules.embedding import CompressedEmbedding
 from compressft.modules.prefix import Front, Prefix, ReparameterisedPrefix, Table

@@ -9,17 +9,17 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from compressft.anatomy import anatomy, refuse_pairs
 from compressft.errors import UserError
 from compressft.methods.layers import Layers
 from compressft.methods.scalar_mix import add_mix, keeps_layers, mix_of
+from compressft.model.anatomy import anatomy, refuse_pairs
 from compressft.modules.dtypes import like
 from compressft.modules.gate import Gate
 from compressft.modules.head import Body, Pooling, ProbeHead, mean_of_tokens
 from compressft.modules.linear import CompressedLinear
 from compressft.modules.quantizer import Quantizer
-from compressft.phases import steps
 from compressft.transform import WEIGHTS, Context, Transform
+from compressft.utils.phases import steps
 
 NAME = "probe_head"
 # Below this, a dimension does not vary.

@@ -8,9 +8,9 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from compressft.anatomy import anatomy, refuse_pairs
 from compressft.errors import UserError
 from compressft.methods.layers import Layers
+from compressft.model.anatomy import anatomy, refuse_pairs
 from compressft.modules.scalar_mix import Normalise
 from compressft.modules.scalar_mix import ScalarMix as Mix
 from compressft.transform import Context, Transform

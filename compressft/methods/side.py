@@ -11,11 +11,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from compressft.anatomy import anatomy, positions, refuse_pairs
 from compressft.errors import UserError
 from compressft.methods.layers import Layers
 from compressft.methods.scalar_mix import keeps_layers
-from compressft.model import load_model
+from compressft.model.anatomy import anatomy, positions, refuse_pairs
+from compressft.model.load import load_model
 from compressft.modules.kinds import KINDS
 from compressft.modules.ladder import SideLadder
 from compressft.modules.side import Side as SideModule

@@ -9,10 +9,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from compressft.anatomy import anatomy
-from compressft.codes import Code, Kind, decode, encode
 from compressft.methods.full import Full
-from compressft.model import head_parameters
+from compressft.model.anatomy import anatomy
+from compressft.model.saved.codes import Code, Kind, decode, encode
+from compressft.model.surgery import head_parameters
 from compressft.modules.linear import CompressedLinear
 from compressft.transform import Context, Transform, trainable
 
@@ -23,10 +23,10 @@ ORIGIN = "task_vector_origin"
 class TaskVector(Transform):
     """Train like `full`; the last step ends with theta = theta0 + scaling * decode(encode(theta - theta0)).
 
-    Pretrained matrices are coded by `encoding` (`compressft.codes.Code`: "exact", "magnitude" with `density`,
+    Pretrained matrices are coded by `encoding` (`saved.codes.Code`: "exact", "magnitude" with `density`,
     "low_rank" with `rank`, "sign", "int8"), biases and norms exactly, a new task's head not at all: it has no
     pretrained values to start from. So the evaluation after the last step, the shipped model and its file are of what
-    the coded vector gives. `compressft.vectors` takes the vector out of the run's `delta/` and stores it in its code.
+    the coded vector gives. `saved.vectors` takes the vector out of the run's `delta/` and stores it in its code.
 
     theta0 is held once in the host's memory, not on the device and not in checkpoints: a resumed run prepares the same
     starting model again. "exact" with scaling 1 holds nothing.

@@ -10,8 +10,8 @@ from compressft_kernels.reference.bottleneck import Norm
 from torch import Tensor, nn
 
 from compressft.errors import UserError
-from compressft.families import Family
 from compressft.modules.dtypes import like
+from compressft.modules.families import Family
 from compressft.modules.kinds import Extra, known
 from compressft.modules.linear import is_bare
 

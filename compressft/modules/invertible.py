@@ -8,8 +8,8 @@ import torch
 from compressft_kernels import adapter as adapter_kernel
 from torch import Tensor, nn
 
-from compressft.families import FAMILIES
 from compressft.modules.dtypes import like
+from compressft.modules.families import FAMILIES
 from compressft.modules.kinds import Extra, known
 from compressft.modules.linear import is_bare
 

@@ -9,8 +9,8 @@ from compressft_kernels.reference.bottleneck import ACTIVATIONS
 from torch import Tensor, nn
 
 from compressft.errors import UserError
-from compressft.families import FAMILIES
 from compressft.modules.dtypes import like
+from compressft.modules.families import FAMILIES
 from compressft.modules.kinds import known
 from compressft.modules.side import Side, own_layers
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressft import ranks
 from compressft.modules.int4 import (
     Grid,
     dequantise,
@@ -22,6 +21,7 @@ from compressft.modules.int4 import (
 from compressft.modules.int8 import activation_scale, portable_scale, quantise_weight, quantised_linear, weight_scale
 from compressft.modules.kinds import Extra, known
 from compressft.modules.last_input import last_input
+from compressft.utils import ranks
 
 Ranges = Literal["static", "dynamic", "learned"]
 Format = Literal["operators", "qdq"]

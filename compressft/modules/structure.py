@@ -9,19 +9,6 @@ from torch import nn
 from compressft.errors import UserError
 
 # Importing them makes them known.
-from compressft.modules import (  # noqa: F401
-    bottleneck,
-    embedding,
-    fusion,
-    head,
-    invertible,
-    lsh,
-    prefix,
-    quantizer,
-    scalar_mix,
-    side,
-    tuner,
-)
 from compressft.modules.kinds import KINDS
 from compressft.modules.linear import CompressedLinear
 

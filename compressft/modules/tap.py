@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from compressft.errors import UserError
-from compressft.families import FAMILIES
+from compressft.modules.families import FAMILIES
 from compressft.modules.kinds import Extra
 from compressft.modules.linear import is_bare
 

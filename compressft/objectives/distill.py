@@ -10,14 +10,14 @@ import torch
 from pydantic import Field, NonNegativeInt
 from torch import Tensor, nn
 
-from compressft.model import content_hash
-from compressft.objectives.cache import AnswerCache
-from compressft.objectives.compare import compare, recorded, wanted
-from compressft.objectives.layer_map import Rule
-from compressft.objectives.refuse import reason
-from compressft.objectives.state import NAME, Distillation
-from compressft.objectives.teacher import OWN, Answer, ask, attention_modules, base_tensors, check_base
-from compressft.objectives.terms import intermediate_terms, logit_term
+from compressft.model.source import content_hash
+from compressft.objectives.distillation.cache import AnswerCache
+from compressft.objectives.distillation.compare import compare, recorded, wanted
+from compressft.objectives.distillation.layer_map import Rule
+from compressft.objectives.distillation.refuse import reason
+from compressft.objectives.distillation.state import NAME, Distillation
+from compressft.objectives.distillation.teacher import OWN, Answer, ask, attention_modules, base_tensors, check_base
+from compressft.objectives.distillation.terms import intermediate_terms, logit_term
 from compressft.transform import OBJECTIVE, Context, Transform
 
 

@@ -9,14 +9,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from compressft.anatomy import Layer, anatomy
 from compressft.errors import UserError
-from compressft.model import compress_linear
+from compressft.model.anatomy import Layer, anatomy
+from compressft.model.shrink import shrink
+from compressft.model.surgery import compress_linear
 from compressft.modules.gate import ScoreGate
 from compressft.modules.linear import CompressedLinear
-from compressft.passes.scored import Scored
-from compressft.passes.select import check_exclude, layer_linears
-from compressft.shrink import shrink
+from compressft.passes.shared.scored import Scored
+from compressft.passes.shared.select import check_exclude, layer_linears
 from compressft.transform import PARTS, Context, Transform
 
 

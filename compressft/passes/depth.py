@@ -8,9 +8,9 @@ from typing import ClassVar, Literal
 from pydantic import Field, NonNegativeInt
 from torch import nn
 
-from compressft.anatomy import anatomy
 from compressft.errors import UserError
-from compressft.shrink import drop_layers
+from compressft.model.anatomy import anatomy
+from compressft.model.shrink import drop_layers
 from compressft.transform import REMOVES, Context, Transform
 
 

@@ -8,14 +8,14 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import nn
 
-from compressft.anatomy import anatomy
 from compressft.errors import UserError
-from compressft.model import compress_linear
+from compressft.model.anatomy import anatomy
+from compressft.model.surgery import compress_linear
 from compressft.modules.gptq import gptq
 from compressft.modules.linear import CompressedLinear
 from compressft.modules.quantizer import Int4Quantizer
-from compressft.passes.calibrate import second_moments
-from compressft.passes.quantised import (
+from compressft.passes.shared.calibrate import second_moments
+from compressft.passes.shared.quantised import (
     PARTS,
     TableBlock,
     Tables,
@@ -25,10 +25,10 @@ from compressft.passes.quantised import (
     rate,
     settle,
 )
-from compressft.passes.select import check_exclude
-from compressft.phases import steps
+from compressft.passes.shared.select import check_exclude
 from compressft.transform import PARTS as REMOVES_PARTS
 from compressft.transform import QUANTISES, Context, Transform
+from compressft.utils.phases import steps
 
 
 class Int4(Transform):

@@ -8,9 +8,9 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator
 from torch import nn
 
-from compressft.model import compress_linear
+from compressft.model.surgery import compress_linear
 from compressft.modules.quantizer import Format, Int8Quantizer, Processors, Ranges
-from compressft.passes.quantised import (
+from compressft.passes.shared.quantised import (
     PARTS,
     TableBlock,
     Tables,
@@ -21,7 +21,7 @@ from compressft.passes.quantised import (
     rate,
     settle,
 )
-from compressft.passes.select import check_exclude
+from compressft.passes.shared.select import check_exclude
 from compressft.transform import QUANTISES, Context, Transform
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from compressft.modules.gate import Gate
 from compressft.modules.l0 import L0Gate
 from compressft.modules.linear import CompressedLinear
-from compressft.passes.unstructured import Gradual
+from compressft.passes.shared.unstructured import Gradual
 from compressft.transform import Context, Transform
 
 

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from compressft.modules.rank import keep_largest
-from compressft.passes.unstructured import Masked
+from compressft.passes.shared.unstructured import Masked
 
 
 class Magnitude(Masked):

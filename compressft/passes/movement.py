@@ -10,8 +10,8 @@ from torch import nn
 
 from compressft.modules.gate import Gate, ScoreGate
 from compressft.modules.linear import CompressedLinear
-from compressft.passes.scored import Scored
-from compressft.passes.unstructured import present
+from compressft.passes.shared.scored import Scored
+from compressft.passes.shared.unstructured import present
 from compressft.transform import Context, Transform
 
 

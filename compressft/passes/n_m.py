@@ -12,7 +12,7 @@ from compressft.errors import UserError
 from compressft.modules.gate import Gate
 from compressft.modules.linear import CompressedLinear
 from compressft.modules.rank import keep_largest, keep_pattern
-from compressft.passes.unstructured import Masked
+from compressft.passes.shared.unstructured import Masked
 from compressft.transform import PARTS, Transform
 
 

@@ -8,10 +8,10 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from compressft.errors import UserError
-from compressft.model import compress_linear
+from compressft.model.surgery import compress_linear
 from compressft.modules.linear import CompressedLinear
 from compressft.modules.store import NF4Store
-from compressft.passes.select import check_exclude, layer_linears
+from compressft.passes.shared.select import check_exclude, layer_linears
 from compressft.transform import OBJECTIVE, Context, Transform
 
 

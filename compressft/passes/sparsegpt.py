@@ -11,8 +11,8 @@ from torch import Tensor
 
 from compressft.modules.linear import CompressedLinear
 from compressft.modules.sparsegpt import sparsegpt
-from compressft.passes.one_shot import OneShot
-from compressft.passes.unstructured import present
+from compressft.passes.shared.one_shot import OneShot
+from compressft.passes.shared.unstructured import present
 from compressft.transform import Transform
 
 

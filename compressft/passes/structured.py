@@ -9,22 +9,21 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from compressft.anatomy import anatomy
-from compressft.choice import choose_by_importance
 from compressft.errors import UserError
-from compressft.model import compress_linear
+from compressft.model.anatomy import anatomy
+from compressft.model.shrink import drop_layers, narrow, shrink
+from compressft.model.surgery import compress_linear
 from compressft.modules.concrete_gate import ConcreteGate
 from compressft.modules.gate import ColumnGate
 from compressft.modules.lagrange import Lagrange
 from compressft.modules.part_gate import LayerGate
-from compressft.passes.hidden import check_narrow, gate_stream, gate_tables, ungate_stream
-from compressft.passes.parts import STATE, Budget, Parts
-from compressft.passes.select_parts import aligned, keep_equally, keep_globally, keep_hidden, keep_layers, top
-from compressft.passes.sparsity import expected_sparsity, settle
-from compressft.schedule import SHAPES, ramp
-from compressft.shrink import drop_layers, narrow, shrink
-from compressft.target import Target, cost_table
-from compressft.transform import PARTS, Context, Transform
+from compressft.passes.shared.choice import choose_by_importance
+from compressft.passes.shared.hidden import check_narrow, gate_stream, gate_tables, ungate_stream
+from compressft.passes.shared.parts import STATE, Budget, Parts
+from compressft.passes.shared.select_parts import aligned, keep_equally, keep_globally, keep_hidden, keep_layers, top
+from compressft.passes.shared.sparsity import expected_sparsity, settle
+from compressft.passes.shared.target import Target, cost_table
+from compressft.transform import PARTS, SHAPES, Context, Transform, ramp
 
 Kind = Literal["heads", "ffn", "layers", "hidden"]
 KINDS: tuple[Kind, ...] = ("heads", "ffn", "layers", "hidden")

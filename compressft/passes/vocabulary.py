@@ -12,8 +12,8 @@ from pydantic import Field
 from torch import nn
 
 from compressft.errors import UserError
-from compressft.passes.trim import trim
-from compressft.shrink import keep_vocabulary
+from compressft.model.shrink import keep_vocabulary
+from compressft.passes.shared.trim import trim
 from compressft.transform import REMOVES, Context, Transform
 
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from compressft.modules.linear import CompressedLinear
 from compressft.modules.rank import keep_pattern
-from compressft.passes.one_shot import OneShot
-from compressft.passes.unstructured import present
+from compressft.passes.shared.one_shot import OneShot
+from compressft.passes.shared.unstructured import present
 
 
 class Wanda(OneShot):

@@ -10,15 +10,15 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from compressft.anatomy import Layer, anatomy
-from compressft.choice import Trial, best, choose, sizes_allowed, tried
 from compressft.errors import UserError
-from compressft.passes.calibrate import means, second_moments
-from compressft.passes.prunable import Prunable, Shift, model_losses, skipped
-from compressft.phases import steps
-from compressft.shrink import drop_layers, shrink
-from compressft.target import Target, cost_table
+from compressft.model.anatomy import Layer, anatomy
+from compressft.model.shrink import drop_layers, shrink
+from compressft.passes.shared.calibrate import means, second_moments
+from compressft.passes.shared.choice import Trial, best, choose, sizes_allowed, tried
+from compressft.passes.shared.prunable import Prunable, Shift, model_losses, skipped
+from compressft.passes.shared.target import Target, cost_table
 from compressft.transform import REMOVES, Context, Transform
+from compressft.utils.phases import steps
 
 # For `measure` "model": one in four of the calibration set's batches, two at most.
 SHIFT_SHARE, SHIFT_BATCHES = 4, 2

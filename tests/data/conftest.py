@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from compressft.model import load_tokenizer
+from compressft.model.source import load_tokenizer
 
 
 @pytest.fixture(scope="session")

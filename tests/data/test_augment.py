@@ -6,8 +6,8 @@ import pytest
 
 from compressft.data.augment import rewritten
 from compressft.data.rows import ROW_KEY
+from compressft.data.source import AugmentConfig
 from compressft.errors import UserError
-from compressft.recipe import AugmentConfig
 
 WORDS = [f"w{i}" for i in range(40)]
 ROWS = [{"text": " ".join(WORDS[i : i + 12]), "label": "a", ROW_KEY: f"f:{i}"} for i in range(28)]

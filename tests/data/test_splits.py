@@ -8,12 +8,16 @@ from collections import Counter
 
 import pytest
 
-from compressft.data import TASKS, load_splits
 from compressft.data.rows import ROW_KEY
-from compressft.data.splits import balanced, canonical_rows, carve
-from compressft.data.tasks import CausalLM, Fields, Regression, SequenceClassification, TokenClassification
+from compressft.data.source import DataConfig
+from compressft.data.splits import balanced, canonical_rows, carve, load_splits
 from compressft.errors import UserError
-from compressft.recipe import DataConfig
+from compressft.tasks import TASKS
+from compressft.tasks.causal import CausalLM
+from compressft.tasks.classify import SequenceClassification
+from compressft.tasks.regress import Regression
+from compressft.tasks.tag import TokenClassification
+from compressft.tasks.task import Fields
 
 SIZES = {"many": 97, "some": 20, "few": 3, "two": 2, "one": 1}
 FIELDS = SequenceClassification.fields

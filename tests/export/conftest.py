@@ -16,16 +16,16 @@ import pytest
 import torch
 from torch import nn
 
-from compressft.data import Task, make_task
+from compressft.evaluation.logits import feed, model_logits
 from compressft.export.cache import with_cache
 from compressft.export.fold import fold
 from compressft.export.fuse import fuse_qattention
 from compressft.export.onnx import save, to_graph
-from compressft.export.session import feed
-from compressft.export.verify import model_logits
 from compressft.methods.adapter import Adapter
+from compressft.model.shrink import shrink
 from compressft.passes.int8 import Int8
-from compressft.shrink import shrink
+from compressft.tasks import make_task
+from compressft.tasks.task import Task
 from compressft.transform import Context
 from tests.tiny import LABELS, VOCABULARY, tiny
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from compressft.errors import UserError
+from compressft.evaluation.logits import feed, open_session
 from compressft.export.cache import with_cache
 from compressft.export.fold import fold
 from compressft.export.onnx import save, to_graph
 from compressft.export.refuse import no_cache, refuse_attention, refuse_model
-from compressft.export.session import feed, open_session
-from compressft.recipe import parse_recipe
+from compressft.recipe.recipe import parse_recipe
 from tests.share import drawn
 from tests.tiny import PAIRS, TINY, logits, padded, tiny
 from tests.tiny_folder import document

@@ -7,10 +7,10 @@ import onnxruntime
 import pytest
 import torch
 
-from compressft.data import make_task
 from compressft.data.rows import read_rows
 from compressft.errors import UserError
-from compressft.evaluate import evaluate
+from compressft.evaluation.inputs import empty_past
+from compressft.evaluation.logits import places
 from compressft.export import refuse, verify
 from compressft.export.cache import with_cache
 from compressft.export.continuation import chunks, continue_rows, model_chunks, padded_left, session_chunks
@@ -18,14 +18,15 @@ from compressft.export.flow import write_onnx
 from compressft.export.fold import fold
 from compressft.export.locate import diverging_layer
 from compressft.export.onnx import save, to_graph
-from compressft.export.session import places
-from compressft.measure import empty_past
 from compressft.methods import METHODS
-from compressft.model import load_model, load_tokenizer
+from compressft.model.load import load_model
+from compressft.model.shrink import shrink
+from compressft.model.source import load_tokenizer
 from compressft.passes.int4 import Int4
 from compressft.passes.int8 import Int8
-from compressft.recipe import parse_recipe
-from compressft.shrink import shrink
+from compressft.recipe.recipe import parse_recipe
+from compressft.run.evaluate import evaluate
+from compressft.tasks import make_task
 from compressft.transform import Context
 from tests.export.conftest import Pads, rows_for, settle
 from tests.methods.test_stories import ASSETS, STORIES

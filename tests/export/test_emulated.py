@@ -8,7 +8,7 @@ import pytest
 from benchmarks.portable.lack import Lack
 from benchmarks.portable.machines import picked
 from benchmarks.portable.run import Place, answered
-from compressft.export.verify import model_logits
+from compressft.evaluation.logits import model_logits
 
 pytestmark = pytest.mark.full
 

@@ -12,10 +12,10 @@ import pytest
 import yaml
 
 from compressft import cli
-from compressft.evaluate import evaluate
-from compressft.export.verify import scored
-from compressft.recipe import parse_recipe
-from compressft.run import run
+from compressft.evaluation.logits import scored
+from compressft.recipe.recipe import parse_recipe
+from compressft.run.evaluate import evaluate
+from compressft.run.flow import run
 from tests.tiny_folder import document, rows_of, save_tiny, write_jsonl
 
 pytestmark = pytest.mark.dear

@@ -9,15 +9,16 @@ import peft
 import pytest
 import torch
 
-from compressft.adapted import Adapted
-from compressft.data import make_task
+from compressft.adapters.adapted import Adapted
 from compressft.errors import UserError
+from compressft.evaluation.inputs import sample_inputs
 from compressft.export.flow import sample_batch
 from compressft.export.fold import fold
+from compressft.export.measure import table_rows
 from compressft.export.onnx import save, to_graph
-from compressft.measure import sample_inputs, table_rows
+from compressft.tasks import make_task
+from tests.adapters.saved import loaded
 from tests.export.conftest import Pads
-from tests.formats.saved import loaded
 from tests.tiny import tiny
 
 pytestmark = pytest.mark.dear

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from compressft.checkpoint import load_compressed, save_compressed
 from compressft.export.onnx import operators
 from compressft.methods.adapter import Adapter
 from compressft.methods.fusion import Fusion
@@ -11,6 +10,7 @@ from compressft.methods.head_gates import HeadGates
 from compressft.methods.peft import Peft
 from compressft.methods.probe import Probe
 from compressft.methods.scalar_mix import ScalarMix
+from compressft.model.saved.compressed import load_compressed, save_compressed
 from tests.methods.added import check_export, headed, rows_for, save_adapter
 from tests.methods.test_methods import CASES
 from tests.passes.sparse import Run

@@ -2,9 +2,9 @@
 
 import pytest
 
-from compressft.data import make_task
 from compressft.passes.int8 import Int8
 from compressft.passes.structured import Structured
+from compressft.tasks import make_task
 from compressft.transform import Context
 from tests.export.conftest import Exported, Pads, rows_for
 from tests.share import drawn

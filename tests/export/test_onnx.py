@@ -9,8 +9,8 @@ import onnxruntime
 import pytest
 import torch
 
+from compressft.evaluation.logits import model_logits
 from compressft.export.onnx import drop_weights, save, to_graph
-from compressft.export.verify import model_logits
 from tests.export.conftest import kinds
 
 LAYERS = 2

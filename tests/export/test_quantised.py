@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import nn
 
+from compressft.evaluation.logits import open_session
 from compressft.export.fold import deployed_linear, fold
 from compressft.export.int4 import Int4Embedding
 from compressft.export.int8 import Int8Embedding
 from compressft.export.onnx import save, to_graph
-from compressft.export.session import open_session
 from compressft.methods.adapter import Adapter
 from compressft.modules.embedding import CompressedEmbedding
 from compressft.modules.gptq import gptq

@@ -3,9 +3,9 @@
 import pytest
 
 from compressft.export.reached import BEYOND, Reached, last_targets, reached, shapes_to_time
-from compressft.recipe import parse_recipe
-from compressft.recipe import smoke as few_rows
-from compressft.shrink import shapes, shrink
+from compressft.model.shrink import shapes, shrink
+from compressft.recipe.recipe import parse_recipe
+from compressft.recipe.recipe import smoke as few_rows
 from tests.tiny import tiny
 
 

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from compressft.errors import UserError
+from compressft.evaluation.logits import feed, open_session
 from compressft.export.cache import with_cache
 from compressft.export.continuation import Chunk, model_chunks, session_chunks
 from compressft.export.fold import fold
 from compressft.export.onnx import save, to_graph
 from compressft.export.refuse import refuse_lengths
 from compressft.export.rotary import DynamicRotary, mixed_lengths
-from compressft.export.session import feed, open_session
-from compressft.recipe import parse_recipe
+from compressft.recipe.recipe import parse_recipe
 from tests.share import drawn
 from tests.tiny import padded, tiny
 from tests.tiny_folder import document

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from compressft.export.session import batches_by_length, open_session, session_logits
+from compressft.evaluation.logits import batches_by_length, open_session, session_logits
 
 
 @pytest.mark.parametrize("batch", [1, 5, 12, 100])

@@ -23,9 +23,9 @@ from compressft.export.table import (
     time_samples,
     write_samples,
 )
+from compressft.export.trace import Timing, read_trace, trace
+from compressft.model.shrink import shapes
 from compressft.passes.int8 import Int8
-from compressft.shrink import shapes
-from compressft.trace import Timing, read_trace, trace
 from tests.tiny import TINY, padded, tiny
 
 pytestmark = pytest.mark.dear

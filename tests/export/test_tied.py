@@ -5,18 +5,18 @@ import onnx
 import pytest
 import torch
 
-from compressft.checkpoint import load_compressed, save_compressed
-from compressft.costs import counted
-from compressft.data import make_task
+from compressft.evaluation.logits import open_session
 from compressft.export.cache import with_cache
 from compressft.export.continuation import chunks, model_chunks, session_chunks
 from compressft.export.fold import fold
 from compressft.export.onnx import save, to_graph
-from compressft.export.session import open_session
 from compressft.methods import METHODS
+from compressft.model.costs import counted
+from compressft.model.saved.compressed import load_compressed, save_compressed
 from compressft.modules.quantizer import TableQuantizer
 from compressft.passes.int4 import Int4
 from compressft.passes.int8 import Int8
+from compressft.tasks import make_task
 from compressft.transform import Context
 from tests.export.conftest import Pads, rows_for, settle
 from tests.share import drawn

@@ -8,12 +8,13 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from compressft.data import make_task
-from compressft.data.scores import Scores
+from compressft.evaluation.logits import labels_of, model_logits, model_run
+from compressft.evaluation.scores import Scores
 from compressft.export.flow import blame
 from compressft.export.locate import diverging_layer
-from compressft.export.verify import Comparison, Ran, labels_of, model_logits, model_run, verify
-from compressft.recipe import ExportConfig
+from compressft.export.verify import Comparison, Ran, verify
+from compressft.recipe.parts import ExportConfig
+from compressft.tasks import make_task
 
 LIMITS = ExportConfig(batch=5)
 
@@ -168,7 +169,7 @@ def test_verification_holds_a_batch_of_logits(exported, monkeypatch):
         run = model_run(module, task)
         return lambda rows: seen.append(len(rows)) or run(rows)
 
-    monkeypatch.setattr("compressft.export.verify.model_run", counting)
+    monkeypatch.setattr("compressft.evaluation.logits.model_run", counting)
     checks = verify(model.path, model.model, model.task, {"test": model.features}, ExportConfig(batch=4))
     assert seen == [4, 4, 4]
     assert [check.rows for check in checks] == [12] * 4

@@ -10,20 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compressft.anatomy import anatomy
-from compressft.checkpoint import (
-    base_tensors,
-    load_compressed,
-    load_delta,
-    plain_state,
-    save_compressed,
-    save_delta,
-)
+from compressft.evaluation.logits import open_session
 from compressft.export.fold import fold
 from compressft.export.onnx import save, to_graph
-from compressft.export.session import open_session
 from compressft.methods.adapter import Adapter
-from compressft.model import checkpoint_activations
+from compressft.model.anatomy import anatomy
+from compressft.model.saved.compressed import load_compressed, save_compressed
+from compressft.model.saved.delta import base_tensors, load_delta, save_delta
+from compressft.model.saved.state import plain_state
+from compressft.model.surgery import checkpoint_activations
 from compressft.passes.nf4 import Nf4
 from compressft.transform import Context, Transform, trainable
 from tests.tiny import TINY, batch_for, fit, labelled, logits, tiny

@@ -8,11 +8,12 @@ import torch
 from pydantic import ValidationError
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from compressft.adapters import adapter_in, read_adapters, swap_adapter
-from compressft.anatomy import anatomy
 from compressft.errors import UserError
 from compressft.methods.adapter import Adapter
-from compressft.model import count
+from compressft.model.anatomy import anatomy
+from compressft.model.count import count
+from compressft.model.saved.bottlenecks import read_adapters, swap_adapter
+from compressft.model.surgery import adapter_in
 from compressft.modules.bottleneck import Stack, links
 from compressft.modules.linear import bare
 from compressft.passes.depth import Depth
@@ -398,7 +399,7 @@ LANGUAGE = Adapter(placement="pfeiffer", reduction_factor=2, invertible=True)
 
 @pytest.mark.parametrize("family", LANGUAGE_MODELS)
 def test_a_language_adapter_around_a_language_model(family, tmp_path):
-    from compressft.checkpoint import load_compressed, save_compressed
+    from compressft.model.saved.compressed import load_compressed, save_compressed
 
     model = tiny(family, architecture=LANGUAGE_MODELS[family], tie_word_embeddings=True)
     LANGUAGE.prepare(model, Context())

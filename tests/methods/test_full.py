@@ -3,7 +3,7 @@
 import pytest
 
 from compressft.methods.full import Full
-from compressft.model import freeze
+from compressft.model.surgery import freeze
 from compressft.transform import Context
 from tests.tiny import tiny
 

@@ -8,10 +8,10 @@ import torch
 from pydantic import ValidationError
 from torch.nn import functional as F
 
-from compressft.adapters import read_adapters
-from compressft.anatomy import anatomy
 from compressft.errors import UserError
 from compressft.methods.fusion import Fusion, fusions
+from compressft.model.anatomy import anatomy
+from compressft.model.saved.bottlenecks import read_adapters
 from compressft.modules.bottleneck import AdaptedNorm
 from compressft.modules.linear import bare
 from compressft.passes.depth import Depth
@@ -362,8 +362,8 @@ def test_damaged_and_changed_folders_are_refused(tmp_path):
 
 def test_adapters_on_changed_weights_are_refused(tmp_path):
     """A run that also pruned or trained layers: its adapters belong to other weights."""
-    from compressft.checkpoint import save_delta
     from compressft.methods.adapter import Adapter
+    from compressft.model.saved.delta import save_delta
     from tests.methods.added import backbone_tensors
 
     model = prepared(Adapter(placement="pfeiffer", size=4), headed())

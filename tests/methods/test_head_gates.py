@@ -6,9 +6,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from compressft.anatomy import anatomy
 from compressft.methods.head_gates import HeadGates, add_importance, most_important
-from compressft.model import count
+from compressft.model.anatomy import anatomy
+from compressft.model.count import count
+from compressft.model.shrink import shapes
 from compressft.modules.gate import ColumnGate
 from compressft.modules.head_gate import HeadGate
 from compressft.passes.int4 import Int4
@@ -18,7 +19,6 @@ from compressft.passes.movement import Movement
 from compressft.passes.n_m import NM
 from compressft.passes.nf4 import Nf4
 from compressft.passes.structured import Structured
-from compressft.shrink import shapes
 from compressft.transform import Context, trainable
 from tests.methods.added import check_autocast
 from tests.methods.universal import check_checkpointing, check_folders, check_resume

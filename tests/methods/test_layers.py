@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from compressft.anatomy import anatomy
 from compressft.errors import UserError
 from compressft.methods.layers import Layers
+from compressft.model.anatomy import anatomy
 from compressft.transform import Context, trainable
 from tests.tiny import labelled, tiny
 

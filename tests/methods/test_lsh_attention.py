@@ -6,19 +6,19 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from compressft.anatomy import anatomy
-from compressft.checkpoint import load_compressed, save_compressed
 from compressft.errors import UserError
 from compressft.export.fold import fold
 from compressft.export.onnx import to_graph
 from compressft.methods.lsh_attention import LshAttention
 from compressft.methods.prefix import PrefixTuning
+from compressft.model.anatomy import anatomy
+from compressft.model.saved.compressed import load_compressed, save_compressed
 from compressft.modules.lsh import Lsh, hash_buckets, lsh_attention, unit
 from compressft.objectives.distill import Distill
 from compressft.passes.nf4 import Nf4
 from compressft.passes.structured import Structured
-from compressft.recipe import parse_recipe
-from compressft.run import run
+from compressft.recipe.recipe import parse_recipe
+from compressft.run.flow import run
 from compressft.transform import Context
 from tests.methods.added import check_autocast
 from tests.methods.universal import check_checkpointing, check_folders, check_resume

@@ -7,10 +7,10 @@ import torch
 from pydantic import ValidationError
 from torch.nn import functional as F
 
-from compressft.checkpoint import base_tensors, load_delta, save_delta
 from compressft.errors import UserError
 from compressft.methods.mask import Mask, initial_scores
-from compressft.model import load_model
+from compressft.model.load import load_model
+from compressft.model.saved.delta import base_tensors, load_delta, save_delta
 from compressft.modules.gate import ScoreGate
 from compressft.modules.linear import CompressedLinear
 from compressft.passes.magnitude import Magnitude

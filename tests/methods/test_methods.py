@@ -11,7 +11,7 @@ from compressft.methods.mask import Mask
 from compressft.methods.prefix import PrefixTuning
 from compressft.methods.probe import Probe
 from compressft.methods.side import Side
-from compressft.model import count
+from compressft.model.count import count
 from compressft.transform import Context
 from tests.methods.added import freeze_head
 from tests.settings import made

@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch import _dynamo as dynamo
 
-from compressft.checkpoint import base_tensors, load_compressed, load_delta, save_compressed, save_delta
 from compressft.methods.adapter import Adapter
 from compressft.methods.mask import Mask
 from compressft.methods.peft import Peft
 from compressft.methods.prefix import PrefixTuning
-from compressft.model import checkpoint_activations
+from compressft.model.saved.compressed import load_compressed, save_compressed
+from compressft.model.saved.delta import base_tensors, load_delta, save_delta
+from compressft.model.surgery import checkpoint_activations
 from compressft.passes.nf4 import Nf4
 from compressft.transform import Context, trainable
 from tests.methods.added import check_packed, shaken

@@ -7,12 +7,14 @@ import warnings
 import pytest
 import torch
 
-from compressft.anatomy import anatomy
-from compressft.checkpoint import base_tensors, load_compressed, load_delta, save_compressed, save_delta
 from compressft.errors import UserError
 from compressft.export.fold import fold
 from compressft.methods.peft import Peft
-from compressft.model import checkpoint_activations, count
+from compressft.model.anatomy import anatomy
+from compressft.model.count import count
+from compressft.model.saved.compressed import load_compressed, save_compressed
+from compressft.model.saved.delta import base_tensors, load_delta, save_delta
+from compressft.model.surgery import checkpoint_activations
 from compressft.modules.linear import CompressedLinear, bare
 from compressft.modules.tuner import PeftTuner, inject, peft_config
 from compressft.passes.int8 import Int8

@@ -9,18 +9,21 @@ import transformers
 from safetensors import safe_open
 from torch.nn import functional as F
 
-from compressft.anatomy import anatomy
-from compressft.checkpoint import base_tensors, load_compressed, load_delta, save_compressed, save_delta
-from compressft.data import make_task
 from compressft.errors import UserError
 from compressft.export.fold import fold
 from compressft.export.fuse import fuse_qattention
 from compressft.export.onnx import operators, save, to_graph
-from compressft.flops import flops
 from compressft.methods.adapter import Adapter
 from compressft.methods.full import Full
 from compressft.methods.prefix import PrefixTuning, sites
-from compressft.model import checkpoint_activations, count, load_model
+from compressft.model.anatomy import anatomy
+from compressft.model.count import count
+from compressft.model.flops import flops
+from compressft.model.load import load_model
+from compressft.model.saved.compressed import load_compressed, save_compressed
+from compressft.model.saved.delta import base_tensors, load_delta, save_delta
+from compressft.model.shrink import shrink
+from compressft.model.surgery import checkpoint_activations
 from compressft.modules.attention import Recorder, recording
 from compressft.modules.linear import bare
 from compressft.modules.prefix import Prefix, Table
@@ -30,7 +33,7 @@ from compressft.passes.int8 import Int8
 from compressft.passes.nf4 import Nf4
 from compressft.passes.structured import Structured
 from compressft.passes.ziplm import ZipLM
-from compressft.shrink import shrink
+from compressft.tasks import make_task
 from compressft.transform import Context, TrainingData, trainable
 from tests.methods.universal import check_resume
 from tests.share import drawn

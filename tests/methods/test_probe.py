@@ -4,15 +4,15 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from compressft.anatomy import anatomy
-from compressft.checkpoint import load_compressed, save_compressed
 from compressft.errors import UserError
 from compressft.methods.probe import Probe
 from compressft.methods.scalar_mix import mix_of
+from compressft.model.anatomy import anatomy
+from compressft.model.saved.compressed import load_compressed, save_compressed
 from compressft.modules.linear import bare
 from compressft.passes.int8 import Int8
-from compressft.passes.parts import Parts
-from compressft.passes.quantised import quantizers
+from compressft.passes.shared.parts import Parts
+from compressft.passes.shared.quantised import quantizers
 from compressft.passes.structured import Structured
 from compressft.transform import Context, TrainingData, trainable
 from tests.methods.added import (

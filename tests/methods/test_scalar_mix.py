@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from compressft.anatomy import anatomy
 from compressft.errors import UserError
 from compressft.methods.scalar_mix import ScalarMix, mix_of
+from compressft.model.anatomy import anatomy
 from compressft.modules.linear import bare
 from compressft.modules.scalar_mix import ScalarMix as Mix
 from compressft.passes.depth import Depth

@@ -4,11 +4,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from compressft.anatomy import anatomy
-from compressft.checkpoint import load_compressed, save_compressed
 from compressft.errors import UserError
 from compressft.methods.adapter import Adapter
 from compressft.methods.side import Side
+from compressft.model.anatomy import anatomy
+from compressft.model.saved.compressed import load_compressed, save_compressed
 from compressft.modules.linear import bare
 from compressft.passes.depth import Depth
 from compressft.passes.structured import Structured

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from compressft.checkpoint import load_compressed, save_compressed
 from compressft.methods import METHODS
-from compressft.model import load_model, load_tokenizer
+from compressft.model.load import load_model
+from compressft.model.saved.compressed import load_compressed, save_compressed
+from compressft.model.source import load_tokenizer
 from compressft.transform import Context, TrainingData
 from tests.methods.added import save_adapter
 from tests.share import drawn

@@ -4,10 +4,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from compressft.codes import Code, decode, encode
 from compressft.methods.full import Full
 from compressft.methods.task_vector import ORIGIN, TaskVector
-from compressft.model import count
+from compressft.model.count import count
+from compressft.model.saved.codes import Code, decode, encode
 from compressft.passes.nf4 import Nf4
 from compressft.passes.structured import Structured
 from compressft.transform import Context, trainable

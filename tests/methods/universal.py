@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from compressft.checkpoint import base_tensors, load_compressed, load_delta, save_compressed, save_delta
-from compressft.model import checkpoint_activations, load_model
+from compressft.model.load import load_model
+from compressft.model.saved.compressed import load_compressed, save_compressed
+from compressft.model.saved.delta import base_tensors, load_delta, save_delta
+from compressft.model.surgery import checkpoint_activations
 from compressft.transform import Context, trainable
 from tests.methods.added import freeze_head, headed, rows_for
 from tests.passes.sparse import Run, classifier

@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from compressft.checkpoint import load_compressed, save_compressed
-from compressft.model import load_model
+from compressft.model.load import load_model
+from compressft.model.saved.compressed import load_compressed, save_compressed
 from compressft.modules.dropout import Dropout, drop, quicken
 from tests.tiny import tiny
 

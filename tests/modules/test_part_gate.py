@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from compressft.anatomy import anatomy
-from compressft.model import checkpoint_activations
+from compressft.model.anatomy import anatomy
+from compressft.model.surgery import checkpoint_activations
 from compressft.modules.gate import ColumnGate
 from compressft.modules.linear import dense
 from compressft.modules.part_gate import LayerGate, StreamMask

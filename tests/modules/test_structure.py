@@ -7,6 +7,7 @@ import torch
 
 from compressft.errors import UserError
 from compressft.methods.adapter import Adapter
+from compressft.model.shrink import resize, shapes
 from compressft.modules.gate import ColumnGate
 from compressft.modules.int4 import grid_of
 from compressft.modules.linear import CompressedLinear
@@ -16,7 +17,6 @@ from compressft.modules.structure import describe, rebuild
 from compressft.passes.int4 import Int4
 from compressft.passes.int8 import Int8
 from compressft.passes.structured import Structured
-from compressft.shrink import resize, shapes
 from compressft.transform import Context
 from tests.tiny import batch_for, logits, tiny
 

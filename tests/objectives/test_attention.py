@@ -4,15 +4,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from compressft.anatomy import anatomy
 from compressft.errors import UserError
-from compressft.model import checkpoint_activations
+from compressft.model.anatomy import anatomy
+from compressft.model.shrink import shrink
+from compressft.model.surgery import checkpoint_activations
 from compressft.modules import attention as module
 from compressft.modules.attention import Recorder, recording
 from compressft.objectives.distill import Distill
-from compressft.objectives.losses import HIDDEN, scores, visible
-from compressft.objectives.teacher import attention_modules
-from compressft.shrink import shrink
+from compressft.objectives.distillation.losses import HIDDEN, scores, visible
+from compressft.objectives.distillation.teacher import attention_modules
 from tests.objectives.pair import asked, prepared, terms
 from tests.tiny import SHAPE, TINY, batch_for, fit, labelled, logits, padded, random_keep, tiny
 

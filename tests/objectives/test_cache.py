@@ -6,9 +6,9 @@ from safetensors.torch import load_file
 
 from compressft.errors import UserError
 from compressft.methods.adapter import Adapter
-from compressft.objectives.cache import AnswerCache
 from compressft.objectives.distill import Distill
-from compressft.objectives.teacher import Answer
+from compressft.objectives.distillation.cache import AnswerCache
+from compressft.objectives.distillation.teacher import Answer
 from compressft.transform import Context
 from tests.objectives.pair import prepared, terms
 from tests.tiny import batch_for, fit, labelled, padded, tiny

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from compressft.anatomy import anatomy
 from compressft.errors import UserError
+from compressft.model.anatomy import anatomy
 from compressft.modules.linear import CompressedLinear
 from compressft.objectives.distill import Distill
-from compressft.objectives.layer_map import uniform
-from compressft.objectives.losses import kl_divergence
+from compressft.objectives.distillation.layer_map import uniform
+from compressft.objectives.distillation.losses import kl_divergence
 from compressft.passes.int8 import Int8
 from compressft.transform import Context
 from tests.tiny import fit, gated, labelled, padded, random_keep, tiny

@@ -7,7 +7,7 @@ import torch
 
 from compressft.errors import UserError
 from compressft.objectives.distill import Distill
-from compressft.objectives.layer_map import check, distances, learned, nearest_in_order, origin, uniform
+from compressft.objectives.distillation.layer_map import check, distances, learned, nearest_in_order, origin, uniform
 from compressft.passes.depth import Depth
 from compressft.transform import Context
 from tests.objectives.pair import asked, prepared, terms

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from compressft.modules.attention import Attended
-from compressft.objectives.losses import (
+from compressft.objectives.distillation.losses import (
     cosine_distance,
     masked_mse,
     probability_kl,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from compressft.checkpoint import load_compressed, save_compressed
+from compressft.model.saved.compressed import load_compressed, save_compressed
 from compressft.objectives.distill import Distill
 from compressft.passes.structured import Structured
 from compressft.transform import Context

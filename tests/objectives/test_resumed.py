@@ -8,13 +8,13 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from compressft.folder import RunFolder
-from compressft.model import load_tokenizer
-from compressft.objectives.cache import AnswerCache
+from compressft.model.source import load_tokenizer
 from compressft.objectives.distill import Distill
-from compressft.recipe import parse_recipe
-from compressft.run import load_task
-from compressft.stages import train_stages
+from compressft.objectives.distillation.cache import AnswerCache
+from compressft.recipe.recipe import parse_recipe
+from compressft.run.flow import load_task
+from compressft.run.folder import RunFolder
+from compressft.run.program import train_stages
 from tests.tiny import tiny
 from tests.tiny_folder import rows_of, save_tiny, write_jsonl
 

@@ -12,11 +12,11 @@ from compressft.methods.layers import Layers
 from compressft.methods.probe import Probe
 from compressft.modules.linear import bare, dense, is_bare, is_dense
 from compressft.objectives.distill import Distill
-from compressft.objectives.teacher import base_modules, base_tensors
+from compressft.objectives.distillation.teacher import base_modules, base_tensors
 from compressft.passes.depth import Depth
 from compressft.passes.int8 import Int8
 from compressft.passes.structured import Structured
-from compressft.recipe import parse_recipe
+from compressft.recipe.recipe import parse_recipe
 from compressft.transform import Context
 from tests.objectives.pair import prepared, terms
 from tests.tiny import TINY, batch_for, fit, labelled, logits, padded, tiny
@@ -72,7 +72,7 @@ def test_bare_is_the_base(family, placement):
 
 
 def test_bare_leaves_deltas_out():
-    from compressft.model import compress_linear
+    from compressft.model.surgery import compress_linear
 
     model, batch = tiny(), padded()
     want = logits(model, batch)
@@ -167,7 +167,7 @@ def test_no_graph_reaches_the_teacher(teacher):
     disturb(student)
     objective = Distill(teacher=teacher, logits=0.0, **INSIDE)
     context = prepared(objective, student, other)
-    from compressft.objectives.teacher import ask, attention_modules
+    from compressft.objectives.distillation.teacher import ask, attention_modules
 
     source = other if teacher == "t" else student
     answer = ask(source, teacher, padded(), {0, 2}, attention_modules(source, {1}))

@@ -6,7 +6,7 @@ import random
 
 import torch
 
-from compressft.anatomy import anatomy
+from compressft.model.anatomy import anatomy
 from compressft.modules.linear import CompressedLinear
 from compressft.transform import Context, TrainingData
 from tests.tiny import TINY, VOCABULARY, labelled, padded, tiny

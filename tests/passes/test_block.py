@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from compressft.anatomy import anatomy
 from compressft.methods.adapter import Adapter
-from compressft.model import compress_linear, count
+from compressft.model.anatomy import anatomy
+from compressft.model.count import count
+from compressft.model.shrink import shapes
+from compressft.model.surgery import compress_linear
 from compressft.passes.block import Block
-from compressft.shrink import shapes
 from tests.passes.sparse import Run, classifier, weight
 from tests.tiny import labelled, logits, tiny
 

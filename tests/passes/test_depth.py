@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from compressft.anatomy import anatomy
-from compressft.checkpoint import load_compressed, save_compressed
 from compressft.errors import UserError
+from compressft.model.anatomy import anatomy
+from compressft.model.saved.compressed import load_compressed, save_compressed
 from compressft.objectives.distill import Distill
 from compressft.passes.depth import Depth
 from compressft.passes.int8 import Int8

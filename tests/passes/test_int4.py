@@ -12,10 +12,10 @@ from compressft.modules.gate import MaskGate
 from compressft.modules.linear import CompressedLinear, dense
 from compressft.modules.quantizer import Int4Quantizer
 from compressft.objectives.distill import Distill
-from compressft.passes.calibrate import second_moments
 from compressft.passes.int4 import Int4
 from compressft.passes.int8 import Int8
 from compressft.passes.nf4 import Nf4
+from compressft.passes.shared.calibrate import second_moments
 from compressft.passes.structured import Structured
 from compressft.transform import Context, TrainingData
 from tests.tiny import TINY, batch_for, fit, labelled, logits, tiny

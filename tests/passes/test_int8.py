@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from compressft.anatomy import anatomy
 from compressft.errors import UserError
+from compressft.model.anatomy import anatomy
 from compressft.modules.embedding import CompressedEmbedding
 from compressft.modules.linear import CompressedLinear, dense
 from compressft.modules.quantizer import Int8Quantizer

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from compressft.passes.magnitude import Magnitude
-from compressft.schedule import SHAPES
+from compressft.transform import SHAPES
 from tests.passes.sparse import Run, linears, nonzero, sparsity
 from tests.tiny import tiny
 

@@ -12,7 +12,7 @@ from compressft.modules.l0 import L0Gate
 from compressft.passes.l0 import L0
 from compressft.passes.magnitude import Magnitude
 from compressft.passes.movement import Movement
-from compressft.passes.scored import keep_above
+from compressft.passes.shared.scored import keep_above
 from compressft.transform import Context
 from tests.passes.sparse import Run, sparsity
 from tests.tiny import labelled, tiny

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from compressft.passes.n_m import NM
-from compressft.recipe import Stage
+from compressft.recipe.program import Stage
 from tests.passes.sparse import Run, linears, weight
 from tests.tiny import tiny
 

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from compressft.anatomy import anatomy
 from compressft.errors import UserError
 from compressft.methods.adapter import Adapter
 from compressft.methods.full import Full
 from compressft.methods.layers import Layers
+from compressft.model.anatomy import anatomy
 from compressft.modules.gate import MaskGate
 from compressft.modules.linear import CompressedLinear
 from compressft.modules.structure import describe

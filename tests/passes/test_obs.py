@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from compressft.passes.obs import BLOCK, refit, removal
+from compressft.passes.shared.obs import BLOCK, refit, removal
 
 CASES = [(5, 24, 8), (3, 30, 5), (6, 40, 1), (4, 2 * BLOCK + 9, 1)]
 
@@ -71,7 +71,7 @@ def test_each_removal_is_the_cheapest_one(out, width, size):
 
 
 def test_single_columns_agree_with_the_plain_algorithm():
-    from compressft.passes.obs import _columns, _groups
+    from compressft.passes.shared.obs import _columns, _groups
 
     weight, _, moment = problem(4, BLOCK + 30, seed=5)
     inverse = torch.linalg.inv(moment)

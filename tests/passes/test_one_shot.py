@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from compressft.anatomy import anatomy
 from compressft.methods.adapter import Adapter
+from compressft.model.anatomy import anatomy
 from compressft.modules.rank import keep_largest
 from compressft.modules.sparsegpt import sparsegpt
-from compressft.passes.calibrate import second_moments
+from compressft.passes.shared.calibrate import second_moments
 from compressft.passes.sparsegpt import SparseGPT
 from compressft.passes.wanda import Wanda
-from compressft.recipe import Stage
+from compressft.recipe.program import Stage
 from tests.passes.sparse import Run, classifier, context, linears, sparsity, weight
 from tests.tiny import TINY, logits, padded, tiny
 

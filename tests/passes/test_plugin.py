@@ -6,11 +6,11 @@ import sys
 import pytest
 import torch
 
-from compressft.data.tasks import make_task
-from compressft.model import load_tokenizer
+from compressft.model.source import load_tokenizer
 from compressft.passes import PASSES
-from compressft.recipe import Stage
-from compressft.trainer import CompressionTrainer
+from compressft.recipe.program import Stage
+from compressft.run.trainer import CompressionTrainer
+from compressft.tasks import make_task
 from compressft.transform import Context
 from tests.tiny import tiny
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from compressft.anatomy import anatomy
-from compressft.passes.prunable import Prunable, Shift, model_losses, skipped
-from compressft.shrink import drop_layers
+from compressft.model.anatomy import anatomy
+from compressft.model.shrink import drop_layers
+from compressft.passes.shared.prunable import Prunable, Shift, model_losses, skipped
 from tests.tiny import TINY, batch_for, logits, tiny
 
 

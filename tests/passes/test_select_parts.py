@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from compressft.passes.select_parts import aligned, encoder_sparsity, keep_expected, keep_hidden, keep_layers
+from compressft.passes.shared.select_parts import aligned, encoder_sparsity, keep_expected, keep_hidden, keep_layers
 
 
 @pytest.mark.parametrize("depth", [1, 2, 7, 12])

@@ -6,12 +6,12 @@ import itertools
 import pytest
 import torch
 
-from compressft.checkpoint import load_compressed, save_compressed
 from compressft.errors import UserError
 from compressft.export.fold import fold
 from compressft.methods.adapter import Adapter
 from compressft.methods.full import Full
 from compressft.methods.probe import Probe
+from compressft.model.saved.compressed import load_compressed, save_compressed
 from compressft.modules.attention import TRAINING
 from compressft.modules.linear import CompressedLinear
 from compressft.passes import PASSES
@@ -21,10 +21,10 @@ from compressft.passes.l0 import L0
 from compressft.passes.magnitude import Magnitude
 from compressft.passes.movement import Movement
 from compressft.passes.n_m import NM
-from compressft.passes.select import LINEARS
+from compressft.passes.shared.select import LINEARS
+from compressft.passes.shared.unstructured import Unstructured
 from compressft.passes.sparsegpt import SparseGPT
 from compressft.passes.structured import Structured
-from compressft.passes.unstructured import Unstructured
 from compressft.passes.wanda import Wanda
 from compressft.transform import Context
 from tests.passes.sparse import Run, classifier, linears, nonzero, sparsity, weight

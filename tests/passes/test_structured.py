@@ -5,13 +5,12 @@ from itertools import pairwise
 import pytest
 import torch
 
-from compressft.anatomy import anatomy
-from compressft.model import count
+from compressft.model.anatomy import anatomy
+from compressft.model.count import count
+from compressft.model.shrink import shapes
 from compressft.modules.gate import ColumnGate
 from compressft.passes.structured import Structured, keep_equally, keep_globally
-from compressft.schedule import SHAPES
-from compressft.shrink import shapes
-from compressft.transform import Context
+from compressft.transform import SHAPES, Context
 from tests.tiny import TINY, batch_for, fit, labelled, logits, tiny
 
 

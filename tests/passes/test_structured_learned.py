@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from compressft.anatomy import anatomy
-from compressft.checkpoint import load_compressed, save_compressed
-from compressft.model import checkpoint_activations
+from compressft.model.anatomy import anatomy
+from compressft.model.saved.compressed import load_compressed, save_compressed
+from compressft.model.shrink import shapes
+from compressft.model.surgery import checkpoint_activations
 from compressft.modules.concrete_gate import HIGHEST, INITIAL, LOWEST, ConcreteGate
 from compressft.modules.lagrange import Lagrange
 from compressft.passes.int8 import Int8
-from compressft.passes.parts import Parts
-from compressft.passes.sparsity import expected_sparsity, settle
+from compressft.passes.shared.parts import Parts
+from compressft.passes.shared.sparsity import expected_sparsity, settle
 from compressft.passes.structured import Structured
-from compressft.shrink import shapes
 from compressft.transform import Context
 from tests.passes.test_structured_parts import architecture, data, nothing_left
 from tests.tiny import logits, tiny

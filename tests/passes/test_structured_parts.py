@@ -7,18 +7,21 @@ import pytest
 import torch
 from torch import nn
 
-from compressft.anatomy import anatomy, stream
-from compressft.checkpoint import load_compressed, load_delta, plain_state, save_compressed, save_delta
 from compressft.errors import UserError
 from compressft.methods.adapter import Adapter
-from compressft.model import checkpoint_activations, count
+from compressft.model.anatomy import anatomy, stream
+from compressft.model.count import count
+from compressft.model.saved.compressed import load_compressed, save_compressed
+from compressft.model.saved.delta import load_delta, save_delta
+from compressft.model.saved.state import plain_state
+from compressft.model.shrink import shapes
+from compressft.model.surgery import checkpoint_activations
 from compressft.modules.gate import ColumnGate
 from compressft.modules.part_gate import LayerGate, StreamMask
 from compressft.objectives.distill import Distill
 from compressft.passes.int8 import Int8
-from compressft.passes.parts import STATE, Parts
+from compressft.passes.shared.parts import STATE, Parts
 from compressft.passes.structured import Structured
-from compressft.shrink import shapes
 from compressft.transform import Context
 from tests.tiny import LABELS, TINY, VOCABULARY, batch_for, fit, labelled, logits, tiny
 
@@ -226,7 +229,7 @@ def test_delta_round_trip(tmp_path, monkeypatch):
     one.finalize(model)
     tiny().save_pretrained(tmp_path / "base")
     save_delta(model, None, base, tmp_path / "delta", {"model": str(tmp_path / "base")})
-    monkeypatch.setattr("compressft.checkpoint.base_tensors", lambda name, architecture: base)
+    monkeypatch.setattr("compressft.model.saved.delta.base_tensors", lambda name, architecture: base)
     loaded = load_delta(tmp_path / "delta")
     assert torch.equal(logits(loaded, batch), logits(model, batch))
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from compressft.costs import CostTable, counted
 from compressft.errors import UserError
-from compressft.model import count
+from compressft.model.costs import CostTable, counted
+from compressft.model.count import count
+from compressft.model.shrink import shapes
 from compressft.passes.structured import Structured
-from compressft.shrink import shapes
 from compressft.transform import Context
 from tests.tiny import fit, labelled, logits, tiny
 

@@ -7,12 +7,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from compressft.checkpoint import load_compressed, save_compressed
 from compressft.errors import UserError
-from compressft.model import load_tokenizer
-from compressft.passes.trim import trim
+from compressft.model.saved.compressed import load_compressed, save_compressed
+from compressft.model.shrink import keep_vocabulary
+from compressft.model.source import load_tokenizer
+from compressft.passes.shared.trim import trim
 from compressft.passes.vocabulary import Vocabulary
-from compressft.shrink import keep_vocabulary
 from compressft.transform import Context, TrainingData
 from tests.tiny import TINY, tiny
 

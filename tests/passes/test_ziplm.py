@@ -6,22 +6,22 @@ import pytest
 import torch
 import yaml
 
-from compressft.anatomy import anatomy
-from compressft.checkpoint import load_compressed
-from compressft.costs import CostTable, counted
 from compressft.errors import UserError
 from compressft.methods.adapter import Adapter
-from compressft.model import count
+from compressft.model.anatomy import anatomy
+from compressft.model.costs import CostTable, counted
+from compressft.model.count import count
+from compressft.model.saved.compressed import load_compressed
+from compressft.model.shrink import shapes, shrink
 from compressft.objectives.distill import Distill
-from compressft.objectives.state import Distillation
+from compressft.objectives.distillation.state import Distillation
 from compressft.passes.depth import Depth
 from compressft.passes.int8 import Int8
-from compressft.passes.prunable import Shift
+from compressft.passes.shared.prunable import Shift
 from compressft.passes.structured import Structured
 from compressft.passes.ziplm import ZipLM
-from compressft.recipe import load_recipe, parse_recipe
-from compressft.run import run
-from compressft.shrink import shapes, shrink
+from compressft.recipe.recipe import load_recipe, parse_recipe
+from compressft.run.flow import run
 from compressft.transform import Context, TrainingData
 from tests.tiny import SHAPE, TINY, batch_for, fit, labelled, logits, tiny
 from tests.tiny_folder import document, rows_of, save_tiny, write_jsonl
@@ -290,10 +290,12 @@ def test_a_gradual_run_measures_once_for_what_it_ships(tmp_path, monkeypatch):
 
     # The fp32 file of the dense model is slower than the int8 arithmetic of the table; speedups count from it.
     reference = 1.25 * table(rest=0.2).cost([{"kv_heads": 4, "ffn": 64}] * 2)
-    monkeypatch.setattr("compressft.stages.measure_table", fake)
-    monkeypatch.setattr("compressft.stages.measure_reference", lambda deployment, batch, length, between: reference)
+    monkeypatch.setattr("compressft.run.costs.measure_table", fake)
+    monkeypatch.setattr("compressft.run.costs.measure_reference", lambda deployment, batch, length, between: reference)
     # A whole model takes what its parts add up to.
-    monkeypatch.setattr("compressft.stages.measure_shapes", lambda deployment, layers, *_: table(rest=0.2).cost(layers))
+    monkeypatch.setattr(
+        "compressft.run.costs.measure_shapes", lambda deployment, layers, *_: table(rest=0.2).cost(layers)
+    )
     run(parse_recipe(write_recipe(tmp_path)), tmp_path / "run")
     # The first pruned stage already counts in the arithmetic that the recipe ends with, and the table serves both.
     assert asked == [(True, 1, 128, "BertForSequenceClassification")]

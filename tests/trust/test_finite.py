@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from compressft.errors import UserError
-from compressft.finite import broken_term, broken_weight
-from compressft.model import load_model
-from compressft.recipe import parse_recipe
-from compressft.run import run
+from compressft.model.finite import broken_term, broken_weight
+from compressft.model.load import load_model
+from compressft.recipe.recipe import parse_recipe
+from compressft.run.flow import run
 from tests.tiny_folder import document, rows_of, save_tiny, write_jsonl
 
 

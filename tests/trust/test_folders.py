@@ -7,21 +7,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compressft.checkpoint import (
-    base_tensors,
-    file_hash,
-    load_compressed,
-    load_delta,
-    read_manifest,
-    save_compressed,
-    save_delta,
-)
 from compressft.errors import UserError
-from compressft.evaluate import evaluate
-from compressft.manifest import compare_labels, sealed
 from compressft.methods.adapter import Adapter
-from compressft.model import load_model
+from compressft.model.load import load_model
+from compressft.model.saved.compressed import load_compressed, save_compressed
+from compressft.model.saved.delta import base_tensors, load_delta, save_delta
+from compressft.model.saved.folders import read_manifest
+from compressft.model.saved.manifest import compare_labels, sealed
+from compressft.run.evaluate import evaluate
 from compressft.transform import Context
+from compressft.utils.files import file_hash
 from tests.tiny import tiny
 from tests.tiny_folder import rows_of, write_jsonl
 

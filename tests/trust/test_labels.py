@@ -6,11 +6,13 @@ import pytest
 import torch
 import transformers
 
-from compressft.checkpoint import load_compressed, save_compressed
 from compressft.errors import UserError
-from compressft.labels import head_layers, in_order_of, names_of, refuse_alike, renew_head, reorder
-from compressft.model import load_model, load_tokenizer
-from compressft.stages import check_vocabulary, refuse_reader
+from compressft.model.labels import head_layers, in_order_of, names_of, refuse_alike, renew_head, reorder
+from compressft.model.load import load_model
+from compressft.model.saved.compressed import load_compressed, save_compressed
+from compressft.model.source import load_tokenizer
+from compressft.run.program import check_vocabulary
+from compressft.run.stage import refuse_reader
 from tests.tiny import TINY, batch_for, logits, tiny
 from tests.tiny_folder import document, rows_of, save_tiny, write_jsonl
 
@@ -108,7 +110,7 @@ def test_a_sentencepiece_file_names_its_package(tmp_path, monkeypatch):
     save_tiny(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "sentencepiece.bpe.model").write_bytes(b"x")
-    monkeypatch.setattr("compressft.model.find_spec", lambda name: None)
+    monkeypatch.setattr("compressft.model.load.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install sentencepiece protobuf"):
         load_tokenizer(str(tmp_path))
 

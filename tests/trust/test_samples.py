@@ -5,10 +5,11 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compressft.data import TASKS, load_splits
 from compressft.data.rows import ROW_KEY
+from compressft.data.source import DataConfig
+from compressft.data.splits import load_splits
 from compressft.errors import UserError
-from compressft.recipe import DataConfig
+from compressft.tasks import TASKS
 from tests.tiny_folder import write_jsonl
 
 KINDS = {

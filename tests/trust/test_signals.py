@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from compressft.progress import _on_signals
+from compressft.run.progress import _on_signals
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

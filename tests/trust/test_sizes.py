@@ -6,8 +6,8 @@ from typing import get_args
 import pytest
 
 from compressft.errors import UserError
-from compressft.recipe import parse_recipe
-from compressft.strict import LARGEST
+from compressft.recipe.recipe import parse_recipe
+from compressft.utils.strict import LARGEST
 from tests.settings import METHODS, OBJECTIVES, PASSES
 from tests.tiny_folder import document
 

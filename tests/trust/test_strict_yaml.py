@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressft.errors import UserError
-from compressft.recipe import load_recipe, parse_recipe
-from compressft.strict_yaml import DEEPEST, DIGITS, LONGEST, read_yaml, write_yaml
+from compressft.recipe.recipe import load_recipe, parse_recipe
+from compressft.utils.strict_yaml import DEEPEST, DIGITS, LONGEST, read_yaml, write_yaml
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | st.text(),

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressft.errors import UserError, system_error, trouble
-from compressft.foreign import LONGEST, foreign
-from compressft.texts import DEEPEST, parse_json, read_json, read_object, read_text
+from compressft.utils.foreign import LONGEST, foreign
+from compressft.utils.texts import DEEPEST, parse_json, read_json, read_object, read_text
 
 
 @settings(max_examples=300)

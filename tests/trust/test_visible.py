@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from rich.table import Table
 from rich.text import Text
 
-from compressft.report import terminal_table, write_report
-from compressft.visible import DIRECTIONS, LAYOUT, PlainConsole, all_visible, visible
+from compressft.run.report import terminal_table, write_report
+from compressft.utils.visible import DIRECTIONS, LAYOUT, PlainConsole, all_visible, visible
 
 TITLE, LINK, C1, TURNED = "\x1b]0;owned\x07", "\x1b]8;;http://x\x1b\\here\x1b]8;;\x1b\\", "\x9b31mred", "\u202etxt.exe"
 ODD = st.text(st.characters() | st.sampled_from("\x1b\x07\x08\x9b\x9d\x00\r\n\t\u202e\u2066\ud800[]:/"), max_size=30)

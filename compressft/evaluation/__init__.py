@@ -1,0 +1,1 @@
+"""What models answer, and how good that is."""

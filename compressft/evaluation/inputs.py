@@ -1,0 +1,28 @@
+"""What an exported file is given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def sample_inputs(names: Sequence[str], batch: int, length: int, pieces: int = 400) -> dict[str, Any]:
+    """Made-up rows.
+
+    Args:
+        pieces: rows of the model's table; ids are among the first 400 of them, which are frequent pieces.
+    """
+    import numpy as np
+
+    ids = np.random.default_rng(0).integers(10 if pieces >= 400 else 0, min(pieces, 400), (batch, length))
+    values = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+    values["position_ids"] = np.broadcast_to(np.arange(length), ids.shape)
+    return {name: values[name] for name in names if name in values}
+
+
+def empty_past(inputs: Sequence[Any], batch: int) -> dict[str, Any]:
+    """No earlier tokens, for those of a session's inputs that are a language model's cache: (batch, heads, 0, size)."""
+    import numpy as np
+
+    past = [value for value in inputs if value.name.startswith("past_key_values.")]
+    return {value.name: np.zeros((batch, value.shape[1], 0, value.shape[3]), np.float32) for value in past}

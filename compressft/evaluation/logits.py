@@ -1,0 +1,135 @@
+"""Open an exported model with plain onnxruntime and run batches through it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from compressft.evaluation.inputs import empty_past
+from compressft.evaluation.scores import Scores
+from compressft.tasks.task import Task
+from compressft.utils.foreign import foreign
+from compressft.utils.machine import default_threads
+from compressft.utils.phases import steps
+
+# Rows to the logits of their padded batch, (B, C) or (B, T, C) fp32.
+Run = Callable[[Sequence[Mapping[str, Any]]], np.ndarray]
+
+
+def open_session(model: str | Path | bytes, threads: int | None = None, exact: bool = False) -> Any:
+    """An `onnxruntime.InferenceSession` on the CPU.
+
+    Args:
+        model: a file, or its content.
+        threads: None: `default_threads`.
+        exact: take kernels that add u8 x s8 products in 32 bits also where the processor has faster ones that saturate.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    # Several live sessions would spin against each other; measuring has a process of its own.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # What a batch took goes back at once: logits of a vocabulary are large, and there may be several sessions.
+    options.enable_cpu_mem_arena = False
+    if exact:
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    options.intra_op_num_threads = threads or default_threads()
+    source = model if isinstance(model, bytes) else str(model)
+    with foreign(f"{'the model' if isinstance(model, bytes) else model}: onnxruntime cannot open it"):
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+def session_run(session: Any, task: Task) -> Run:
+    """The model of a session as a `Run`."""
+
+    def run(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        return session.run(["logits"], feed(session, unlabelled(task, rows)))[0]
+
+    return run
+
+
+def unlabelled(task: Task, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A padded batch of rows without their labels."""
+    return task.collate([{k: v for k, v in row.items() if k != "labels"} for row in rows])
+
+
+def session_logits(session: Any, task: Task, features: Sequence[Mapping[str, Any]], batch: int) -> list[np.ndarray]:
+    """Logits per row of an onnxruntime session; see `by_row`."""
+    return by_row(session_run(session, task), features, batch)
+
+
+def by_row(run: Run, features: Sequence[Mapping[str, Any]], batch: int) -> list[np.ndarray]:
+    """Logits per row (padding cut off for token tasks), in the rows' order, computed in padded batches.
+
+    Batches take neighbours in length, as a server that sorts its queue would. All logits are held at once: for samples.
+    """
+    rows: list[Any] = [None] * len(features)
+    for indices in batches_by_length(features, batch):
+        scatter(rows, indices, run([features[i] for i in indices]), features)
+    return rows
+
+
+def feed(session: Any, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """What a session is given for a collated batch: where it has a cache, an empty one and the tokens' places."""
+    inputs = session.get_inputs()
+    values = {name: tensor.numpy() for name, tensor in batch.items()}
+    values["position_ids"] = places(values["attention_mask"])
+    values |= empty_past(inputs, len(values["attention_mask"]))
+    return {value.name: values[value.name] for value in inputs if value.name in values}
+
+
+def places(mask: np.ndarray) -> np.ndarray:
+    """Which of its row's tokens each one is, (B, T) int64, by the mask alone: paddings on either side do not count."""
+    return np.maximum(mask.cumsum(-1) - 1, 0)
+
+
+def scatter(rows: list[Any], indices: Sequence[int], logits: np.ndarray, features: Sequence[Mapping[str, Any]]) -> None:
+    """Store a batch's logits by row; (B, T, C) logits lose their padding."""
+    for i, value in zip(indices, logits, strict=True):
+        rows[i] = value[: len(features[i]["input_ids"])] if logits.ndim == 3 else value
+
+
+def batches_by_length(features: Sequence[Mapping[str, Any]], batch: int) -> list[list[int]]:
+    """Row indices in batches of similar length."""
+    order = sorted(range(len(features)), key=lambda i: len(features[i]["input_ids"]))
+    return [order[i : i + batch] for i in range(0, len(order), batch)]
+
+
+def model_run(model: nn.Module, task: Task) -> Run:
+    """A torch model, put into eval mode, as a `Run`."""
+    model.eval()
+    device = next(model.parameters()).device
+
+    @torch.no_grad()
+    def run(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        batch = unlabelled(task, rows)
+        return model(**{k: v.to(device) for k, v in batch.items()}).logits.float().cpu().numpy()
+
+    return run
+
+
+def model_logits(
+    model: nn.Module, task: Task, features: Sequence[Mapping[str, Any]], batch: int = 32
+) -> list[np.ndarray]:
+    """Logits per row of a torch model in eval mode; see `by_row`."""
+    return by_row(model_run(model, task), features, batch)
+
+
+def scored(run: Run, task: Task, features: Sequence[Mapping[str, Any]], batch: int = 32) -> dict[str, float]:
+    """The task's metrics of a model on rows, with one batch of logits in memory at a time."""
+    scores = Scores(task)
+    for indices in steps(batches_by_length(features, batch), "evaluating"):
+        rows = [features[i] for i in indices]
+        scores.add(torch.from_numpy(run(rows)), labels_of(task, rows))
+    return scores.metrics()
+
+
+def labels_of(task: Task, rows: Sequence[Mapping[str, Any]]) -> Tensor:
+    """The labels of a padded batch."""
+    return task.collate([dict(row) for row in rows])["labels"]

@@ -1,0 +1,1 @@
+"""What objective `distill` is made of."""

@@ -1,0 +1,110 @@
+"""What flows into a model's linear layers: second moments of their inputs over a calibration set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressft.utils.phases import steps
+
+
+@torch.no_grad()
+def second_moments(
+    model: nn.Module, paths: Sequence[str], batches: Sequence[Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """E[x x^T] of the inputs of these modules, the mean over all tokens that are no padding.
+
+    The model runs in eval mode as it is now (its gates, adapters and quantizers act) and only as far as the last of
+    the modules; what it was before, it is afterwards.
+
+    Args:
+        paths: modules that take (batch, tokens, in), or (batch, in) where one vector per row counts.
+        batches: as the model takes them, on any device; `attention_mask` (batch, tokens) marks paddings with 0.
+
+    Returns:
+        path -> (in, in) fp32, symmetric, on the model's device. A column without any signal has zeros.
+
+    Raises:
+        ValueError: no batches, or a module that the model does not run through.
+    """
+    sums: dict[str, Tensor] = {}
+    counts = dict.fromkeys(paths, 0.0)
+    device = next(model.parameters()).device
+    with _quiet(model):
+        for batch in steps(batches, "looking at what flows into the layers"):
+            batch = {name: value.to(device) for name, value in batch.items()}
+            for path, x in _inputs(model, paths, batch).items():
+                rows = _tokens(x, batch.get("attention_mask"))
+                product = rows.t() @ rows
+                sums[path] = sums[path] + product if path in sums else product
+                counts[path] += len(rows)
+    missing = [path for path in paths if not counts[path]]
+    if missing:
+        raise ValueError(f"second_moments: {missing[0]!r} saw no input in {len(batches)} batches")
+    return {path: sums[path] / counts[path] for path in paths}
+
+
+@torch.no_grad()
+def means(model: nn.Module, paths: Sequence[str], batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """E[x] of the inputs of these modules, (in,) fp32; everything else as in `second_moments`."""
+    sums: dict[str, Tensor] = {}
+    counts = dict.fromkeys(paths, 0)
+    device = next(model.parameters()).device
+    with _quiet(model):
+        for batch in steps(batches, "looking at what flows into the layers"):
+            batch = {name: value.to(device) for name, value in batch.items()}
+            for path, x in _inputs(model, paths, batch).items():
+                rows = _tokens(x, batch.get("attention_mask"))
+                sums[path] = sums[path] + rows.sum(0) if path in sums else rows.sum(0)
+                counts[path] += len(rows)
+    return {path: total / counts[path] for path, total in sums.items()}
+
+
+class _Enough(Exception):
+    """Every module asked for has been seen: the rest of the forward is not needed."""
+
+
+def _inputs(model: nn.Module, paths: Sequence[str], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Path -> the input of that module in one forward pass."""
+    seen: dict[str, Tensor] = {}
+
+    def remember(path: str) -> Any:
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            seen[path] = arguments[0]
+            if len(seen) == len(set(paths)):
+                raise _Enough
+
+        return hook
+
+    hooks = [model.get_submodule(path).register_forward_pre_hook(remember(path)) for path in paths]
+    try:
+        model(**batch)
+    except _Enough:
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:
+    """(tokens, in) fp32: the vectors that count."""
+    if mask is not None and x.shape[:-1] == mask.shape:
+        return x[mask.bool()].float()
+    return x.reshape(-1, x.shape[-1]).float()
+
+
+@contextmanager
+def _quiet(model: nn.Module) -> Iterator[None]:
+    """Eval mode (no dropout, nothing observed), then every module as it was."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode

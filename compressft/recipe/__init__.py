@@ -1,0 +1,1 @@
+"""Recipes: one YAML file says what is trained, what gets smaller and what is exported."""

@@ -1,0 +1,65 @@
+"""Score a shipped folder (torch `model/`, `delta/` or ONNX) on a data file, with the task's own metrics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from compressft.data.rows import read_rows
+from compressft.data.splits import canonical_rows
+from compressft.errors import UserError, nearest
+from compressft.model.saved.compressed import load_compressed
+from compressft.model.saved.delta import load_delta
+from compressft.model.saved.folders import MANIFEST, read_manifest
+from compressft.model.saved.manifest import require
+from compressft.model.source import load_tokenizer
+from compressft.tasks import TASKS, make_task
+
+
+def evaluate(source: str | Path, data: str | Path, batch: int = 32) -> dict[str, Any]:
+    """Metrics of a model on a file.
+
+    Args:
+        source: a run directory, a `model/`, `delta/` or `onnx/` folder, or a `model.onnx` file.
+        data: JSONL, CSV or Parquet with the columns of the recipe.
+        batch: rows at a time; what of the logits is in memory.
+
+    Returns:
+        {"runtime", "rows", metric name: value, ..., "portable"}; the last says whether the ONNX file that this is or
+        becomes gives the same answers on every processor, and "note" where it does not or rows were cut.
+
+    Raises:
+        UserError: nothing of ours at `source`, or a wrong file, column or label.
+    """
+    from compressft.evaluation.logits import model_run, open_session, scored, session_run
+    from compressft.export.portable import model_portability, portability
+
+    path = Path(source)
+    if not path.exists():
+        raise UserError(f"evaluate: {str(path)!r} does not exist; give a run directory, model/, onnx/ or model.onnx")
+    folder = path.parent if path.suffix == ".onnx" else path
+    if (folder / "recipe.yaml").is_file():
+        folder = folder / "model"
+    manifest = read_manifest(folder)
+    if "task" not in manifest:
+        raise UserError(f"evaluate: {folder} does not say what task it was trained for; give model/, delta/ or onnx/")
+    require(manifest, ("labels", "max_length", "columns"), folder / MANIFEST)
+    if manifest["task"] not in TASKS:
+        raise UserError(
+            f"{folder / MANIFEST}: task {manifest['task']!r} is not known; known: {', '.join(TASKS)}"
+            f"{nearest(manifest['task'], TASKS)}"
+        )
+    task = make_task(manifest["task"], load_tokenizer(str(folder)), manifest["max_length"], manifest["labels"])
+    rows = canonical_rows(read_rows(data), manifest["columns"], TASKS[manifest["task"]].fields)
+    features = task.encode(rows)
+    if manifest["kind"] == "onnx":
+        file = path if path.suffix == ".onnx" else folder / "model.onnx"
+        proof = portability(file)
+        runtime, run = "onnxruntime", session_run(open_session(file), task)
+    else:
+        model = (load_delta if manifest["kind"] == "delta" else load_compressed)(folder)
+        proof = model_portability(model)
+        runtime, run = "torch", model_run(model, task)
+    result = {"runtime": runtime, "rows": len(rows), **scored(run, task, features, batch)}
+    notes = [note for note in (task.cut(rows), proof.warning()) if note]
+    return {**result, "portable": proof.portable, **({"note": "; ".join(notes)} if notes else {})}

@@ -1,0 +1,179 @@
+"""The flow of a run, top-down: load, train each stage, save, export, report."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from compressft.data.splits import Splits, load_splits
+from compressft.errors import UserError
+from compressft.export.flow import export
+from compressft.model.labels import in_order_of, refuse_alike
+from compressft.model.saved.compressed import load_compressed, save_compressed
+from compressft.model.saved.delta import base_tensors, save_delta
+from compressft.model.source import load_tokenizer, resolve
+from compressft.recipe.recipe import Recipe
+from compressft.run.folder import RunFolder, open_folder
+from compressft.run.identity import identify, with_threads
+from compressft.run.program import train_stages
+from compressft.run.report import load_metrics, write_report
+from compressft.run.stage import SETTLE_ROWS, settled, unchanged
+from compressft.tasks import TASKS, make_task
+from compressft.tasks.task import Task
+from compressft.utils import ranks
+from compressft.utils.foreign import load_config
+from compressft.utils.machine import peak_memory
+from compressft.utils.memory import keep_freed_memory, release
+from compressft.utils.phases import SECONDS, Clock, keep, kept, phase, seconds, watched
+from compressft.utils.quiet import quiet_libraries
+from compressft.utils.visible import PlainConsole
+
+INFO_KEYS = ("task", "labels", "max_length", "columns", "metric")
+
+
+def run(
+    recipe: Recipe, output: str | Path, resume: bool = False, console: Console | None = None, spent: float = 0.0
+) -> dict[str, Any]:
+    """Run a recipe into a directory.
+
+    Where torchrun has started several processes, all train and the first alone writes, exports and tells.
+
+    Args:
+        output: the run directory (layout: README).
+        resume: go on with an interrupted run of the same recipe.
+        console: where progress goes; standard error by default.
+        spent: seconds that went by before, of imports: the report counts them as loading.
+
+    Returns:
+        the report (the content of `report/report.json`), in every process.
+
+    Raises:
+        UserError: a mistake in recipe, data or directory.
+        VerificationError: the exported file misses the recipe's tolerances.
+        Interrupted: stopped by SIGINT or SIGTERM; a checkpoint was published.
+    """
+    refuse_export(recipe)
+    ranks.start()
+    console = console or PlainConsole(stderr=True)
+    if not ranks.first():
+        console = Console(quiet=True)
+    quiet_libraries()
+    keep_freed_memory()
+    with open_folder(output, recipe, resume) as folder, watched(console, Clock(spent)) as clock:
+        clock.add(kept(folder.root / SECONDS))
+        threads = ranks.shared(identify(folder.root, recipe, console) if ranks.first() else None)
+        with with_threads(threads):
+            return _run(recipe, folder, console)
+
+
+def _run(recipe: Recipe, folder: RunFolder, console: Console) -> dict[str, Any]:
+    tokenizer = load_tokenizer(recipe.model)
+    task, splits = load_task(recipe, tokenizer)
+    names = ("train", "validation", "test", *(["unlabelled"] if splits.unlabelled else []))
+    rows = ", ".join(f"{len(getattr(splits, name))} {name}" for name in names)
+    reasons = " and ".join(f"data.{name}" for name in ("per_class", "limit") if getattr(recipe.data, name))
+    left = f"; {splits.left_out} of {len(splits.known)} training rows left out ({reasons})" if splits.left_out else ""
+    console.print(f"{recipe.name}: {rows} rows{left}", highlight=False, soft_wrap=True)
+    cut = task.cut([*splits.train, *splits.validation, *splits.test])
+    if cut:
+        console.print(cut, highlight=False, soft_wrap=True)
+    info = {**model_info(recipe, task), "recipe_hash": folder.recipe_hash}
+    model, task, stages = train_stages(recipe, folder, task, splits, info, console)
+    report = ship(recipe, folder, task, splits, info, model, stages, console) if ranks.first() else None
+    return ranks.shared(report)
+
+
+def refuse_export(recipe: Recipe) -> None:
+    """Say before any work that a model will have no ONNX form.
+
+    Raises:
+        UserError: it has none, and the recipe wants one.
+    """
+    for stage in recipe.stages if recipe.export.enabled else ():
+        for transform in stage.transforms:
+            if not transform.exports:
+                raise UserError(
+                    f"stages.{stage.name}: {transform.type!r} leaves a model that has no ONNX form; "
+                    "set export.enabled to false to train it and ship model/"
+                )
+
+
+def ship(
+    recipe: Recipe,
+    folder: RunFolder,
+    task: Task,
+    splits: Splits,
+    info: dict[str, Any],
+    model: Any,
+    stages: list[dict[str, Any]],
+    console: Console,
+) -> dict[str, Any]:
+    """Save the trained model, export it and write the report, which is returned."""
+    save_compressed(model, task.tokenizer, folder.root / "model", info)
+    sample = task.encode(splits.validation[:SETTLE_ROWS])
+    with phase("loading"):
+        loaded = load_compressed(folder.root / "model")
+    before, after = (settled(one, task, sample, recipe.evaluation_batch) for one in (model, loaded))
+    unchanged("saving and loading model/", before, after)
+    del loaded
+    base = recipe.model
+    if recipe.delta_from is not None:
+        base, info = str(folder.stage(recipe.delta_from)), {**info, "from_stage": recipe.delta_from}
+    save_delta(model, task.tokenizer, base_tensors(base, type(model).__name__), folder.root / "delta", info)
+    # Export reads what was saved.
+    release(model)
+    report = complete(export(recipe, folder.root, splits, console), recipe, stages)
+    keep(folder.root / SECONDS)
+    report = write_report(report, load_metrics(folder.metrics), folder.root / "report", seconds)
+    # The teachers' answers, hundreds of megabytes, that only a resumed training would read.
+    shutil.rmtree(folder.root / "cache", ignore_errors=True)
+    return report
+
+
+def complete(exported: dict[str, Any], recipe: Recipe, stages: list[dict[str, Any]]) -> dict[str, Any]:
+    """The whole report: what export measured, what training recorded, which recipe it was."""
+    head = {"name": recipe.name, "model": recipe.model, "task": recipe.task}
+    tail = {
+        "stages": stages,
+        "training": training_figures(stages),
+        # Export and verification included: the system counts from the process's start.
+        "peak_memory_bytes": max(peak_memory(), *(s["peak_memory_bytes"] for s in stages)),
+        "recipe_hash": recipe.hash,
+        "recipe": recipe.to_yaml(),
+    }
+    return head | exported | tail
+
+
+@phase("loading")
+def load_task(recipe: Recipe, tokenizer: Any) -> tuple[Task, Splits]:
+    """The recipe's rows, and its task with the labels of all training rows as given."""
+    kind = TASKS[recipe.task]
+    splits = load_splits(recipe.data, kind.fields, tokenizer.mask_token)
+    known = kind.labels_of(splits.known)
+    refuse_alike(known)
+    labels = in_order_of(known, load_config(resolve(recipe.model)))
+    return make_task(recipe.task, tokenizer, recipe.data.max_length, labels), splits
+
+
+def model_info(recipe: Recipe, task: Task) -> dict[str, Any]:
+    """What a shipped folder must know to be evaluated on its own."""
+    values = (recipe.task, list(task.labels), recipe.data.max_length, dict(recipe.data.columns), task.metric)
+    return {"model": recipe.model, **dict(zip(INFO_KEYS, values, strict=True))}
+
+
+def training_figures(stages: list[dict[str, Any]]) -> dict[str, Any]:
+    """The report's `training` key: totals over stages, rates weighted by time."""
+    seconds = sum(s["seconds"] for s in stages)
+
+    def rate(key: str) -> float:
+        return sum(s[key] * s["seconds"] for s in stages) / seconds
+
+    return {
+        "seconds": seconds,
+        "examples_per_second": rate("examples_per_second"),
+        "tokens_per_second": rate("tokens_per_second"),
+        "peak_memory_bytes": max(s["peak_memory_bytes"] for s in stages),
+    }

@@ -1,0 +1,300 @@
+"""A thin subclass of transformers.Trainer that calls the Transforms; evaluation, resume and logging are its."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import EvalPrediction
+
+from compressft.errors import UserError
+from compressft.model.finite import broken_term, refuse_update
+from compressft.modules.kinds import Extra
+from compressft.recipe.parts import TrainConfig
+from compressft.run.feed import LengthGroupedSampler
+from compressft.tasks.task import IGNORE, Task
+from compressft.transform import TASK_LOSS, Context, Transform, ungrouped
+from compressft.utils import ranks
+from compressft.utils.memory import trim
+from compressft.utils.phases import phase
+from compressft.utils.precision import autocast_dtype
+
+
+class Hooks(TrainerCallback):
+    """Calls `after_step` of every Transform: once at the start, then after each optimiser step.
+
+    What Transforms draw or decide there is the same in all processes.
+    """
+
+    def __init__(self, transforms: Sequence[Transform]) -> None:
+        self.transforms = transforms
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self._follow(model, args, state, state.global_step)
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        # The Trainer counts the step after this call; gradients are still there now.
+        self._follow(model, args, state, state.global_step + 1)
+
+    def _follow(self, model: Any, args: Any, state: Any, step: int) -> None:
+        with ranks.same_draws(args.seed * 1_000_003 + step):
+            for transform in self.transforms:
+                transform.after_step(model, step / max(state.max_steps, 1))
+
+
+class Trims(TrainerCallback):
+    """Gives free memory back after steps 1, 2, 4, 8, ...: gradients and moments first come to lie between activations.
+
+    Later steps find the heap as they leave it, and keep what they free.
+    """
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step & (state.global_step - 1) == 0:
+            trim()
+
+
+class CompressionTrainer(Trainer):
+    """transformers.Trainer with the Transforms' loss terms, parameter groups and hooks.
+
+    In a run of several processes each takes `batch_size` rows of every step, and the gradient is the mean of theirs:
+    what one process has on a batch so many times as large, where its loss is a mean over rows. Means over tokens are
+    means of the processes' means, as with gradient accumulation. At an epoch's end rows are taken twice where they do
+    not come out even. Weights, masks and ranges are the same in all processes throughout.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        config: TrainConfig,
+        context: Context,
+        train_features: Sequence[dict[str, Any]],
+        eval_features: Sequence[dict[str, Any]],
+        output: Path,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
+        self.context = context
+        self.transforms = list(context.transforms)
+        self.terms: dict[str, float] = defaultdict(float)
+        self.tokens = 0
+        self.examples = 0
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.autocast_dtype = autocast_dtype(config.precision, device)
+        args = training_arguments(config, output, device, self.autocast_dtype)
+        super().__init__(
+            model=model,  # type: ignore[arg-type]
+            args=args,
+            data_collator=task.collate,
+            train_dataset=train_features,  # type: ignore[arg-type]
+            # Rows of one length together are evaluated with hardly any padding; what does not fit shows at once.
+            eval_dataset=sorted(eval_features, key=lambda f: -len(f["input_ids"])),  # type: ignore[arg-type]
+            compute_metrics=_metrics(task),
+            preprocess_logits_for_metrics=_evidence(task),
+            callbacks=[Hooks(self.transforms), Trims(), *callbacks],
+        )
+        self.remove_callback(PrinterCallback)
+        if ranks.count() > 1:
+            ranks.alike(model)
+            # Not to be wrapped in DistributedDataParallel: `average_gradients` says why.
+            self.accelerator.prepare_model(model, evaluation_mode=True)
+            # Dropout of its own for every process.
+            torch.manual_seed(self.args.seed + ranks.number())
+        # The loss below is a mean over the batch; the Trainer divides it by the accumulation steps.
+        self.model_accepts_loss_kwargs = False
+        self.loss_is_scaled_for_ga = False
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
+        """bf16 autocast around student and teacher alike, without wrapping the model's forward."""
+        if self.autocast_dtype is not torch.bfloat16:
+            return super().autocast_smart_context_manager(cache_enabled)
+        return torch.autocast(self.args.device.type, dtype=torch.bfloat16, cache_enabled=bool(cache_enabled))
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Task loss times the objectives' factors, plus their terms; outside training the task loss alone."""
+        training = model.training
+        hidden = training and any(t.needs_hidden_states for t in self.transforms)
+        outputs = model(**inputs, output_hidden_states=True) if hidden else model(**inputs)
+        loss = outputs["loss"]
+        if training:
+            # Without the wrapper that distributed training puts around it.
+            plain: Any = self.model
+            labels = inputs["labels"]
+            if not labels.is_floating_point() and not labels.ne(IGNORE).any():
+                # The mean over no label at all is not a number.
+                loss = 0.0 * outputs["logits"].sum()
+            terms: dict[str, Tensor] = {TASK_LOSS: loss * math.prod(t.task_weight(plain) for t in self.transforms)}
+            for transform in self.transforms:
+                terms |= transform.loss(plain, inputs, outputs, self.context)
+            loss = torch.stack([term.float() for term in terms.values()]).sum()
+            if not math.isfinite(loss.item()):
+                self._refuse_loss(plain, terms, loss.item())
+            for name, term in terms.items():
+                self.terms[name] += float(term.detach())
+            self.terms["steps"] += 1
+            self.tokens += int(inputs["attention_mask"].sum())
+            self.examples += len(inputs["input_ids"])
+        return (loss, outputs) if return_outputs else loss
+
+    def _refuse_loss(self, model: nn.Module, terms: Mapping[str, Tensor], value: float) -> NoReturn:
+        """Say what is not finite: a weight since the last update, one term, or their sum."""
+        step, rate = self.state.global_step, self.args.learning_rate
+        refuse_update(model, step, rate, self.args.weight_decay)
+        name, value = broken_term(terms) or ("sum", value)
+        raise UserError(
+            f"train: the loss ({name}) became {value} at step {step + 1}, all weights being finite; lower "
+            f"train.learning_rate (now {rate:g}) or set train.precision to fp32"
+        )
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As the Trainer's; with the last batch of a step, gradients become the mean over the processes."""
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:
+            ranks.average_gradients(self.model)  # type: ignore[arg-type]
+        return loss
+
+    @phase("saving")
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with _python_files():
+            super()._save_checkpoint(*args, **kwargs)
+
+    @phase("evaluation")
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As the Trainer's, but it draws no random number: a checkpoint of the same step may be written before it."""
+        trim()
+        with torch.random.fork_rng(devices=[]):
+            return super().evaluate(*args, **kwargs)
+
+    def restore(self, checkpoint: Path) -> None:
+        """Take over a checkpoint of the last step and evaluate it; the Trainer's resume would train one step more."""
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        self._load_from_checkpoint(str(checkpoint), self.model)
+        for transform in self.transforms:
+            transform.after_step(self.model, 1.0)  # type: ignore[arg-type]
+        self.evaluate()
+
+    def drain_terms(self) -> dict[str, float]:
+        """Mean of each loss term since the last call, over all processes."""
+        steps = self.terms.pop("steps", 0)
+        sums = ranks.total(*self.terms.values())
+        means = {name: value / (steps * ranks.count()) for name, value in zip(self.terms, sums, strict=True)}
+        self.terms.clear()
+        return means
+
+    def all_examples(self) -> int:
+        """Rows trained on so far, by all processes; an epoch's last batch may be a short one."""
+        return int(ranks.total(self.examples)[0])
+
+    def all_tokens(self) -> int:
+        """Real tokens trained on so far, by all processes."""
+        return int(ranks.total(self.tokens)[0])
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The Trainer's optimiser, with the Transforms' own groups taken out of the common ones."""
+        if self.optimizer is None:
+            target: Any = self.model if model is None else model
+            own = [group for t in self.transforms for group in t.param_groups(target, self.context)]
+            super().create_optimizer(model)
+            assert self.optimizer is not None
+            optimizer: Any = self.optimizer
+            for group in optimizer.param_groups:
+                group["params"] = ungrouped(group["params"], own)
+            for group in own:
+                self.optimizer.add_param_group(group)
+        return self.optimizer  # type: ignore[return-value]
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """As transformers chooses them; what a method adds inside a norm, as Pfeiffer's adapters are, is no norm."""
+        decayed = super().get_decay_parameter_names(model)
+        for path, module in model.named_modules():
+            if isinstance(module, Extra):
+                decayed += [f"{path}.{name}" for name in super().get_decay_parameter_names(module)]
+        return list(dict.fromkeys(decayed))
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of similar length, in an order that depends on seed and epoch alone."""
+        features: Any = self.train_dataset
+        batch_size = self.args.train_batch_size
+        # Neighbouring batches are one step's: each process takes one of them.
+        step_size = batch_size * ranks.count()
+        sampler = LengthGroupedSampler([len(f["input_ids"]) for f in features], step_size, self.args.seed)
+        loader = DataLoader(features, batch_size=batch_size, sampler=sampler, collate_fn=self.data_collator)
+        return self.accelerator.prepare(loader)
+
+
+@contextmanager
+def _python_files() -> Iterator[None]:
+    """Inside, `torch.save` writes through Python, which says why a write fails; its own writer forgets the reason."""
+    save = torch.save
+
+    def through_python(value: Any, target: Any, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(target, str | os.PathLike):
+            return save(value, target, *args, **kwargs)
+        with open(target, "wb") as file:
+            save(value, file, *args, **kwargs)
+
+    torch.save = through_python
+    try:
+        yield
+    finally:
+        torch.save = save
+
+
+def training_arguments(config: TrainConfig, output: Path, device: str, dtype: torch.dtype | None) -> TrainingArguments:
+    """Translate a recipe's train part; checkpoints go below `output`, everything is logged through our callbacks."""
+    every = config.save if isinstance(config.save, int) else 500
+    return TrainingArguments(
+        output_dir=str(output),
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.eval_batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        warmup_steps=config.warmup,
+        lr_scheduler_type=config.scheduler,
+        optim=config.optimizer,
+        max_grad_norm=config.max_grad_norm,
+        fp16=dtype is torch.float16,
+        save_strategy="steps" if isinstance(config.save, int) else config.save,
+        save_steps=every,
+        eval_strategy="epoch",
+        logging_steps=10 if not 0 < config.max_steps < 50 else 1,
+        logging_nan_inf_filter=False,
+        seed=config.seed,
+        data_seed=config.seed,
+        use_cpu=device == "cpu",
+        dataloader_pin_memory=device == "cuda",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to=[],
+        label_names=["labels"],
+    )
+
+
+def _evidence(task: Task) -> Callable[[Any, Tensor], Tensor]:
+    """What the Trainer keeps of a batch's outputs until the evaluation's end."""
+
+    def reduce(outputs: Any, labels: Tensor) -> Tensor:
+        return task.evidence(outputs[0] if isinstance(outputs, tuple) else outputs, labels)
+
+    return reduce
+
+
+def _metrics(task: Task) -> Callable[[EvalPrediction], dict[str, float]]:
+    def compute(prediction: EvalPrediction) -> dict[str, float]:
+        return task.metrics(prediction.predictions, prediction.label_ids)  # type: ignore[arg-type]
+
+    return compute

@@ -1,0 +1,36 @@
+"""Sequence classification: one label per text or pair of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from compressft.data.fields import Fields
+from compressft.data.rows import Row
+from compressft.tasks.task import Task
+
+
+class SequenceClassification(Task):
+    """One label per text or pair of texts; accuracy."""
+
+    type = "sequence-classification"
+    fields = Fields(("text", "label"), ("text_b",), label="label", answer="label")
+    auto_class = "AutoModelForSequenceClassification"
+    metric = "accuracy"
+
+    def encode(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        features = self._tokenise(rows)
+        for feature, row in zip(features, rows, strict=True):
+            if "label" in row:
+                feature["labels"] = self._label(row, "label", row["label"])
+        return features
+
+    def metrics(self, evidence: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        from sklearn.metrics import accuracy_score, f1_score
+
+        return {
+            "accuracy": float(accuracy_score(labels, evidence)),
+            "f1_macro": float(f1_score(labels, evidence, average="macro", zero_division=0.0)),  # type: ignore[arg-type]
+        }

@@ -1,0 +1,47 @@
+"""Regression: one number per text or pair of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compressft.data.fields import Fields
+from compressft.data.rows import Row
+from compressft.tasks.task import Task
+
+
+class Regression(Task):
+    """One number per text or pair of texts; Pearson correlation (0 where the predictions are constant)."""
+
+    type = "regression"
+    fields = Fields(("text", "score"), ("text_b",), answer="score")
+    auto_class = "AutoModelForSequenceClassification"
+    metric = "pearson"
+
+    def model_arguments(self) -> dict[str, Any]:
+        return {"pad_token_id": self.tokenizer.pad_token_id, "num_labels": 1, "problem_type": "regression"}
+
+    def encode(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        features = self._tokenise(rows)
+        for feature, row in zip(features, rows, strict=True):
+            if "score" in row:
+                feature["labels"] = row["score"]
+        return features
+
+    def _collate_labels(self, labels: list[Any], width: int) -> Tensor:
+        return torch.tensor(labels, dtype=torch.float32)
+
+    def predictions(self, logits: Tensor) -> Tensor:
+        return logits.reshape(len(logits)).double()
+
+    def metrics(self, evidence: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        from scipy.stats import pearsonr, spearmanr
+
+        predicted = evidence
+        if np.ptp(predicted) == 0 or np.ptp(labels) == 0 or len(labels) < 2:
+            return {"pearson": 0.0, "spearman": 0.0}
+        return {"pearson": float(pearsonr(predicted, labels)[0]), "spearman": float(spearmanr(predicted, labels)[0])}  # type: ignore[arg-type]

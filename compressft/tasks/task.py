@@ -1,0 +1,135 @@
+"""Typed tasks: which fields a row has, how it becomes features and batches, which metric counts."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compressft.data.fields import Fields
+from compressft.data.rows import ROW_KEY, Row
+from compressft.errors import UserError
+from compressft.utils.phases import phase, steps
+
+IGNORE = -100
+# More tokens than any row has.
+UNCUT = 2**30
+ROWS_AT_ONCE = 1000
+ENCODING = "encoding rows"
+
+
+def _at_once(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+    """The rows in parts that a tokenizer takes in one call."""
+    parts = [rows[i : i + ROWS_AT_ONCE] for i in range(0, len(rows), ROWS_AT_ONCE)]
+    return steps(parts, ENCODING)
+
+
+class Task(ABC):
+    """Rows to features (dicts of lists), features to batches, outputs to a metric. Knows tokenizer, labels, length."""
+
+    type: ClassVar[str]
+    fields: ClassVar[Fields]
+    auto_class: ClassVar[str]
+    metric: ClassVar[str]
+    greater_is_better: ClassVar[bool] = True
+
+    def __init__(self, tokenizer: Any, max_length: int, labels: Sequence[str] = ()) -> None:
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.labels = tuple(labels)
+        self.label_ids = {name: i for i, name in enumerate(self.labels)}
+
+    @classmethod
+    def labels_of(cls, rows: Sequence[Row]) -> tuple[str, ...]:
+        """The label names that occur, sorted."""
+        return tuple(sorted({row["label"] for row in rows})) if cls.fields.label else ()
+
+    def model_arguments(self) -> dict[str, Any]:
+        """Arguments of `from_pretrained` that give the model its head."""
+        return {
+            "pad_token_id": self.tokenizer.pad_token_id,
+            "num_labels": len(self.labels),
+            "id2label": dict(enumerate(self.labels)),
+            "label2id": dict(self.label_ids),
+        }
+
+    @abstractmethod
+    def encode(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        """Features of rows: token ids without padding, and `labels` where rows have them."""
+
+    def predictions(self, logits: Tensor) -> Tensor:
+        """What a user would read off the logits (B, ...); compared for label agreement."""
+        return logits.argmax(-1)
+
+    def evidence(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """What the metrics need of each row of a batch, (B, ...): all that is kept of its logits.
+
+        Args:
+            logits: (B, C) or (B, T, C), float.
+            labels: as `collate` makes them.
+        """
+        return self.predictions(logits)
+
+    @abstractmethod
+    def metrics(self, evidence: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """Metrics of all rows' evidence (rows, ...) against labels; the key `self.metric` is the one that counts."""
+
+    def collate(self, features: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """Pad on the right to the longest row: int64 tensors (B, T), `labels` as the task needs them."""
+        width = max(len(f["input_ids"]) for f in features)
+        batch: dict[str, Tensor] = {}
+        for key in features[0]:
+            if key == "labels":
+                batch[key] = self._collate_labels([f[key] for f in features], width)
+                continue
+            fill = self.tokenizer.pad_token_id if key == "input_ids" else 0
+            batch[key] = torch.tensor([f[key] + [fill] * (width - len(f[key])) for f in features])
+        return batch
+
+    @phase("loading")
+    def cut(self, rows: Sequence[Row]) -> str | None:
+        """How many rows are longer than `max_length` and lose their end, in a sentence; None where none does."""
+        whole = type(self)(self.tokenizer, UNCUT, self.labels).encode(rows) if rows else []
+        number = sum(len(feature["input_ids"]) > self.max_length for feature in whole)
+        if not number:
+            return None
+        share = f"{100 * number / len(rows):.1f}"
+        return f"{number} of {len(rows)} rows ({share}%) are longer than data.max_length {self.max_length} and are cut"
+
+    def encode_unlabelled(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        """Features of rows without labels, whose `labels` no loss counts."""
+        return [{**feature, "labels": self._no_label(feature)} for feature in self.encode(rows)] if rows else []
+
+    def _no_label(self, feature: dict[str, Any]) -> Any:
+        return IGNORE
+
+    def _collate_labels(self, labels: list[Any], width: int) -> Tensor:
+        return torch.tensor(labels)
+
+    def _label(self, row: Row, name: str, value: str) -> int:
+        if value not in self.label_ids:
+            raise UserError(f"data: {row[ROW_KEY]}: {name} {value!r} does not occur in train")
+        return self.label_ids[value]
+
+    def _tokenise(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+        for some in _at_once(rows):
+            pairs = [row["text_b"] for row in some] if "text_b" in some[0] else None
+            encoded = self.tokenizer(
+                [row["text"] for row in some], pairs, truncation=True, max_length=self.max_length, padding=False
+            )
+            found += [self._feature(encoded, i, row) for i, row in enumerate(some)]
+        return found
+
+    def _feature(self, encoded: Any, i: int, row: Row) -> dict[str, list[int]]:
+        """Row `i` of a tokenizer's output; UserError where it has no token, as an empty text has for most decoders."""
+        feature = {key: list(encoded[key][i]) for key in encoded}
+        if not feature["input_ids"]:
+            raise UserError(
+                f"data: {row[ROW_KEY]}: the text has no token, and this tokenizer adds none; remove the row"
+            )
+        return feature

@@ -1,0 +1,3 @@
+"""The version of this package, by itself so that it costs nothing to read."""
+
+__version__ = "0.1.0"
