@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from compressft.data.source import DataConfig
 from compressft.data.splits import Splits
 from compressft.evaluation.logits import model_logits, open_session, session_logits
 from compressft.export.fold import fold
@@ -19,7 +20,8 @@ from compressft.objectives import OBJECTIVES
 from compressft.passes import PASSES
 from compressft.passes.shared.trim import trim
 from compressft.recipe.program import Stage
-from compressft.run.feed import StageRows
+from compressft.recipe.recipe import Feed
+from compressft.run.feed import FeedRows
 from compressft.tasks import make_task
 from compressft.transform import Context
 from tests.settings import fields
@@ -55,7 +57,7 @@ def trained(stage, rows, model=None, steps=4):
     """Prepare, train a few steps, settle; logits of the validation rows before and after settling."""
     task, splits = rows
     model = model or tiny(vocab_size=len(task.tokenizer), num_labels=2)
-    data = StageRows(task, splits)
+    data = FeedRows(Feed(task.settings, "", DataConfig(train="none")), task, splits)
     context = Context(
         stage.transforms, load_teacher=lambda name: tiny(vocab_size=30522, num_labels=2), data=data.data()
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from compressft.model.surgery import compress_linear
 from compressft.modules.attention import TRAINING, register
 from compressft.modules.dropout import quicken
 from compressft.modules.gate import ColumnGate
+from compressft.run.step import loss_terms, total
 from compressft.transform import Context, Transform
 
 VOCABULARY = 97
@@ -182,11 +182,8 @@ def fit(
         transform.after_step(model, 0.0)
     for step in range(steps):
         batch = batches[step % len(batches)]
-        outputs = model(**batch, output_hidden_states=any(t.needs_hidden_states for t in transforms))
-        loss = outputs.loss * math.prod(t.task_weight(model) for t in transforms)
-        for transform in transforms:
-            loss = loss + sum(transform.loss(model, batch, outputs, context).values())
-        loss.backward()
+        terms, _ = loss_terms(model, batch, context)
+        total(terms).backward()
         optimiser.step()
         for transform in transforms:
             transform.after_step(model, (step + 1) / steps)

@@ -22,7 +22,7 @@ from compressft.model.saved.compressed import load_compressed
 from compressft.model.source import load_tokenizer
 from compressft.recipe.recipe import load_recipe
 from compressft.run.again import finished_run
-from compressft.run.flow import load_task
+from compressft.run.feed import load_shipped
 
 HERE = Path(__file__).parent
 ROWS = 32
@@ -45,7 +45,8 @@ def asked(root: Path) -> Asked:
     """Some rows of the report's split of a finished run, each computed by itself."""
     run = finished_run(root)
     recipe = load_recipe(run / "recipe.yaml")
-    task, splits = load_task(recipe, load_tokenizer(str(run / "model")))
+    shipped = load_shipped(recipe, load_tokenizer(str(run / "model")))
+    task, splits = shipped.task, shipped.splits
     rows = sample(getattr(splits, splits.report_split), ROWS)
     features = task.encode(rows)
     logits = model_logits(load_compressed(run / "model"), task, features, 1)

@@ -15,7 +15,7 @@ from compressft.model.saved.compressed import load_compressed
 from compressft.model.source import load_tokenizer
 from compressft.recipe.recipe import load_recipe
 from compressft.run.again import finished_run
-from compressft.run.flow import load_task
+from compressft.run.feed import load_shipped
 
 # Each row by itself, and in padded batches: other kernels run, and other ranges are found.
 SIZES = (1, 8)
@@ -67,7 +67,8 @@ def rows_of(run: Path, number: int, cache: Path) -> Rows:
 def _computed(root: Path, number: int, digest: str) -> Rows:
     run = finished_run(root)
     recipe = load_recipe(run / "recipe.yaml")
-    task, splits = load_task(recipe, load_tokenizer(str(run / "model")))
+    shipped = load_shipped(recipe, load_tokenizer(str(run / "model")))
+    task, splits = shipped.task, shipped.splits
     split = splits.report_split
     features = task.encode(sample(getattr(splits, split), number))
     model = load_compressed(run / "model")
@@ -85,7 +86,7 @@ def _computed(root: Path, number: int, digest: str) -> Rows:
             sizes.append(size)
     lengths = tuple(len(feature["input_ids"]) for feature in features)
     weight = (run / "onnx" / "model.onnx").stat().st_size
-    return Rows(digest, weight, recipe.task, split, lengths, tuple(sizes), tuple(members), tuple(batches), answers)
+    return Rows(digest, weight, task.type, split, lengths, tuple(sizes), tuple(members), tuple(batches), answers)
 
 
 def sample(rows: Sequence[Any], number: int) -> list[Any]:

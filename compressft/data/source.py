@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import Field, field_validator, model_validator
@@ -71,3 +72,13 @@ class DataConfig(Strict):
         if len(given) != 1:
             raise ValueError(f"give exactly one of sample, dataset and train; got {given or 'none'}")
         return self
+
+
+def is_named(data: Any) -> bool:
+    """Whether a recipe's data section is several sources by name; one source's fields are its own."""
+    return (
+        isinstance(data, Mapping)
+        and bool(data)
+        and not set(data) & set(DataConfig.model_fields)
+        and all(isinstance(value, Mapping | DataConfig) for value in data.values())
+    )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compressft.recipe.recipe import Recipe
+from compressft.tasks import TASKS
 
 PAST, PRESENT = "past_key_values", "present"
 # Tokens in the past that is traced with: as with the batch and the length, 0 or 1 would be taken for constants.
@@ -20,7 +21,7 @@ _TENSOR = re.compile(r"(input\.|output\.)?past_key_values\.layers\.(\d+)\.(key|v
 
 def has_cache(recipe: Recipe) -> bool:
     """Whether the file that a recipe exports takes and gives keys and values."""
-    return recipe.task == "causal-lm" and recipe.export.cache
+    return TASKS[recipe.shipped.task.type].caches and recipe.export.cache
 
 
 @torch.no_grad()

@@ -68,7 +68,8 @@ def export(recipe: Recipe, root: Path, splits: Splits, console: Console) -> dict
     """
     manifest = read_manifest(root / "model", "model", SHIPPED_FIELDS)
     tokenizer = load_tokenizer(str(root / "model"))
-    task = make_task(recipe.task, tokenizer, recipe.data.max_length, manifest["labels"])
+    feed = recipe.shipped
+    task = make_task(feed.task, tokenizer, feed.data.max_length, manifest["labels"])
     model = load_compressed(root / "model")
     refuse_model(recipe, model)
     baseline = baseline_folder(recipe, root)
@@ -87,7 +88,7 @@ def export(recipe: Recipe, root: Path, splits: Splits, console: Console) -> dict
     if baseline is not None and not dense_ships:
         dense = load_compressed(baseline)
         # Its vocabulary may be larger than that of the model that ships.
-        own = make_task(recipe.task, load_tokenizer(str(baseline)), recipe.data.max_length, manifest["labels"])
+        own = task.remade(load_tokenizer(str(baseline)))
         features = own.encode(getattr(splits, split))
         quality["baseline"] = score(dense, own, features, recipe)
         release(dense)
@@ -238,10 +239,15 @@ def weight_bytes(folder: Path) -> int:
 
 
 def baseline_folder(recipe: Recipe, root: Path) -> Path | None:
-    """The dense model trained in the same run: the first stage, where it removes and rounds nothing."""
-    first = recipe.stages[0]
-    # What follows a stage that compresses is no dense model, whatever it does itself.
-    return root / "stages" / first.name if stage_record(root, first.name).get("dense", not first.passes) else None
+    """The dense model trained in the same run: the first stage of the shipped task and data, where it and all before
+    it remove and round nothing."""
+    for stage in recipe.stages:
+        # What follows a stage that compresses is no dense model, whatever it does itself.
+        if not stage_record(root, stage.name).get("dense", not stage.passes):
+            return None
+        if recipe.feed(stage) == recipe.shipped:
+            return root / "stages" / stage.name
+    return None
 
 
 def stage_record(root: Path, name: str) -> dict[str, Any]:
@@ -273,7 +279,8 @@ def write_onnx(
     if has_cache(recipe):
         model.generation_config.save_pretrained(target)  # type: ignore[union-attr, operator]
     kinds = sorted({entry["kind"] for entry in describe(model).values()})
-    info = {**{key: manifest[key] for key in SHIPPED_FIELDS}, "shapes": shapes(model), "modules": kinds}
+    also = {key: manifest[key] for key in ("task_settings",) if key in manifest}
+    info = {**{key: manifest[key] for key in SHIPPED_FIELDS}, **also, "shapes": shapes(model), "modules": kinds}
     write_manifest(target, "onnx", info)
 
 

@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from compressft.data.source import SOURCES
+from compressft.data.source import SOURCES, is_named
 from compressft.errors import UserError, nearest
 from compressft.utils.files import document_hash
 from compressft.utils.strict_yaml import read_yaml
@@ -82,6 +82,9 @@ def _merge(base: Any, new: Any) -> Any:
             if key == "stages" and key in base:
                 merged[key] = _merge_stages(base[key], value)
             elif key == "data" and isinstance(value, dict) and isinstance(base.get(key), dict):
+                if is_named(value) != is_named(base[key]):
+                    merged[key] = value
+                    continue
                 merged[key] = _merge(_without_source(base[key], value), value)
             else:
                 merged[key] = _merge(base[key], value) if key in base else value

@@ -49,7 +49,8 @@ def _problems(error: ValidationError) -> list[Any]:
 def _fields_at(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
     current: Any = model
     for step in location:
-        if isinstance(step, int):
+        if isinstance(step, int) or step not in current.model_fields:
+            # A place in a list, or a name that the user gave.
             continue
         annotation = current.model_fields[step].annotation
         arguments = [a for a in (annotation, *getattr(annotation, "__args__", ())) if isinstance(a, type)]

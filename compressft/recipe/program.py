@@ -1,11 +1,19 @@
-"""The stages of a recipe: a method, objectives and passes each, which can run together."""
+"""The stages of a recipe: a method, objectives and passes each, which can run together, and what they train on."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from compressft.errors import nearest
 from compressft.methods import METHODS
@@ -14,18 +22,30 @@ from compressft.objectives import OBJECTIVES
 from compressft.passes import PASSES
 from compressft.recipe.explain import explain
 from compressft.recipe.parts import TrainConfig
+from compressft.tasks import TASKS
+from compressft.tasks.task import TaskSettings
 from compressft.transform import Transform
 from compressft.utils.strict import Strict
 
 
 class Stage(Strict):
-    """One training run: a method, any objectives, any passes."""
+    """One training run: a method, any objectives, any passes.
+
+    `task` and `data` (a source's name) are the recipe's where they are not given.
+    """
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
+    task: SerializeAsAny[TaskSettings] | None = None
+    data: str | None = None
     method: SerializeAsAny[Transform] = Field(default_factory=Full)
     objectives: tuple[SerializeAsAny[Transform], ...] = ()
     passes: tuple[SerializeAsAny[Transform], ...] = ()
     train: TrainConfig = Field(default_factory=TrainConfig)
+
+    @field_validator("task", mode="before")
+    @classmethod
+    def _task(cls, value: Any) -> TaskSettings | None:
+        return None if value is None else parse_task(value)
 
     @field_validator("method", mode="before")
     @classmethod
@@ -41,6 +61,11 @@ class Stage(Strict):
     @classmethod
     def _passes(cls, value: Any) -> tuple[Transform, ...]:
         return tuple(parse_transform(item, PASSES, "pass") for item in _listed(value))
+
+    @model_serializer(mode="wrap")
+    def _written(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A recipe of one task is written, and hashed, as before stages could have their own.
+        return {name: value for name, value in whole(self).items() if value is not None or name not in ("task", "data")}
 
     @property
     def transforms(self) -> tuple[Transform, ...]:
@@ -69,19 +94,34 @@ def _listed(value: Any) -> Sequence[Any]:
     return value
 
 
+def parse_task(value: Any) -> TaskSettings:
+    """A task from its name, or from {"type": name, field: value}; ValueError where that is none."""
+    if isinstance(value, TaskSettings):
+        return value
+    name = _type_of(value, TASKS, "task")
+    kind = TASKS[name].settings_class
+    try:
+        return kind.model_validate({"type": name} if isinstance(value, str) else dict(value))
+    except ValidationError as error:
+        raise ValueError(explain(error, kind, f"task {name}")) from None
+
+
 def parse_transform(value: Any, registry: Mapping[str, type[Transform]], kind: str) -> Transform:
     """A Transform from its name, or from {"type": name, field: value}; ValueError where that is none."""
     if isinstance(value, Transform):
         return value
-    if isinstance(value, str):
-        value = {"type": value}
-    if not isinstance(value, Mapping):
+    name = _type_of(value, registry, kind)
+    try:
+        return registry[name].model_validate({"type": name} if isinstance(value, str) else dict(value))
+    except ValidationError as error:
+        raise ValueError(explain(error, registry[name], f"{kind} {name}")) from None
+
+
+def _type_of(value: Any, registry: Mapping[str, Any], kind: str) -> str:
+    if not isinstance(value, str | Mapping):
         raise ValueError(f"{kind} wants a name or a mapping with `type`; got {value!r}")
-    name: Any = value.get("type")
+    name: Any = value if isinstance(value, str) else value.get("type")
     if not isinstance(name, str) or name not in registry:
         allowed = ", ".join(sorted(registry))
         raise ValueError(f"{kind} {name!r} is not known; allowed: {allowed}{nearest(str(name), registry)}")
-    try:
-        return registry[name].model_validate(dict(value))
-    except ValidationError as error:
-        raise ValueError(explain(error, registry[name], f"{kind} {name}")) from None
+    return name

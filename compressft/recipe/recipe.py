@@ -4,34 +4,54 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import (
     Field,
+    SerializeAsAny,
+    TypeAdapter,
     ValidationError,
+    field_serializer,
+    field_validator,
     model_validator,
 )
 
-from compressft.data.source import DataConfig
-from compressft.errors import UserError
+from compressft.data.source import DataConfig, is_named
+from compressft.errors import UserError, nearest
 from compressft.recipe.document import override_all, read_document
 from compressft.recipe.explain import explain
 from compressft.recipe.parts import EVALUATION_BATCH, ExportConfig
-from compressft.recipe.program import Stage
+from compressft.recipe.program import Stage, parse_task
+from compressft.tasks import TASKS
+from compressft.tasks.task import TaskSettings
 from compressft.utils.files import document_hash
 from compressft.utils.strict import Strict
 from compressft.utils.strict_yaml import write_yaml
 
-TaskType = Literal["sequence-classification", "regression", "token-classification", "causal-lm"]
+Sources = dict[str, DataConfig]
 
 
-# Tasks whose rows may lack a label while a teacher answers.
-TEACHABLE = ("sequence-classification", "token-classification")
+@dataclass(frozen=True)
+class Feed:
+    """What a stage trains on: a task bound to a source of rows; `source` is its name, "" where it has none."""
+
+    task: TaskSettings
+    source: str
+    data: DataConfig
+
+    @property
+    def field(self) -> str:
+        """The recipe's field that describes the source."""
+        return f"data.{self.source}" if self.source else "data"
 
 
 class Recipe(Strict):
     """A whole run. Its `name` is also a folder's, below `runs/`: letters, digits and `. _ -` or blanks between them.
+
+    `data` is one source of rows, or several by name, of which every stage names one. `task` is every stage's own where
+    it does not say another. What ships is the last stage's.
 
     `delta/` holds what differs from `model`, or from the model of an earlier stage where `delta_from` names one.
     """
@@ -39,20 +59,63 @@ class Recipe(Strict):
     name: str = Field(pattern=r"^\w([\w. -]{0,98}\w)?$")
     description: str = ""
     model: str
-    task: TaskType = "sequence-classification"
-    data: DataConfig
+    task: SerializeAsAny[TaskSettings] = Field(default_factory=lambda: parse_task("sequence-classification"))
+    data: DataConfig | Sources
     stages: tuple[Stage, ...] = Field(min_length=1)
     export: ExportConfig = Field(default_factory=ExportConfig)
     delta_from: str | None = None
     smoke: bool = False
 
+    @field_validator("task", mode="before")
+    @classmethod
+    def _task(cls, value: Any) -> TaskSettings:
+        return parse_task(value)
+
+    @field_validator("data", mode="plain", json_schema_input_type=DataConfig | Sources)
+    @classmethod
+    def _data(cls, value: Any) -> DataConfig | Sources:
+        # A union would report what is wrong of both forms.
+        return TypeAdapter(Sources if is_named(value) else DataConfig).validate_python(value)
+
+    @field_serializer("data")
+    def _written(self, data: DataConfig | Sources) -> dict[str, Any]:
+        # A union's serialiser would warn about whichever form it is not.
+        if isinstance(data, DataConfig):
+            return data.model_dump(mode="json")
+        return {name: source.model_dump(mode="json") for name, source in data.items()}
+
+    @model_validator(mode="after")
+    def _feeds(self) -> Recipe:
+        sources = self.sources
+        for position, stage in enumerate(self.stages):
+            where = f"stages.{position}.data"
+            if stage.data is None and len(sources) > 1:
+                raise ValueError(
+                    f"{where}: is required, as there are several sources; name one of {', '.join(sources)}"
+                )
+            if stage.data is not None and stage.data not in sources:
+                known = ", ".join(name for name in sources if name) or "none: the only one has no name"
+                raise ValueError(f"{where}: {stage.data!r} is no source; named: {known}{nearest(stage.data, sources)}")
+        for name in sources:
+            if all(self.feed(stage).source != name for stage in self.stages):
+                raise ValueError(f"data.{name}: no stage trains on it; name it in a stage's data, or remove it")
+        for stage in self.stages:
+            self._refuse_unlabelled(self.feed(stage))
+        return self
+
+    def _refuse_unlabelled(self, feed: Feed) -> None:
+        asked = [name for name in ("unlabelled", "augment") if getattr(feed.data, name) is not None]
+        if asked and not TASKS[feed.task.type].teachable:
+            able = " and ".join(name for name, task in TASKS.items() if task.teachable)
+            raise ValueError(f"{feed.field}.{asked[0]}: rows without labels are for {able}; remove it")
+        of_it = [stage for stage in self.stages if self.feed(stage).source == feed.source]
+        if asked and not any(objective.answers for stage in of_it for objective in stage.objectives):
+            raise ValueError(
+                f"{feed.field}.{asked[0]}: rows without labels need a teacher; add objective distill or remove it"
+            )
+
     @model_validator(mode="after")
     def _stages(self) -> Recipe:
-        asked = [name for name in ("unlabelled", "augment") if getattr(self.data, name) is not None]
-        if asked and self.task not in TEACHABLE:
-            raise ValueError(f"data.{asked[0]}: rows without labels are for {' and '.join(TEACHABLE)}; remove it")
-        if asked and not any(objective.answers for stage in self.stages for objective in stage.objectives):
-            raise ValueError(f"data.{asked[0]}: rows without labels need a teacher; add objective distill or remove it")
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise ValueError(f"stages: names must differ; got {names}")
@@ -70,7 +133,27 @@ class Recipe(Strict):
                         f"stages.{position}: objective {objective.type!r} takes stage {teacher!r} as its teacher, "
                         "which has not run by then; name an earlier stage"
                     )
+                if teacher in names and self.feed(self.stages[names.index(teacher)]) != self.feed(stage):
+                    raise ValueError(
+                        f"stages.{position}: objective {objective.type!r} takes stage {teacher!r} as its teacher, "
+                        "which has another task or other data; name one of the same"
+                    )
         return self
+
+    @property
+    def sources(self) -> Sources:
+        """The sources of rows by name; one without a name is ""."""
+        return {"": self.data} if isinstance(self.data, DataConfig) else self.data
+
+    def feed(self, stage: Stage) -> Feed:
+        """What a stage trains on."""
+        source = stage.data if stage.data is not None else next(iter(self.sources))
+        return Feed(stage.task or self.task, source, self.sources[source])
+
+    @property
+    def shipped(self) -> Feed:
+        """What the last stage trains on: the model that ships is for it."""
+        return self.feed(self.stages[-1])
 
     @property
     def evaluation_batch(self) -> int:
@@ -110,10 +193,12 @@ def parse_recipe(document: Mapping[str, Any], where: str = "recipe") -> Recipe:
 
 
 def smoke(recipe: Recipe) -> Recipe:
-    """The same recipe on a few rows: every step of the run, in under a minute; tolerances do not apply to noise."""
+    """The same recipe on a few rows: every step of the run; tolerances do not apply to noise."""
     document = json.loads(recipe.model_dump_json())
     document["smoke"] = True
-    document["data"] |= {"limit": min(96, recipe.data.limit or 96), "max_length": min(32, recipe.data.max_length)}
+    for name, source in recipe.sources.items():
+        few = {"limit": min(96, source.limit or 96), "max_length": min(32, source.max_length)}
+        (document["data"][name] if name else document["data"]).update(few)
     for stage in document["stages"]:
         stage["train"] |= {"epochs": 1, "max_steps": 4, "batch_size": min(8, stage["train"]["batch_size"])}
     document["export"] |= {"latency_rounds": 1, "latency_shapes": [[1, 32]]}

@@ -14,7 +14,8 @@ from compressft.model.saved.folders import MANIFEST, read_manifest
 from compressft.model.source import load_tokenizer
 from compressft.recipe.document import refuse_edited
 from compressft.recipe.recipe import Recipe, load_recipe
-from compressft.run.flow import complete, load_task, refuse_export
+from compressft.run.feed import load_shipped
+from compressft.run.flow import complete, refuse_export
 from compressft.run.folder import held
 from compressft.run.identity import UNKNOWN, read, refuse_changed
 from compressft.run.report import load_metrics, write_report
@@ -61,7 +62,7 @@ def _export(recipe: Recipe, folder: Path, console: Console) -> dict[str, Any]:
     stages = [stage_record(folder, stage.name) for stage in recipe.stages]
     with watched(console, Clock()) as clock:
         clock.add({name: value for name, value in kept(folder / SECONDS).items() if name not in AGAIN})
-        _, splits = load_task(recipe, load_tokenizer(str(folder / "model")))
+        splits = load_shipped(recipe, load_tokenizer(str(folder / "model"))).splits
         report = complete(export(recipe, folder, splits, console), recipe, stages)
         return write_report(report, load_metrics(folder / "metrics.jsonl"), folder / "report", seconds)
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import math
 import re
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compressft.errors import UserError
 from compressft.export.measure import Shape, latencies
 from compressft.recipe.recipe import Recipe
 from compressft.utils.machine import peak_memory
+
+if TYPE_CHECKING:
+    from compressft.recipe.program import Stage
+    from compressft.run.feed import Feeds
+
+# Steps before the clock starts: caches and the optimiser's state are made in them.
+WARM_STEPS = 3
 
 
 def parse_shape(text: str) -> Shape:
@@ -41,76 +48,67 @@ def edge(models: Sequence[Path], shapes: Sequence[str], threads: int | None, rou
 
 
 def training(recipe: Recipe, steps: int) -> list[dict[str, Any]]:
-    """Step time of every stage on its own data, freshly initialised; teachers are the untrained model."""
-    import torch
-    from transformers import set_seed
+    """Step time of every stage on its own rows, in the trainer of a run; teachers are the untrained model.
 
-    from compressft.model.count import count
-    from compressft.model.load import load_model
+    Batches, accumulation, checkpointing, parameter groups and optimiser are the stage's own; nothing is evaluated,
+    saved or settled.
+    """
     from compressft.model.source import load_tokenizer
-    from compressft.run.feed import LengthGroupedSampler, StageRows
-    from compressft.run.flow import load_task
-    from compressft.transform import Context, trainable
+    from compressft.run.feed import load_feeds
     from compressft.utils.memory import keep_freed_memory
-    from compressft.utils.precision import autocast_dtype
     from compressft.utils.quiet import quiet_libraries
 
     quiet_libraries()
     keep_freed_memory()
-    tokenizer = load_tokenizer(recipe.model)
-    task, splits = load_task(recipe, tokenizer)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows = []
-    for stage in recipe.stages:
-        set_seed(stage.train.seed)
+    feeds = load_feeds(recipe, load_tokenizer(recipe.model))
+    return [_timed_stage(recipe, stage, feeds, steps) for stage in recipe.stages]
 
-        def fresh(name: str = "") -> Any:
-            return load_model(recipe.model, task.auto_class, new_head=True, **task.model_arguments()).to(device)
 
-        model: Any = fresh()
-        data = StageRows(task, splits)
-        context = Context(stage.transforms, {}, fresh, stage.train.seed, data.data())
-        for transform in stage.transforms:
-            transform.prepare(model, context)
-            transform.after_step(model, 0.0)
-        model.train()
-        optimizer = torch.optim.AdamW([p for _, p in trainable(model)], lr=1e-5, fused=True)
-        features, collate = data.train, data.task.collate
-        size = min(stage.train.batch_size, len(features))
-        order = list(LengthGroupedSampler([len(f["input_ids"]) for f in features], size, 0))
-        batches = [collate([features[i] for i in order[k : k + size]]) for k in range(0, len(order) - size + 1, size)]
-        hidden = any(t.needs_hidden_states for t in stage.transforms)
-        dtype = autocast_dtype(stage.train.precision, device)
-        start, tokens, warmup = 0.0, 0, 3
-        for step in range(steps + warmup):
-            if step == warmup:
-                start, tokens = time.perf_counter(), 0
-            batch = {name: value.to(device) for name, value in batches[step % len(batches)].items()}
-            with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
-                outputs = model(**batch, output_hidden_states=hidden)
-                terms = [outputs.loss * math.prod(t.task_weight(model) for t in stage.transforms)]
-                for transform in stage.transforms:
-                    terms += transform.loss(model, batch, outputs, context).values()
-            torch.stack([t.float() for t in terms]).sum().backward()
-            optimizer.step()
-            for transform in stage.transforms:
-                transform.after_step(model, step / (steps + warmup))
-            optimizer.zero_grad()
-            tokens += int(batch["attention_mask"].sum())
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-        rows.append(
-            {
-                "stage": stage.name,
-                "step_ms": 1e3 * seconds / steps,
-                "examples_per_second": steps * size / seconds,
-                "tokens_per_second": tokens / seconds,
-                "trainable": count(model)["trainable"],
-                "peak_memory_mib": peak_memory() / 2**20,
-            }
-        )
-    return rows
+def _timed_stage(recipe: Recipe, stage: Stage, feeds: Feeds, steps: int) -> dict[str, Any]:
+    import torch
+    from transformers import TrainerCallback, set_seed
+
+    from compressft.model.count import count
+    from compressft.model.surgery import checkpoint_activations
+    from compressft.run.program import fresh
+    from compressft.run.trainer import CompressionTrainer
+    from compressft.transform import Context
+
+    device, rows = "cuda" if torch.cuda.is_available() else "cpu", feeds.of(stage)
+
+    def untrained(name: str = "") -> Any:
+        return fresh(recipe, rows.task, stage.train.seed).to(device)
+
+    # Seconds, rows and tokens at the end of every step.
+    seen: list[tuple[float, int, int]] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seen.append((time.perf_counter(), trainer.examples, trainer.tokens))
+
+    model = untrained()
+    set_seed(stage.train.seed)
+    context = Context(stage.transforms, {}, untrained, stage.train.seed, feeds.data(stage))
+    for transform in stage.transforms:
+        transform.prepare(model, context)
+    if stage.train.gradient_checkpointing:
+        checkpoint_activations(model)
+    config = stage.train.model_copy(update={"max_steps": steps + WARM_STEPS, "save": "no"})
+    with tempfile.TemporaryDirectory(prefix="compressft-benchmark-") as scratch:
+        trainer = CompressionTrainer(model, rows.task, config, context, *rows.features(stage), Path(scratch), [Clock()])
+        trainer.args.eval_strategy = "no"  # type: ignore[assignment]
+        trainer.train()
+    (start, first_examples, first_tokens), (end, examples, tokens) = seen[WARM_STEPS - 1], seen[-1]
+    return {
+        "stage": stage.name,
+        "step_ms": 1e3 * (end - start) / steps,
+        "examples_per_second": (examples - first_examples) / (end - start),
+        "tokens_per_second": (tokens - first_tokens) / (end - start),
+        "trainable": count(model)["trainable"],
+        "peak_memory_mib": peak_memory() / 2**20,
+    }
 
 
 def ops(

@@ -6,34 +6,35 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
 from torch import nn
 
 from compressft.export.cache import has_cache
 from compressft.export.flow import sample_batch
 from compressft.export.table import Deployment, measure_reference, measure_shapes, measure_table
 from compressft.model.costs import CostTable
+from compressft.model.load import load_empty
 from compressft.model.shrink import shapes
 from compressft.passes.int8 import Int8
 from compressft.passes.shared.target import Target
-from compressft.recipe.recipe import Recipe
-from compressft.run.feed import StageRows
-from compressft.run.folder import RunFolder
+from compressft.run.feed import Feeds
+from compressft.run.records import Run
 from compressft.transform import QUANTISES
 
 # Ratio of the slowest to the quietest round from which a cost table is doubtful.
 BUSY = 1.2
 
 
-def known_costs(
-    recipe: Recipe, folder: RunFolder, model: nn.Module, rows: StageRows, console: Console
-) -> dict[str, Any]:
+def known_costs(run: Run, model: nn.Module, feeds: Feeds) -> dict[str, Any]:
     """What `Context` says of costs: the uncompressed model's shapes, the shipped arithmetic, and measured tables.
 
     A table is measured when it is first asked for, once per run directory.
     """
+    recipe, folder, console, rows = run.recipe, run.folder, run.console, feeds.shipped
     # Stages change the model in place: what the closure needs of it is taken now.
-    architecture, config, options = type(model), copy.deepcopy(model.config), recipe.export
+    timed: Any = model
+    if feeds.of(recipe.stages[0]).task.key != rows.task.key:
+        timed = load_empty(recipe.model, rows.task.auto_class, **rows.task.model_arguments())
+    architecture, config, options = type(timed), copy.deepcopy(timed.config), recipe.export
     quantisers = [p for stage in recipe.stages for p in stage.passes if p.order == QUANTISES]
 
     def deployment(precision: str) -> Deployment:

@@ -13,6 +13,7 @@ from compressft.model.saved.delta import load_delta
 from compressft.model.saved.folders import MANIFEST, read_manifest
 from compressft.model.saved.manifest import require
 from compressft.model.source import load_tokenizer
+from compressft.recipe.program import parse_task
 from compressft.tasks import TASKS, make_task
 
 
@@ -49,7 +50,8 @@ def evaluate(source: str | Path, data: str | Path, batch: int = 32) -> dict[str,
             f"{folder / MANIFEST}: task {manifest['task']!r} is not known; known: {', '.join(TASKS)}"
             f"{nearest(manifest['task'], TASKS)}"
         )
-    task = make_task(manifest["task"], load_tokenizer(str(folder)), manifest["max_length"], manifest["labels"])
+    settings = parse_task(manifest.get("task_settings", manifest["task"]))
+    task = make_task(settings, load_tokenizer(str(folder)), manifest["max_length"], manifest["labels"])
     rows = canonical_rows(read_rows(data), manifest["columns"], TASKS[manifest["task"]].fields)
     features = task.encode(rows)
     if manifest["kind"] == "onnx":

@@ -2,61 +2,182 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
 
-from compressft.data.splits import Splits
+from compressft.data.splits import Splits, load_splits
+from compressft.model.labels import in_order_of, refuse_alike
+from compressft.model.source import resolve
 from compressft.recipe.program import Stage
-from compressft.tasks import make_task
+from compressft.recipe.recipe import Feed, Recipe
+from compressft.tasks import TASKS, make_task
+from compressft.tasks.corrupt import generator
 from compressft.tasks.task import Task
 from compressft.transform import TrainingData
+from compressft.utils.foreign import load_config
 from compressft.utils.phases import phase
 
 
-def row_lengths(rows: StageRows) -> list[int]:
-    """Tokens of each row of all splits."""
-    test = rows.task.encode(rows.splits.test) if rows.splits.test else []
-    return [len(row["input_ids"]) for row in (*rows.train, *rows.validation, *rows.unlabelled, *test)]
+class FeedRows:
+    """One feed's rows as features, encoded when first asked for and again where a pass changes the tokenizer."""
 
-
-class StageRows:
-    """Training and validation rows as features, encoded anew where a pass changes the tokenizer."""
-
-    def __init__(self, task: Task, splits: Splits) -> None:
-        self.splits = splits
+    def __init__(self, feed: Feed, task: Task, splits: Splits) -> None:
+        self.feed = feed
         self.task = task
-        self._encode()
+        self.splits = splits
+        self._encoded: dict[str, list[dict[str, Any]]] = {}
 
-    @phase("loading")
-    def _encode(self) -> None:
-        self.train = self.task.encode(self.splits.train)
-        self.unlabelled = self.task.encode_unlabelled(self.splits.unlabelled)
-        self.validation = self.task.encode(self.splits.validation)
+    def _rows(self, name: str) -> list[dict[str, Any]]:
+        if name not in self._encoded:
+            encode = self.task.encode_unlabelled if name == "unlabelled" else self.task.encode
+            with phase("loading"):
+                rows = getattr(self.splits, name)
+                self._encoded[name] = encode(rows) if rows else []
+        return self._encoded[name]
 
-    def retokenise(self, tokenizer: Any) -> list[dict[str, Any]]:
-        """Go on with another tokenizer; returns the training features."""
-        self.task = make_task(self.task.type, tokenizer, self.task.max_length, self.task.labels)
-        self._encode()
-        return self.train
+    @property
+    def train(self) -> list[dict[str, Any]]:
+        """Training rows."""
+        return self._rows("train")
+
+    @property
+    def validation(self) -> list[dict[str, Any]]:
+        """Validation rows."""
+        return self._rows("validation")
+
+    @property
+    def unlabelled(self) -> list[dict[str, Any]]:
+        """Rows for which a teacher answers."""
+        return self._rows("unlabelled")
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row of all splits."""
+        names = ("train", "validation", "unlabelled", "test")
+        return [len(row["input_ids"]) for name in names for row in self._rows(name)]
+
+    def retokenise(self, tokenizer: Any) -> None:
+        """Go on with another tokenizer."""
+        self.task = self.task.remade(tokenizer)
+        self._encoded = {}
+
+    def data(self, retokenise: Callable[[Any], None] | None = None) -> TrainingData:
+        """What Transforms see of the rows.
+
+        Args:
+            retokenise: makes others go on with another tokenizer too; None where these rows are all there are.
+        """
+
+        def replace(tokenizer: Any) -> list[dict[str, Any]]:
+            (retokenise or self.retokenise)(tokenizer)
+            return self.train
+
+        task = self.task
+        return TrainingData(task.tokenizer, self.train, task.collate, replace, task.max_length, lambda: self.unlabelled)
 
     def features(self, stage: Stage) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """What this stage trains on, and validation; rows without labels where something answers for them."""
         taught = any(objective.answers for objective in stage.objectives)
         return self.train + (self.unlabelled if taught else []), self.validation
 
-    def data(self) -> TrainingData:
-        """What Transforms see of it."""
-        return TrainingData(
-            self.task.tokenizer,
-            self.train,
-            self.task.collate,
-            self.retokenise,
-            self.task.max_length,
-            lambda: self.unlabelled,
-        )
+
+class Feeds:
+    """The rows of all stages: those of one task and source are there once."""
+
+    def __init__(self, recipe: Recipe, rows: Sequence[FeedRows]) -> None:
+        self.recipe = recipe
+        self.all = tuple(rows)
+
+    def of(self, stage: Stage) -> FeedRows:
+        """The rows of a stage."""
+        feed = self.recipe.feed(stage)
+        return next(rows for rows in self.all if rows.feed == feed)
+
+    @property
+    def shipped(self) -> FeedRows:
+        """Those of the last stage."""
+        return self.of(self.recipe.stages[-1])
+
+    def retokenise(self, tokenizer: Any) -> None:
+        """Go on with another tokenizer, everywhere."""
+        for rows in self.all:
+            rows.retokenise(tokenizer)
+
+    def data(self, stage: Stage) -> TrainingData:
+        """What a stage's Transforms see of its rows."""
+        return self.of(stage).data(self.retokenise)
+
+
+@phase("loading")
+def load_feed(feed: Feed, model: str, tokenizer: Any) -> FeedRows:
+    """A feed's rows, and its task with the labels of all training rows as given.
+
+    Args:
+        model: the recipe's model; labels have its order where it has just these.
+
+    Raises:
+        UserError: a file, column, row or label is wrong.
+    """
+    kind = TASKS[feed.task.type]
+    splits = load_splits(feed.data, kind.fields, tokenizer.mask_token)
+    known = kind.labels_of(splits.known)
+    refuse_alike(known)
+    labels = in_order_of(known, load_config(resolve(model)))
+    return FeedRows(feed, make_task(feed.task, tokenizer, feed.data.max_length, labels), splits)
+
+
+def load_feeds(recipe: Recipe, tokenizer: Any) -> Feeds:
+    """The rows of all of a recipe's stages, read before anything is trained.
+
+    Raises:
+        UserError: as `load_feed`.
+    """
+    found: list[Feed] = []
+    for stage in recipe.stages:
+        if recipe.feed(stage) not in found:
+            found.append(recipe.feed(stage))
+    return Feeds(recipe, [load_feed(feed, recipe.model, tokenizer) for feed in found])
+
+
+def load_shipped(recipe: Recipe, tokenizer: Any) -> FeedRows:
+    """The rows of the last stage alone: what evaluation and export want."""
+    return load_feed(recipe.shipped, recipe.model, tokenizer)
+
+
+def model_info(recipe: Recipe, rows: FeedRows, recipe_hash: str) -> dict[str, Any]:
+    """What a shipped folder must know to be evaluated on its own."""
+    task, data = rows.task, rows.feed.data
+    settings = task.settings.model_dump(mode="json")
+    return {
+        "model": recipe.model,
+        "task": task.type,
+        # A name alone says no more than the task does.
+        **({} if isinstance(settings, str) else {"task_settings": settings}),
+        "labels": list(task.labels),
+        "max_length": data.max_length,
+        "columns": dict(data.columns),
+        "metric": task.metric,
+        "recipe_hash": recipe_hash,
+    }
+
+
+class Corrupted(Dataset[dict[str, Any]]):
+    """Training rows of a task that changes them: each one anew in every epoch, by seed, epoch and row alone."""
+
+    def __init__(self, features: Sequence[dict[str, Any]], task: Task, seed: int) -> None:
+        self.features = features
+        self.task = task
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return self.task.corrupt(self.features[row], generator(self.seed, self.epoch, row))
 
 
 class LengthGroupedSampler(Sampler[int]):
@@ -65,15 +186,18 @@ class LengthGroupedSampler(Sampler[int]):
     The order is a pure function of seed and epoch, which is what makes a resumed run see the same batches.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, rows: Any = None) -> None:
         self.lengths = lengths
+        self.rows = rows
         self.batch_size = batch_size
         self.seed = seed
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the data loader before each epoch."""
+        """Called by the data loader before each epoch; rows that change with it are told."""
         self.epoch = epoch
+        if isinstance(self.rows, Corrupted):
+            self.rows.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -8,30 +8,25 @@ from typing import Any
 
 from rich.console import Console
 
-from compressft.data.splits import Splits, load_splits
 from compressft.errors import UserError
 from compressft.export.flow import export
-from compressft.model.labels import in_order_of, refuse_alike
 from compressft.model.saved.compressed import load_compressed, save_compressed
 from compressft.model.saved.delta import base_tensors, save_delta
-from compressft.model.source import load_tokenizer, resolve
+from compressft.model.source import load_tokenizer
 from compressft.recipe.recipe import Recipe
-from compressft.run.folder import RunFolder, open_folder
+from compressft.run.feed import FeedRows, load_feeds, model_info
+from compressft.run.folder import open_folder
 from compressft.run.identity import identify, with_threads
 from compressft.run.program import train_stages
+from compressft.run.records import Run, Trained
 from compressft.run.report import load_metrics, write_report
 from compressft.run.stage import SETTLE_ROWS, settled, unchanged
-from compressft.tasks import TASKS, make_task
-from compressft.tasks.task import Task
 from compressft.utils import ranks
-from compressft.utils.foreign import load_config
 from compressft.utils.machine import peak_memory
 from compressft.utils.memory import keep_freed_memory, release
 from compressft.utils.phases import SECONDS, Clock, keep, kept, phase, seconds, watched
 from compressft.utils.quiet import quiet_libraries
 from compressft.utils.visible import PlainConsole
-
-INFO_KEYS = ("task", "labels", "max_length", "columns", "metric")
 
 
 def run(
@@ -66,24 +61,30 @@ def run(
         clock.add(kept(folder.root / SECONDS))
         threads = ranks.shared(identify(folder.root, recipe, console) if ranks.first() else None)
         with with_threads(threads):
-            return _run(recipe, folder, console)
+            return _run(Run(recipe, folder, console))
 
 
-def _run(recipe: Recipe, folder: RunFolder, console: Console) -> dict[str, Any]:
-    tokenizer = load_tokenizer(recipe.model)
-    task, splits = load_task(recipe, tokenizer)
-    names = ("train", "validation", "test", *(["unlabelled"] if splits.unlabelled else []))
-    rows = ", ".join(f"{len(getattr(splits, name))} {name}" for name in names)
-    reasons = " and ".join(f"data.{name}" for name in ("per_class", "limit") if getattr(recipe.data, name))
-    left = f"; {splits.left_out} of {len(splits.known)} training rows left out ({reasons})" if splits.left_out else ""
-    console.print(f"{recipe.name}: {rows} rows{left}", highlight=False, soft_wrap=True)
-    cut = task.cut([*splits.train, *splits.validation, *splits.test])
-    if cut:
-        console.print(cut, highlight=False, soft_wrap=True)
-    info = {**model_info(recipe, task), "recipe_hash": folder.recipe_hash}
-    model, task, stages = train_stages(recipe, folder, task, splits, info, console)
-    report = ship(recipe, folder, task, splits, info, model, stages, console) if ranks.first() else None
+def _run(run: Run) -> dict[str, Any]:
+    feeds = load_feeds(run.recipe, load_tokenizer(run.recipe.model))
+    for rows in feeds.all:
+        _introduce(run, rows)
+    trained = train_stages(run, feeds)
+    report = ship(run, feeds.shipped, trained) if ranks.first() else None
     return ranks.shared(report)
+
+
+def _introduce(run: Run, rows: FeedRows) -> None:
+    """Say what a feed's rows are, and what of them nothing is made of."""
+    splits, data = rows.splits, rows.feed.data
+    names = ("train", "validation", "test", *(["unlabelled"] if splits.unlabelled else []))
+    counted = ", ".join(f"{len(getattr(splits, name))} {name}" for name in names)
+    reasons = " and ".join(f"{rows.feed.field}.{name}" for name in ("per_class", "limit") if getattr(data, name))
+    left = f"; {splits.left_out} of {len(splits.known)} training rows left out ({reasons})" if splits.left_out else ""
+    whose = f"{run.recipe.name}, {rows.feed.source}" if rows.feed.source else run.recipe.name
+    run.say(f"{whose}: {counted} rows{left}")
+    cut = rows.task.cut([*splits.train, *splits.validation, *splits.test])
+    if cut:
+        run.say(cut)
 
 
 def refuse_export(recipe: Recipe) -> None:
@@ -101,19 +102,12 @@ def refuse_export(recipe: Recipe) -> None:
                 )
 
 
-def ship(
-    recipe: Recipe,
-    folder: RunFolder,
-    task: Task,
-    splits: Splits,
-    info: dict[str, Any],
-    model: Any,
-    stages: list[dict[str, Any]],
-    console: Console,
-) -> dict[str, Any]:
+def ship(run: Run, rows: FeedRows, trained: Trained) -> dict[str, Any]:
     """Save the trained model, export it and write the report, which is returned."""
+    recipe, folder, task, model = run.recipe, run.folder, rows.task, trained.model
+    info = model_info(recipe, rows, folder.recipe_hash)
     save_compressed(model, task.tokenizer, folder.root / "model", info)
-    sample = task.encode(splits.validation[:SETTLE_ROWS])
+    sample = task.encode(rows.splits.validation[:SETTLE_ROWS])
     with phase("loading"):
         loaded = load_compressed(folder.root / "model")
     before, after = (settled(one, task, sample, recipe.evaluation_batch) for one in (model, loaded))
@@ -125,7 +119,7 @@ def ship(
     save_delta(model, task.tokenizer, base_tensors(base, type(model).__name__), folder.root / "delta", info)
     # Export reads what was saved.
     release(model)
-    report = complete(export(recipe, folder.root, splits, console), recipe, stages)
+    report = complete(export(recipe, folder.root, rows.splits, run.console), recipe, trained.stages)
     keep(folder.root / SECONDS)
     report = write_report(report, load_metrics(folder.metrics), folder.root / "report", seconds)
     # The teachers' answers, hundreds of megabytes, that only a resumed training would read.
@@ -135,7 +129,7 @@ def ship(
 
 def complete(exported: dict[str, Any], recipe: Recipe, stages: list[dict[str, Any]]) -> dict[str, Any]:
     """The whole report: what export measured, what training recorded, which recipe it was."""
-    head = {"name": recipe.name, "model": recipe.model, "task": recipe.task}
+    head = {"name": recipe.name, "model": recipe.model, "task": recipe.shipped.task.type}
     tail = {
         "stages": stages,
         "training": training_figures(stages),
@@ -145,23 +139,6 @@ def complete(exported: dict[str, Any], recipe: Recipe, stages: list[dict[str, An
         "recipe": recipe.to_yaml(),
     }
     return head | exported | tail
-
-
-@phase("loading")
-def load_task(recipe: Recipe, tokenizer: Any) -> tuple[Task, Splits]:
-    """The recipe's rows, and its task with the labels of all training rows as given."""
-    kind = TASKS[recipe.task]
-    splits = load_splits(recipe.data, kind.fields, tokenizer.mask_token)
-    known = kind.labels_of(splits.known)
-    refuse_alike(known)
-    labels = in_order_of(known, load_config(resolve(recipe.model)))
-    return make_task(recipe.task, tokenizer, recipe.data.max_length, labels), splits
-
-
-def model_info(recipe: Recipe, task: Task) -> dict[str, Any]:
-    """What a shipped folder must know to be evaluated on its own."""
-    values = (recipe.task, list(task.labels), recipe.data.max_length, dict(recipe.data.columns), task.metric)
-    return {"model": recipe.model, **dict(zip(INFO_KEYS, values, strict=True))}
 
 
 def training_figures(stages: list[dict[str, Any]]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 
 from compressft.data.rows import hub_hash
+from compressft.data.source import DataConfig
 from compressft.data.splits import source_files
 from compressft.errors import UserError
 from compressft.model.saved.manifest import SEAL, check_seal, require, sealed
@@ -89,10 +90,9 @@ def inputs(recipe: Recipe, done: Collection[str] = ()) -> Iterator[Input]:
     Args:
         done: names of finished stages, whose teachers and adapters are not read again.
     """
-    data = recipe.data
-    if data.dataset is not None:
-        load = partial(hub_hash, data.dataset, data.subset)
-        yield Input("data.dataset", f"data.dataset: {data.dataset!r}", lambda before: load())
+    for place, data in _sources(recipe):
+        if data.dataset is not None:
+            yield Input(f"{place}.dataset", f"{place}.dataset: {data.dataset!r}", partial(_hub_digest, data))
     for key, name in _named(recipe, done):
         if key.startswith("data."):
             yield _file(key, Path(name).expanduser())
@@ -103,14 +103,25 @@ def inputs(recipe: Recipe, done: Collection[str] = ()) -> Iterator[Input]:
 def _named(recipe: Recipe, done: Collection[str]) -> Iterator[tuple[str, str]]:
     """(key, name) of the files, folders and models on the hub that a recipe names."""
     yield "model", recipe.model
-    for split, files in source_files(recipe.data).items():
-        yield from ((f"data.{split}.{number}", file) for number, file in enumerate(files))
+    for place, data in _sources(recipe):
+        for split, files in source_files(data).items():
+            yield from ((f"{place}.{split}.{number}", file) for number, file in enumerate(files))
     stages = [stage.name for stage in recipe.stages]
     for stage in recipe.stages:
         for transform in stage.transforms if stage.name not in done else ():
             for number, name in enumerate(transform.inputs()):
                 if name not in stages:
                     yield f"stages.{stage.name}.{transform.type}.{number}", name
+
+
+def _sources(recipe: Recipe) -> Iterator[tuple[str, DataConfig]]:
+    """The recipe's field of every source of rows, and what it says."""
+    return ((f"data.{name}" if name else "data", data) for name, data in recipe.sources.items())
+
+
+def _hub_digest(data: DataConfig, before: str | None) -> str:
+    assert data.dataset is not None
+    return hub_hash(data.dataset, data.subset)
 
 
 def _file(key: str, path: Path) -> Input:

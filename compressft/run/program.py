@@ -5,24 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import nn
 
-from compressft.data.splits import Splits
 from compressft.errors import UserError
 from compressft.export.flow import sample_batch
 from compressft.export.refuse import refuse_attention, refuse_lengths, refuse_model
 from compressft.model.anatomy import positions
 from compressft.model.count import count
 from compressft.model.flops import FLOPS_LENGTH, flops
+from compressft.model.heads import with_head
 from compressft.model.load import answers_others, load_model
 from compressft.model.saved.compressed import load_compressed, save_compressed
 from compressft.model.shrink import shapes
 from compressft.model.source import load_tokenizer, resolve
+from compressft.recipe.program import Stage
 from compressft.recipe.recipe import Recipe
 from compressft.run.costs import known_costs
-from compressft.run.feed import StageRows, row_lengths
-from compressft.run.folder import RunFolder
+from compressft.run.feed import FeedRows, Feeds, model_info
+from compressft.run.records import Begun, Run, Spent, Trained
 from compressft.run.stage import train_stage
 from compressft.tasks.task import Task
 from compressft.utils import ranks
@@ -32,68 +32,81 @@ from compressft.utils.memory import give_back
 from compressft.utils.phases import SECONDS, keep, phase
 
 
-def train_stages(
-    recipe: Recipe, folder: RunFolder, task: Task, splits: Splits, info: dict[str, Any], console: Console
-) -> tuple[nn.Module, Task, list[dict[str, Any]]]:
-    """Train all stages one after the other, each from the weights of the one before.
-
-    Args:
-        info: recorded in each stage's model folder.
-
-    Returns:
-        the trained model on the CPU, the task with the tokenizer that it now has, and one record per stage.
-    """
+def train_stages(run: Run, feeds: Feeds) -> Trained:
+    """Train all stages one after the other, each from the weights of the one before, under its own task's head."""
+    recipe, folder = run.recipe, run.folder
     with phase("loading"):
-        model, rows, costs, base = start(recipe, folder, task, splits, console)
+        begun = start(run, feeds)
+    model, head = begun.model, feeds.of(recipe.stages[0]).task.key
+    # The loop's variable is the one that holds it from here on.
+    begun.model = None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     records: list[dict[str, Any]] = []
     for stage in recipe.stages:
         record = folder.finished(stage.name)
         if record is None:
-            offset = sum(r["steps"] for r in records)
-            record = train_stage(stage, model.to(device), recipe, folder, rows, offset, console, costs)
-            record["base"] = base
+            rows = feeds.of(stage)
+            if rows.task.key != head:
+                with phase("loading"):
+                    model = with_head(model, donor(run, feeds, stage), f"stages.{stage.name}")
+            done = sum(r["steps"] for r in records)
+            record = {**train_stage(run, stage, model.to(device), feeds, Spent(done, begun.costs)), "base": begun.base}
             if ranks.first():
-                save_compressed(model, rows.task.tokenizer, folder.stage(stage.name), {**info, "stage": record})
+                info = {**model_info(recipe, rows, folder.recipe_hash), "stage": record}
+                save_compressed(model, rows.task.tokenizer, folder.stage(stage.name), info)
                 keep(folder.root / SECONDS)
             ranks.wait()
         else:
             with phase("loading"):
                 model = load_compressed(folder.stage(stage.name))
             tokenizer = load_tokenizer(str(folder.stage(stage.name)))
-            if len(tokenizer) != len(rows.task.tokenizer):
-                rows.retokenise(tokenizer)
+            if len(tokenizer) != len(feeds.of(stage).task.tokenizer):
+                feeds.retokenise(tokenizer)
+        head = feeds.of(stage).task.key
         records.append(record)
         give_back()
-    return model.cpu().eval(), rows.task, records
+    return Trained(model.cpu().eval(), records)
 
 
-def start(
-    recipe: Recipe, folder: RunFolder, task: Task, splits: Splits, console: Console
-) -> tuple[Any, StageRows, dict[str, Any], dict[str, Any]]:
-    """The model that training begins with, its rows, what parts of it cost, and what a report says of it.
+def donor(run: Run, feeds: Feeds, stage: Stage) -> nn.Module:
+    """A model with the head that a stage wants: the last earlier stage's of this task and labels, else the base's."""
+    task, stages = feeds.of(stage).task, run.recipe.stages
+    for earlier in reversed(stages[: stages.index(stage)]):
+        if feeds.of(earlier).task.key == task.key:
+            return load_compressed(run.folder.stage(earlier.name))
+    return fresh(run.recipe, task, stage.train.seed)
 
-    Raises:
-        UserError: rows, recipe or disk do not go with it; nothing has been trained yet.
-    """
+
+def fresh(recipe: Recipe, task: Task, seed: int) -> nn.Module:
+    """The recipe's model for a task; a head that it lacks is drawn by the seed."""
     with importing():
         from transformers import set_seed
 
         # With the model's own module.
-        set_seed(recipe.stages[0].train.seed)
-        model = load_model(recipe.model, task.auto_class, new_head=True, **task.model_arguments())
-    if answers_others(load_config(resolve(recipe.model)), task.model_arguments()):
-        console.print(f"{recipe.model}: its head is for other labels; a new one is trained", soft_wrap=True)
-    check_vocabulary(recipe.model, model, task.tokenizer)
-    folder.check_space(sum(p.numel() * p.element_size() for p in model.parameters()))
+        set_seed(seed)
+        return load_model(recipe.model, task.auto_class, new_head=True, **task.model_arguments())
+
+
+def start(run: Run, feeds: Feeds) -> Begun:
+    """What training begins with.
+
+    Raises:
+        UserError: rows, recipe or disk do not go with the model; nothing has been trained yet.
+    """
+    recipe, first, shipped = run.recipe, feeds.of(run.recipe.stages[0]), feeds.shipped
+    model: Any = fresh(recipe, first.task, recipe.stages[0].train.seed)
+    if answers_others(load_config(resolve(recipe.model)), first.task.model_arguments()):
+        run.console.print(f"{recipe.model}: its head is for other labels; a new one is trained", soft_wrap=True)
+    check_vocabulary(recipe.model, model, first.task.tokenizer)
+    run.folder.check_space(sum(p.numel() * p.element_size() for p in model.parameters()))
     base = {"shapes": shapes(model), "parameters": count(model)["total"], "flops": flops(model, FLOPS_LENGTH)}
-    rows = StageRows(task, splits)
-    check_positions(recipe, model, rows)
+    for rows in feeds.all:
+        check_positions(model, rows)
+    refuse_shapes(recipe, model)
     refuse_model(recipe, model)
-    refuse_lengths(recipe, model, lambda: row_lengths(rows))
-    refuse_attention(recipe, model, sample_batch(task, {"train": rows.train}))
-    costs = known_costs(recipe, folder, model, rows, console)
-    return model, rows, costs, base
+    refuse_lengths(recipe, model, lambda: shipped.lengths)
+    refuse_attention(recipe, model, sample_batch(shipped.task, {"train": shipped.train}))
+    return Begun(model, known_costs(run, model, feeds), base)
 
 
 def check_vocabulary(name: str, model: Any, tokenizer: Any) -> None:
@@ -111,22 +124,32 @@ def check_vocabulary(name: str, model: Any, tokenizer: Any) -> None:
 
 
 @phase("loading")
-def check_positions(recipe: Recipe, model: nn.Module, rows: StageRows) -> None:
-    """Refuse rows, and shapes to measure, that are longer than the model's table of positions.
+def check_positions(model: nn.Module, rows: FeedRows) -> None:
+    """Refuse rows that are longer than the model's table of positions.
 
     Raises:
-        UserError: what is too long, and for how many.
+        UserError: how long the longest one is.
     """
     places = positions(model)
     if places is None:
         return
-    longest = max(row_lengths(rows), default=0)
+    longest = max(rows.lengths, default=0)
     if longest > places:
         raise UserError(
-            f"data.max_length: a row has {longest} tokens, the model {places} positions; set it to {places} or less"
+            f"{rows.feed.field}.max_length: a row has {longest} tokens, the model {places} positions; "
+            f"set it to {places} or less"
         )
+
+
+def refuse_shapes(recipe: Recipe, model: nn.Module) -> None:
+    """Refuse shapes to measure that are longer than the model's table of positions.
+
+    Raises:
+        UserError: which one is.
+    """
+    places = positions(model)
     shape = max(recipe.export.latency_shapes, key=lambda shape: shape[1], default=(0, 0))
-    if recipe.export.enabled and shape[1] > places:
+    if places is not None and recipe.export.enabled and shape[1] > places:
         raise UserError(
             f"export.latency_shapes: {shape[0]}x{shape[1]} has more tokens than the model's {places} positions; "
             f"give shapes up to {places}, such as [[1, {places}]]"

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from torch import nn
 
 from compressft.errors import Interrupted, UserError, VerificationError
@@ -24,9 +23,8 @@ from compressft.model.source import load_tokenizer
 from compressft.model.surgery import checkpoint_activations
 from compressft.recipe.parts import EVALUATION_BATCH
 from compressft.recipe.program import Stage
-from compressft.recipe.recipe import Recipe
-from compressft.run.feed import StageRows
-from compressft.run.folder import RunFolder
+from compressft.run.feed import Feeds
+from compressft.run.records import Run, Spent
 from compressft.tasks.task import Task
 from compressft.transform import Context
 from compressft.utils import ranks
@@ -41,16 +39,7 @@ SETTLE_PIECES = 256
 SETTLE_LIMIT = 0.1
 
 
-def train_stage(
-    stage: Stage,
-    model: nn.Module,
-    recipe: Recipe,
-    folder: RunFolder,
-    rows: StageRows,
-    offset: int,
-    console: Console,
-    costs: Mapping[str, Any],
-) -> dict[str, Any]:
+def train_stage(run: Run, stage: Stage, model: nn.Module, feeds: Feeds, spent: Spent) -> dict[str, Any]:
     """Train one stage in place, from its newest checkpoint where there is one; returns its record."""
     with phase("loading"), importing():
         from transformers import set_seed
@@ -58,18 +47,19 @@ def train_stage(
         from compressft.run.progress import Reporter
         from compressft.run.trainer import CompressionTrainer
 
+    folder, offset, rows = run.folder, spent.steps, feeds.of(stage)
     set_seed(stage.train.seed)
     shapes_before = shapes(model)
     context = Context(
         stage.transforms,
         {},
-        teacher_loader(recipe, folder, rows.task, model),
+        teacher_loader(run, rows.task, model),
         stage.train.seed,
-        rows.data(),
+        feeds.data(stage),
         lambda key, compute: folder.memo(f"{stage.name}.{key}", compute),
         # What one process has asked a teacher no other knows.
         folder=folder.root / "cache" / (f"process-{ranks.number()}" if ranks.number() else ""),
-        **costs,
+        **spent.costs,
     )
     with phase("search"):
         for transform in stage.transforms:
@@ -93,7 +83,9 @@ def train_stage(
         )
     done = manifest.get("done", False)
     folder.rewind(manifest["step"], evaluated=not done)
-    reporter = Reporter(folder, stage.name, task, stage.train.keep_checkpoints, offset, manifest["seconds"], console)
+    reporter = Reporter(
+        folder, stage.name, task, stage.train.keep_checkpoints, offset, manifest["seconds"], run.console
+    )
     trainer = CompressionTrainer(model, task, stage.train, context, *rows.features(stage), folder.staging, [reporter])
     reporter.trainer = trainer
     if ranks.first():
@@ -200,8 +192,9 @@ def _fit_teacher(teacher: Any, name: str, task: Task, tokenizer: Any) -> None:
         )
 
 
-def teacher_loader(recipe: Recipe, folder: RunFolder, task: Task, model: nn.Module) -> Callable[[str], nn.Module]:
+def teacher_loader(run: Run, task: Task, model: nn.Module) -> Callable[[str], nn.Module]:
     """Loads a teacher: a finished stage by name, else a folder or hub id trained for the same labels."""
+    recipe, folder = run.recipe, run.folder
 
     def load(name: str) -> nn.Module:
         if any(stage.name == name for stage in recipe.stages):

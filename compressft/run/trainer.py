@@ -21,9 +21,10 @@ from compressft.errors import UserError
 from compressft.model.finite import broken_term, refuse_update
 from compressft.modules.kinds import Extra
 from compressft.recipe.parts import TrainConfig
-from compressft.run.feed import LengthGroupedSampler
-from compressft.tasks.task import IGNORE, Task
-from compressft.transform import TASK_LOSS, Context, Transform, ungrouped
+from compressft.run.feed import Corrupted, LengthGroupedSampler
+from compressft.run.step import loss_terms, total
+from compressft.tasks.task import Task
+from compressft.transform import Context, Transform, ungrouped
 from compressft.utils import ranks
 from compressft.utils.memory import trim
 from compressft.utils.phases import phase
@@ -95,7 +96,7 @@ class CompressionTrainer(Trainer):
             model=model,  # type: ignore[arg-type]
             args=args,
             data_collator=task.collate,
-            train_dataset=train_features,  # type: ignore[arg-type]
+            train_dataset=Corrupted(train_features, task, config.seed) if task.corrupts else train_features,  # type: ignore[arg-type]
             # Rows of one length together are evaluated with hardly any padding; what does not fit shows at once.
             eval_dataset=sorted(eval_features, key=lambda f: -len(f["input_ids"])),  # type: ignore[arg-type]
             compute_metrics=_metrics(task),
@@ -123,21 +124,14 @@ class CompressionTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Task loss times the objectives' factors, plus their terms; outside training the task loss alone."""
-        training = model.training
-        hidden = training and any(t.needs_hidden_states for t in self.transforms)
-        outputs = model(**inputs, output_hidden_states=True) if hidden else model(**inputs)
-        loss = outputs["loss"]
-        if training:
+        if not model.training:
+            outputs = model(**inputs)
+            loss = outputs["loss"]
+        else:
             # Without the wrapper that distributed training puts around it.
             plain: Any = self.model
-            labels = inputs["labels"]
-            if not labels.is_floating_point() and not labels.ne(IGNORE).any():
-                # The mean over no label at all is not a number.
-                loss = 0.0 * outputs["logits"].sum()
-            terms: dict[str, Tensor] = {TASK_LOSS: loss * math.prod(t.task_weight(plain) for t in self.transforms)}
-            for transform in self.transforms:
-                terms |= transform.loss(plain, inputs, outputs, self.context)
-            loss = torch.stack([term.float() for term in terms.values()]).sum()
+            terms, outputs = loss_terms(plain, inputs, self.context, model)
+            loss = total(terms)
             if not math.isfinite(loss.item()):
                 self._refuse_loss(plain, terms, loss.item())
             for name, term in terms.items():
@@ -228,7 +222,8 @@ class CompressionTrainer(Trainer):
         batch_size = self.args.train_batch_size
         # Neighbouring batches are one step's: each process takes one of them.
         step_size = batch_size * ranks.count()
-        sampler = LengthGroupedSampler([len(f["input_ids"]) for f in features], step_size, self.args.seed)
+        lengths = [len(features[i]["input_ids"]) for i in range(len(features))]
+        sampler = LengthGroupedSampler(lengths, step_size, self.args.seed, features)
         loader = DataLoader(features, batch_size=batch_size, sampler=sampler, collate_fn=self.data_collator)
         return self.accelerator.prepare(loader)
 

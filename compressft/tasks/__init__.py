@@ -7,15 +7,22 @@ from typing import Any
 
 from compressft.tasks.causal import CausalLM
 from compressft.tasks.classify import SequenceClassification
+from compressft.tasks.masked import MaskedLM
 from compressft.tasks.regress import Regression
 from compressft.tasks.tag import TokenClassification
-from compressft.tasks.task import Task
+from compressft.tasks.task import Task, TaskSettings
 
 TASKS: dict[str, type[Task]] = {
-    task.type: task for task in (SequenceClassification, Regression, TokenClassification, CausalLM)
+    "sequence-classification": SequenceClassification,
+    "regression": Regression,
+    "token-classification": TokenClassification,
+    "causal-lm": CausalLM,
+    "masked-lm": MaskedLM,
 }
 
 
-def make_task(name: str, tokenizer: Any, max_length: int, labels: Sequence[str] = ()) -> Task:
-    """The task of a recipe, ready to encode rows."""
-    return TASKS[name](tokenizer, max_length, labels)
+def make_task(settings: TaskSettings | str, tokenizer: Any, max_length: int, labels: Sequence[str] = ()) -> Task:
+    """The task of a recipe, ready to encode rows; a name alone has the task's own defaults."""
+    if isinstance(settings, str):
+        return TASKS[settings](tokenizer, max_length, labels)
+    return TASKS[settings.type](tokenizer, max_length, labels, settings)

@@ -29,6 +29,7 @@ class CausalLM(Task):
     auto_class = "AutoModelForCausalLM"
     metric = "perplexity"
     greater_is_better = False
+    caches = True
 
     def model_arguments(self) -> dict[str, Any]:
         return {}

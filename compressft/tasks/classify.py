@@ -19,6 +19,7 @@ class SequenceClassification(Task):
     fields = Fields(("text", "label"), ("text_b",), label="label", answer="label")
     auto_class = "AutoModelForSequenceClassification"
     metric = "accuracy"
+    teachable = True
 
     def encode(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
         features = self._tokenise(rows)

@@ -21,6 +21,7 @@ class Regression(Task):
     fields = Fields(("text", "score"), ("text_b",), answer="score")
     auto_class = "AutoModelForSequenceClassification"
     metric = "pearson"
+    answers = False
 
     def model_arguments(self) -> dict[str, Any]:
         return {"pad_token_id": self.tokenizer.pad_token_id, "num_labels": 1, "problem_type": "regression"}

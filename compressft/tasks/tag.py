@@ -27,6 +27,7 @@ class TokenClassification(Task):
     fields = Fields(("tokens", "tags"), answer="tags")
     auto_class = "AutoModelForTokenClassification"
     metric = "f1"
+    teachable = True
 
     @classmethod
     def labels_of(cls, rows: Sequence[Row]) -> tuple[str, ...]:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from pydantic import SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor
 
 from compressft.data.fields import Fields
 from compressft.data.rows import ROW_KEY, Row
 from compressft.errors import UserError
 from compressft.utils.phases import phase, steps
+from compressft.utils.strict import Strict
 
 IGNORE = -100
 # More tokens than any row has.
@@ -28,6 +31,16 @@ def _at_once(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
     return steps(parts, ENCODING)
 
 
+class TaskSettings(Strict):
+    """What a recipe says of a task: its type, and for some tasks more. The type alone is written as a name."""
+
+    type: str
+
+    @model_serializer(mode="wrap")
+    def _by_name(self, whole: SerializerFunctionWrapHandler) -> Any:
+        return self.type if self == type(self)(type=self.type) else whole(self)
+
+
 class Task(ABC):
     """Rows to features (dicts of lists), features to batches, outputs to a metric. Knows tokenizer, labels, length."""
 
@@ -36,12 +49,37 @@ class Task(ABC):
     auto_class: ClassVar[str]
     metric: ClassVar[str]
     greater_is_better: ClassVar[bool] = True
+    # What a recipe may set besides the type.
+    settings_class: ClassVar[type[TaskSettings]] = TaskSettings
+    # Whether rows may lack their label while a teacher answers.
+    teachable: ClassVar[bool] = False
+    # Whether training changes each row anew in every epoch (`corrupt`).
+    corrupts: ClassVar[bool] = False
+    # What features keep for that; no batch has it.
+    hidden_keys: ClassVar[tuple[str, ...]] = ()
+    # Whether a user reads one of several answers off the outputs, which a file must give as the model does.
+    answers: ClassVar[bool] = True
+    # Whether the file that ships goes on from the keys and values of earlier tokens.
+    caches: ClassVar[bool] = False
 
-    def __init__(self, tokenizer: Any, max_length: int, labels: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: Any, max_length: int, labels: Sequence[str] = (), settings: TaskSettings | None = None
+    ) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.labels = tuple(labels)
+        self.settings = settings or self.settings_class(type=self.type)
         self.label_ids = {name: i for i, name in enumerate(self.labels)}
+
+    def remade(self, tokenizer: Any = None, max_length: int | None = None) -> Task:
+        """The same task with another tokenizer or length."""
+        tokenizer = self.tokenizer if tokenizer is None else tokenizer
+        return type(self)(tokenizer, max_length or self.max_length, self.labels, self.settings)
+
+    @property
+    def key(self) -> tuple[str, tuple[str, ...]]:
+        """What a head belongs to: the task's type and its labels, whatever their order."""
+        return self.type, tuple(sorted(self.labels))
 
     @classmethod
     def labels_of(cls, rows: Sequence[Row]) -> tuple[str, ...]:
@@ -60,6 +98,10 @@ class Task(ABC):
     @abstractmethod
     def encode(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
         """Features of rows: token ids without padding, and `labels` where rows have them."""
+
+    def corrupt(self, feature: dict[str, Any], draws: random.Random) -> dict[str, Any]:
+        """The row as training sees it once; all draws come from `draws`."""
+        return feature
 
     def predictions(self, logits: Tensor) -> Tensor:
         """What a user would read off the logits (B, ...); compared for label agreement."""
@@ -83,6 +125,8 @@ class Task(ABC):
         width = max(len(f["input_ids"]) for f in features)
         batch: dict[str, Tensor] = {}
         for key in features[0]:
+            if key in self.hidden_keys:
+                continue
             if key == "labels":
                 batch[key] = self._collate_labels([f[key] for f in features], width)
                 continue
@@ -93,7 +137,7 @@ class Task(ABC):
     @phase("loading")
     def cut(self, rows: Sequence[Row]) -> str | None:
         """How many rows are longer than `max_length` and lose their end, in a sentence; None where none does."""
-        whole = type(self)(self.tokenizer, UNCUT, self.labels).encode(rows) if rows else []
+        whole = self.remade(max_length=UNCUT).encode(rows) if rows else []
         number = sum(len(feature["input_ids"]) > self.max_length for feature in whole)
         if not number:
             return None

@@ -169,7 +169,7 @@ def test_verification_holds_a_batch_of_logits(exported, monkeypatch):
         run = model_run(module, task)
         return lambda rows: seen.append(len(rows)) or run(rows)
 
-    monkeypatch.setattr("compressft.evaluation.logits.model_run", counting)
+    monkeypatch.setattr("compressft.export.verify.model_run", counting)
     checks = verify(model.path, model.model, model.task, {"test": model.features}, ExportConfig(batch=4))
     assert seen == [4, 4, 4]
     assert [check.rows for check in checks] == [12] * 4

@@ -12,9 +12,10 @@ from compressft.model.source import load_tokenizer
 from compressft.objectives.distill import Distill
 from compressft.objectives.distillation.cache import AnswerCache
 from compressft.recipe.recipe import parse_recipe
-from compressft.run.flow import load_task
+from compressft.run.feed import load_feeds
 from compressft.run.folder import RunFolder
 from compressft.run.program import train_stages
+from compressft.run.records import Run
 from tests.tiny import tiny
 from tests.tiny_folder import rows_of, save_tiny, write_jsonl
 
@@ -68,9 +69,8 @@ def train(recipe, folder: Path, resume: bool = False):
     """The trained model's tensors."""
     console = Console(file=io.StringIO())
     with RunFolder(folder, recipe, resume) as held:
-        task, splits = load_task(recipe, load_tokenizer(recipe.model))
-        model, _, _ = train_stages(recipe, held, task, splits, {}, console)
-    return model.state_dict()
+        trained = train_stages(Run(recipe, held, console), load_feeds(recipe, load_tokenizer(recipe.model)))
+    return trained.model.state_dict()
 
 
 @pytest.mark.parametrize(("name", "every"), [("inside", 4), ("kept", 3)])

@@ -21,7 +21,7 @@ from typing import Literal
 
 import torch
 
-from compressft.anatomy import anatomy
+from compressft.model.anatomy import anatomy
 from compressft.transform import Transform
 
 

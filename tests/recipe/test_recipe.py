@@ -297,7 +297,7 @@ def test_override_that_leads_nowhere_is_refused(base, override, said):
         ("stages.1.train.save=true", ["stages.1.train.save", "got True"]),
         ("stages.1.train=null", ["stages.1.train", "(got None)"]),
         ("stages.1.name=a b", ["stages.1.name", "'a b'"]),
-        ("task=sequence-classifaction", ["task", "'regression'", "(did you mean 'sequence-classification'?)"]),
+        ("task=sequence-classifaction", ["task", "regression", "(did you mean 'sequence-classification'?)"]),
         ("data.max_length=abc", ["data.max_length", "integer", "'abc'"]),
         ("data.validation_fraction=1", ["data.validation_fraction", "less than 1", "(got 1)"]),
         ("data.per_class=1", ["data.per_class", "(got 1)"]),

@@ -564,7 +564,7 @@ def test_a_resumed_run_computes_with_the_threads_of_its_beginning(reference, rec
         found.append(torch.get_num_threads())
         raise Killed
 
-    monkeypatch.setattr("compressft.run.flow.load_task", seen)
+    monkeypatch.setattr("compressft.run.flow.load_feeds", seen)
     with pytest.raises(Killed):
         run(load_recipe(recipe), tmp_path / "run", resume=True, console=Console(quiet=True))
     assert found == [before + 2] and torch.get_num_threads() == before

@@ -22,7 +22,7 @@ from compressft import cli
 from compressft.model.saved.compressed import load_compressed
 from compressft.model.source import load_tokenizer, resolve
 from compressft.recipe.recipe import load_recipe
-from compressft.run.flow import load_task
+from compressft.run.feed import load_shipped
 from compressft.run.plan.predict import plan
 
 REPORT_KEYS = {
@@ -93,7 +93,7 @@ def report(finished) -> dict:
 def held_out(finished) -> list[dict]:
     """The test rows of the run."""
     recipe = load_recipe(finished / "recipe.yaml")
-    return load_task(recipe, load_tokenizer(recipe.model))[1].test
+    return load_shipped(recipe, load_tokenizer(recipe.model)).splits.test
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from compressft.data.rows import ROW_KEY
 from compressft.errors import UserError
 from compressft.evaluation.logits import labels_of, model_logits, model_run, scored
 from compressft.evaluation.scores import Scores
+from compressft.recipe.program import parse_task
 from compressft.tasks import TASKS, make_task
 from compressft.tasks.task import IGNORE, Task
 from tests.tiny import tiny
@@ -37,8 +38,10 @@ def example(name, tokenizer) -> tuple[Task, list]:
             tags=[["B-X", "O"] * (len(t.split()) // 2) + ["O"] * (len(t.split()) % 2) for t in TEXTS],
         ),
         "causal-lm": rows_of(text=TEXTS),
+        "masked-lm": rows_of(text=TEXTS),
     }[name]
-    return make_task(name, tokenizer, 8 if name == "causal-lm" else 32, TASKS[name].labels_of(rows)), rows
+    settings = parse_task({"type": name, **({"packed": False} if name == "masked-lm" else {})})
+    return make_task(settings, tokenizer, 8 if name == "causal-lm" else 32, TASKS[name].labels_of(rows)), rows
 
 
 def score(task, logits, labels):
@@ -77,6 +80,7 @@ ARCHITECTURES = {
     "regression": ("bert", "BertForSequenceClassification"),
     "token-classification": ("bert", "BertForTokenClassification"),
     "causal-lm": ("llama", "LlamaForCausalLM"),
+    "masked-lm": ("bert", "BertForMaskedLM"),
 }
 
 
@@ -382,9 +386,9 @@ def test_metrics_of_batches_are_those_of_all_rows(tokenizer, name):
     """Bit for bit, in any cut: sums are kept in float64, and everything else is counted."""
     task, _ = example(name, tokenizer)
     generator = np.random.default_rng(5)
-    pieces = {"regression": 1, "causal-lm": 50}.get(name, len(task.labels))
+    pieces = {"regression": 1, "causal-lm": 50, "masked-lm": 50}.get(name, len(task.labels))
     rows, width = 24, 7
-    tokens = name in ("token-classification", "causal-lm")
+    tokens = name in ("token-classification", "causal-lm", "masked-lm")
     logits = generator.normal(size=(rows, width, pieces) if tokens else (rows, pieces)).astype(np.float32)
     labels = generator.integers(0, pieces, logits.shape[:-1])
     if name == "regression":

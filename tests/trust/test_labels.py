@@ -110,7 +110,7 @@ def test_a_sentencepiece_file_names_its_package(tmp_path, monkeypatch):
     save_tiny(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "sentencepiece.bpe.model").write_bytes(b"x")
-    monkeypatch.setattr("compressft.model.load.find_spec", lambda name: None)
+    monkeypatch.setattr("compressft.model.source.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install sentencepiece protobuf"):
         load_tokenizer(str(tmp_path))
 

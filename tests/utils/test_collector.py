@@ -27,7 +27,7 @@ def test_a_process_ends_without_a_collection():
     program = """
 import atexit, gc
 atexit.register(lambda: print(gc.get_freeze_count() > 1000))
-from compressft.collector import end_quickly
+from compressft.utils.collector import end_quickly
 end_quickly()
 """
     assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "True"

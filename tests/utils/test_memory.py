@@ -12,7 +12,7 @@ from compressft.utils.memory import release
 
 PROGRAM = """
 import sys
-from compressft.memory import give_back, keep_freed_memory
+from compressft.utils.memory import give_back, keep_freed_memory
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096

@@ -10,8 +10,8 @@ from compressft.utils import waiting
 
 SHOW = """
 import json, os, sys
-from compressft.measure import child_environment
-from compressft.waiting import sleep_while_waiting
+from compressft.export.measure import child_environment
+from compressft.utils.waiting import sleep_while_waiting
 assert "torch" not in sys.modules
 done = sleep_while_waiting()
 print(json.dumps([done, os.environ.get("OMP_WAIT_POLICY"), child_environment().get("OMP_WAIT_POLICY")]))

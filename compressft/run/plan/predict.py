@@ -17,7 +17,7 @@ from compressft.model.load import load_empty
 from compressft.model.source import load_tokenizer
 from compressft.recipe.program import Stage
 from compressft.recipe.recipe import Recipe
-from compressft.run.flow import load_task
+from compressft.run.feed import load_feeds
 from compressft.run.plan.footprint import export_bytes, parameters, saving_bytes, training_bytes
 from compressft.transform import Context
 
@@ -98,20 +98,18 @@ def plan(recipe: Recipe, memory: str | None = None) -> Prediction:
     """
     budget = parse_bytes(memory) if memory else None
     tokenizer = load_tokenizer(recipe.model)
-    task, splits = load_task(recipe, tokenizer)
-    lengths = [len(feature["input_ids"]) for feature in task.encode(splits.train)]
-    more = [len(feature["input_ids"]) for feature in task.encode_unlabelled(splits.unlabelled)]
-    arguments = task.model_arguments()
+    feeds = load_feeds(recipe, tokenizer)
     stages, after = [], {}
     for stage in recipe.stages:
-        taught = more if any(objective.answers for objective in stage.objectives) else []
-        model = load_empty(recipe.model, task.auto_class, **arguments)
-        stages.append(_stage(stage, model, lengths + taught))
+        rows = feeds.of(stage)
+        model = load_empty(recipe.model, rows.task.auto_class, **rows.task.model_arguments())
+        stages.append(_stage(stage, model, [len(row["input_ids"]) for row in rows.features(stage)[0]]))
         after = _larger(after, saving_bytes(model, bool(stage.passes)))
     after = {"saving": after}
     if recipe.export.enabled:
-        model = load_empty(recipe.model, task.auto_class, **arguments)
-        after["export"] = export_bytes(model, recipe.export, max(lengths))
+        shipped = feeds.shipped
+        model = load_empty(recipe.model, shipped.task.auto_class, **shipped.task.model_arguments())
+        after["export"] = export_bytes(model, recipe.export, max(len(row["input_ids"]) for row in shipped.train))
     return Prediction(stages, budget, after)
 
 

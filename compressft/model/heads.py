@@ -1,0 +1,64 @@
+"""Give a model another task's head: the backbone stays, with all that was done to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from compressft.errors import UserError
+from compressft.model.anatomy import anatomy
+
+# What a configuration says of a head.
+OF_THE_HEAD = ("id2label", "label2id", "problem_type", "architectures")
+
+
+@torch.no_grad()
+def with_head(model: nn.Module, donor: nn.Module, who: str) -> nn.Module:
+    """A model of `donor`'s class that has the backbone of `model` and the donor's head.
+
+    A pooler goes on with the backbone; where only one of the two has one, the donor decides.
+
+    Args:
+        model: gives its backbone away, and is not to be used afterwards.
+        donor: a model of the same base, of the class that the new task wants.
+        who: begins the message.
+
+    Raises:
+        UserError: the donor's head does not fit the backbone as it is now.
+    """
+    old, new = anatomy(model), anatomy(donor)
+    if not old.prefix or not new.prefix:
+        raise UserError(
+            f"{who}: a {type(model).__name__} has no head that could be exchanged; give its stages one task"
+        )
+    if old.width != new.width:
+        raise UserError(f"{who}: its head is for a width of {new.width}, and the model's is {old.width} by now")
+    backbone: Any = old.backbone
+    theirs: Any = new.backbone
+    pooler = old.family.pooler
+    if pooler is not None and (getattr(backbone, pooler, None) is None) != (getattr(theirs, pooler, None) is None):
+        setattr(backbone, pooler, getattr(theirs, pooler, None))
+    config = backbone.config
+    for name in OF_THE_HEAD:
+        setattr(config, name, getattr(donor.config, name, None))
+    device = next(model.parameters()).device
+    setattr(donor, new.prefix, backbone)
+    donor.config = config  # type: ignore[assignment]
+    _retie(donor, who)
+    return donor.to(device)
+
+
+def _retie(model: Any, who: str) -> None:
+    """Tie a language model's output layer to the backbone's table again."""
+    out = model.get_output_embeddings()
+    if out is None:
+        return
+    rows = model.get_input_embeddings().weight.shape[0]
+    if out.weight.shape[0] != rows:
+        raise UserError(
+            f"{who}: its output layer has {out.weight.shape[0]} pieces, and the vocabulary {rows} by now; cut the "
+            "vocabulary in a later stage"
+        )
+    model.tie_weights()

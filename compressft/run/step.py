@@ -1,0 +1,41 @@
+"""What one training step minimises: the task's loss and what methods, objectives and passes add to it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressft.tasks.task import IGNORE
+from compressft.transform import TASK_LOSS, Context, Transform
+
+
+def loss_terms(
+    model: nn.Module, batch: Mapping[str, Tensor], context: Context, forward: nn.Module | None = None
+) -> tuple[dict[str, Tensor], Any]:
+    """The terms of a batch's loss by name, weighted, the task's own first; and the model's outputs.
+
+    Args:
+        context: the stage's; its Transforms add the terms.
+        forward: what computes the outputs, where distributed training has wrapped the model.
+    """
+    transforms: Sequence[Transform] = context.transforms
+    compute = forward or model
+    hidden = any(t.needs_hidden_states for t in transforms)
+    outputs: Any = compute(**batch, output_hidden_states=True) if hidden else compute(**batch)
+    loss, labels = outputs["loss"], batch["labels"]
+    if not labels.is_floating_point() and not labels.ne(IGNORE).any():
+        # The mean over no label at all is not a number.
+        loss = 0.0 * outputs["logits"].sum()
+    terms = {TASK_LOSS: loss * math.prod(t.task_weight(model) for t in transforms)}
+    for transform in transforms:
+        terms |= transform.loss(model, batch, outputs, context)
+    return terms, outputs
+
+
+def total(terms: Mapping[str, Tensor]) -> Tensor:
+    """Their sum, in fp32."""
+    return torch.stack([term.float() for term in terms.values()]).sum()

@@ -1,0 +1,140 @@
+"""Masked language modelling: hidden tokens are predicted from both sides."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from compressft.data.fields import Fields
+from compressft.data.rows import Row
+from compressft.errors import UserError
+from compressft.tasks.corrupt import budget, choose, generator, hide, whole_words
+from compressft.tasks.task import ENCODING, IGNORE, Task, TaskSettings
+from compressft.utils.phases import steps
+
+# What a feature keeps of its row as it was: ids, and the word that each is a piece of.
+WHOLE, WORDS = "whole", "words"
+
+
+class MaskedLMSettings(TaskSettings):
+    """`rate`: fraction of the pieces that are hidden. `whole_words`: all pieces of a word or none. `packed`: texts are
+    joined, with the separator between them, and cut into rows of `data.max_length`; else every text is a row.
+    """
+
+    type: Literal["masked-lm"] = "masked-lm"
+    rate: float = Field(default=0.15, gt=0, lt=1)
+    whole_words: bool = False
+    packed: bool = True
+
+
+class MaskedLM(Task):
+    """Predict hidden tokens (Devlin et al. 2019, "BERT", section 3.1); perplexity over them, and accuracy.
+
+    Training draws anew each epoch; all other rows are hidden in one way, which depends on their place alone.
+    """
+
+    type = "masked-lm"
+    fields = Fields(("text",))
+    auto_class = "AutoModelForMaskedLM"
+    metric = "perplexity"
+    greater_is_better = False
+    settings_class = MaskedLMSettings
+    settings: MaskedLMSettings
+    corrupts = True
+    hidden_keys = (WHOLE, WORDS)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.tokenizer.mask_token_id is None:
+            raise UserError(
+                "task masked-lm: the tokenizer has no mask token; take the model of a masked LM, as BERT is"
+            )
+
+    def model_arguments(self) -> dict[str, Any]:
+        return {"pad_token_id": self.tokenizer.pad_token_id}
+
+    def cut(self, rows: Sequence[Row]) -> str | None:
+        # Packed texts go on in the next row.
+        return None if self.settings.packed else super().cut(rows)
+
+    def encode(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        features = self._packed(rows) if self.settings.packed else self._apart(rows)
+        return [self.corrupt(feature, generator(0, 0, i)) for i, feature in enumerate(features)]
+
+    def corrupt(self, feature: dict[str, Any], draws: random.Random) -> dict[str, Any]:
+        """Hide other tokens of a row; `labels` are the hidden ones."""
+        ids, words = feature[WHOLE], feature[WORDS]
+        units = whole_words(words) if self.settings.whole_words else [[i] for i, w in enumerate(words) if w is not None]
+        places = choose(units, budget(len(ids), self.settings.rate), draws)
+        labels = [IGNORE] * len(ids)
+        for place in places:
+            labels[place] = ids[place]
+        hidden = hide(ids, places, self.tokenizer.mask_token_id, len(self.tokenizer), draws)
+        return {**feature, "input_ids": hidden, "labels": labels}
+
+    def _apart(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        features = []
+        for row in steps(rows, ENCODING):
+            encoded = self.tokenizer(row["text"], truncation=True, max_length=self.max_length)
+            features.append(self._feature_of(encoded["input_ids"], encoded.word_ids(0)))
+        return [feature for feature in features if any(word is not None for word in feature[WORDS])]
+
+    def _packed(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        ids: list[int] = []
+        words: list[int | None] = []
+        for row in steps(rows, ENCODING):
+            encoded, seen = self.tokenizer(row["text"], add_special_tokens=False), len(ids)
+            ids += encoded["input_ids"]
+            words += [None if word is None else seen + word for word in encoded.word_ids(0)]
+            if self.tokenizer.sep_token_id is not None:
+                ids.append(self.tokenizer.sep_token_id)
+                words.append(None)
+        front, back = self._ends()
+        size = self.max_length - len(front) - len(back)
+        features = []
+        for start in range(0, len(ids), size):
+            part, own = ids[start : start + size], words[start : start + size]
+            if back[:1] == part[-1:]:
+                # The separator after a text that ends here is the row's own.
+                part, own = part[:-1], own[:-1]
+            whole = [None] * len(front) + own + [None] * len(back)
+            features.append(self._feature_of([*front, *part, *back], whole))
+        features = [feature for feature in features if any(word is not None for word in feature[WORDS])]
+        if not features:
+            raise UserError("data: the text has no token that could be hidden")
+        return features
+
+    def _ends(self) -> tuple[list[int], list[int]]:
+        """The special pieces that the tokenizer puts before and after a text."""
+        ids = self.tokenizer(self.tokenizer.mask_token)["input_ids"]
+        at = ids.index(self.tokenizer.mask_token_id)
+        return ids[:at], ids[at + 1 :]
+
+    def _feature_of(self, ids: Sequence[int], words: Sequence[int | None]) -> dict[str, Any]:
+        return {"input_ids": list(ids), "attention_mask": [1] * len(ids), WHOLE: list(ids), WORDS: list(words)}
+
+    def _collate_labels(self, labels: list[Any], width: int) -> Tensor:
+        return torch.tensor([row + [IGNORE] * (width - len(row)) for row in labels])
+
+    def evidence(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Per row the summed surprise in nats, how many tokens were hidden and how many found, (B, 3) float64."""
+        found = torch.zeros(len(logits), 3, dtype=torch.float64, device=logits.device)
+        for i, (row, target) in enumerate(zip(logits, labels, strict=True)):
+            keep = target != IGNORE
+            scores, goal = row[keep].float(), target[keep]
+            found[i, 0] = torch.nn.functional.cross_entropy(scores, goal, reduction="none").double().sum()
+            found[i, 1] = len(goal)
+            found[i, 2] = (scores.argmax(-1) == goal).sum()
+        return found
+
+    def metrics(self, evidence: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        surprise, tokens, right = evidence.sum(0)
+        tokens = max(tokens, 1)
+        return {"perplexity": math.exp(min(surprise / tokens, 80.0)), "accuracy": float(right / tokens)}
