@@ -265,6 +265,38 @@ def convert(
 
 
 @app.command()
+def analyse(
+    models: Annotated[
+        list[str], typer.Argument(metavar="RUN_DIR|MODEL...", help="Run directories, model folders or hub ids.")
+    ],
+    kind: Annotated[str, typer.Option("--type", help="Which analysis, such as closeness.")],
+    set: Annotated[list[str] | None, typer.Option("--set", metavar="a=b", help="Set a field of the analysis.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> None:
+    """Find something out about finished models; a run directory alone is compared with its base."""
+    from compressft.run.analyse import analyse_models
+    from compressft.run.report.terminal import analysis_table
+    from compressft.utils.quiet import quiet_libraries
+
+    quiet_libraries()
+    analysis, finding = analyse_models(kind, models, set or ())
+    found = finding.row(analysis)
+    if as_json:
+        print(json.dumps(found))
+        return
+    # A pipe says no width, and tensors have long names.
+    out.print(analysis_table(found), width=None if out.is_terminal else 150)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors."""
+    from compressft.recipe.schema import recipe_schema
+
+    print(json.dumps(recipe_schema(), indent=1))
+
+
+@app.command()
 def env() -> None:
     """Versions, device, and which kernels will be used and why."""
     from compressft.run.environment import lines

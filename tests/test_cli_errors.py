@@ -382,6 +382,20 @@ def test_recipes_are_listed_on_a_line_each(call):
     assert listed == {name: load_recipe(name).description for name in shipped_recipes()}
 
 
+def test_schema_is_printed_as_json(call):
+    done = call("schema")
+    assert (done.code, done.err) == (0, "")
+    assert json.loads(done.out)["properties"].keys() >= {"name", "model", "data", "stages", "extends"}
+
+
+def test_analyses_want_what_they_compare(call):
+    assert "analysis 'closness' is not known" in said(call("analyse", "a", "b", "--type", "closness"))
+    assert "compares 2 models; got 1" in said(call("analyse", "a", "--type", "closeness"))
+    assert "'base' is that of a run directory" in said(call("analyse", "base", "b", "--type", "closeness"))
+    wrong = call("analyse", "a", "b", "--type", "closeness", "--set", "modles=1")
+    assert "analysis closeness.modles: unknown field" in said(wrong)
+
+
 def test_environment_is_printed(call):
     done = call("env")
     assert (done.code, done.err) == (0, "")

@@ -97,3 +97,11 @@ def test_finished_run_is_exported_again(old, call):
     done = call("export", "adapter", "--set", "export.attention=fused")
     assert done.code == 0, done.err
     assert json.loads(Path("adapter/report/report.json").read_text())["quality"]["onnx"] is not None
+
+
+def test_old_runs_are_analysed(old, call):
+    done = call("analyse", "student/stages/teacher", "student/stages/student", "--type", "closeness", "--json")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert found["type"] == "closeness" and 0 < found["summary"]["relative"] < 1
+    assert call("analyse", "lora", "--type", "closeness").code == 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import (
     Field,
@@ -26,6 +26,8 @@ from compressft.tasks import TASKS
 from compressft.tasks.task import TaskSettings
 from compressft.transform import Transform
 from compressft.utils.strict import Strict
+
+Member = TypeVar("Member", bound=Strict)
 
 
 class Stage(Strict):
@@ -55,12 +57,12 @@ class Stage(Strict):
     @field_validator("objectives", mode="before")
     @classmethod
     def _objectives(cls, value: Any) -> tuple[Transform, ...]:
-        return tuple(parse_transform(item, OBJECTIVES, "objective") for item in _listed(value))
+        return tuple(parse_transform(item, OBJECTIVES, "objective") for item in listed(value))
 
     @field_validator("passes", mode="before")
     @classmethod
     def _passes(cls, value: Any) -> tuple[Transform, ...]:
-        return tuple(parse_transform(item, PASSES, "pass") for item in _listed(value))
+        return tuple(parse_transform(item, PASSES, "pass") for item in listed(value))
 
     @model_serializer(mode="wrap")
     def _written(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -86,7 +88,8 @@ class Stage(Strict):
         return self
 
 
-def _listed(value: Any) -> Sequence[Any]:
+def listed(value: Any) -> Sequence[Any]:
+    """A list of a recipe; nothing is an empty one. ValueError where it is something else."""
     if value is None:
         return ()
     if not isinstance(value, list | tuple):
@@ -96,20 +99,18 @@ def _listed(value: Any) -> Sequence[Any]:
 
 def parse_task(value: Any) -> TaskSettings:
     """A task from its name, or from {"type": name, field: value}; ValueError where that is none."""
-    if isinstance(value, TaskSettings):
-        return value
-    name = _type_of(value, TASKS, "task")
-    kind = TASKS[name].settings_class
-    try:
-        return kind.model_validate({"type": name} if isinstance(value, str) else dict(value))
-    except ValidationError as error:
-        raise ValueError(explain(error, kind, f"task {name}")) from None
+    return parse_member(value, {name: task.settings_class for name, task in TASKS.items()}, "task")
 
 
 def parse_transform(value: Any, registry: Mapping[str, type[Transform]], kind: str) -> Transform:
     """A Transform from its name, or from {"type": name, field: value}; ValueError where that is none."""
-    if isinstance(value, Transform):
-        return value
+    return parse_member(value, registry, kind)
+
+
+def parse_member(value: Any, registry: Mapping[str, type[Member]], kind: str) -> Member:
+    """One of a registry's from its name, or from {"type": name, field: value}; ValueError where that is none."""
+    if isinstance(value, Strict):
+        return value  # type: ignore[return-value]
     name = _type_of(value, registry, kind)
     try:
         return registry[name].model_validate({"type": name} if isinstance(value, str) else dict(value))

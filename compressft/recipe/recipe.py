@@ -11,19 +11,23 @@ from typing import Any
 from pydantic import (
     Field,
     SerializeAsAny,
+    SerializerFunctionWrapHandler,
     TypeAdapter,
     ValidationError,
     field_serializer,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
 from compressft.data.source import DataConfig, is_named
 from compressft.errors import UserError, nearest
+from compressft.evaluation.analyses import ANALYSES
+from compressft.evaluation.analyses.analysis import Analysis
 from compressft.recipe.document import override_all, read_document
 from compressft.recipe.explain import explain
 from compressft.recipe.parts import EVALUATION_BATCH, ExportConfig
-from compressft.recipe.program import Stage, parse_task
+from compressft.recipe.program import Stage, listed, parse_member, parse_task
 from compressft.tasks import TASKS
 from compressft.tasks.task import TaskSettings
 from compressft.utils.files import document_hash
@@ -63,6 +67,7 @@ class Recipe(Strict):
     data: DataConfig | Sources
     stages: tuple[Stage, ...] = Field(min_length=1)
     export: ExportConfig = Field(default_factory=ExportConfig)
+    analyses: tuple[SerializeAsAny[Analysis], ...] = ()
     delta_from: str | None = None
     smoke: bool = False
 
@@ -76,6 +81,16 @@ class Recipe(Strict):
     def _data(cls, value: Any) -> DataConfig | Sources:
         # A union would report what is wrong of both forms.
         return TypeAdapter(Sources if is_named(value) else DataConfig).validate_python(value)
+
+    @field_validator("analyses", mode="before")
+    @classmethod
+    def _analyses(cls, value: Any) -> tuple[Analysis, ...]:
+        return tuple(parse_member(item, ANALYSES, "analysis") for item in listed(value))
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Without analyses a recipe is written, and hashed, as before there were any.
+        return {name: value for name, value in whole(self).items() if value or name != "analyses"}
 
     @field_serializer("data")
     def _written(self, data: DataConfig | Sources) -> dict[str, Any]:
@@ -138,6 +153,14 @@ class Recipe(Strict):
                         f"stages.{position}: objective {objective.type!r} takes stage {teacher!r} as its teacher, "
                         "which has another task or other data; name one of the same"
                     )
+        for position, analysis in enumerate(self.analyses):
+            reason = analysis.refuse()
+            if reason is None and analysis.data is not None and analysis.data not in self.sources:
+                reason = (
+                    f"data {analysis.data!r} is no source; named: {', '.join(filter(None, self.sources)) or 'none'}"
+                )
+            if reason is not None:
+                raise ValueError(f"analyses.{position}: {reason}")
         return self
 
     @property

@@ -14,6 +14,7 @@ from compressft.model.saved.compressed import load_compressed, save_compressed
 from compressft.model.saved.delta import base_tensors, save_delta
 from compressft.model.source import load_tokenizer
 from compressft.recipe.recipe import Recipe
+from compressft.run.analyse import analysed
 from compressft.run.feed import FeedRows, load_feeds, model_info
 from compressft.run.folder import open_folder
 from compressft.run.identity import identify, with_threads
@@ -120,6 +121,7 @@ def ship(run: Run, rows: FeedRows, trained: Trained) -> dict[str, Any]:
     # Export reads what was saved.
     release(model)
     report = complete(export(recipe, folder.root, rows.splits, run.console), recipe, trained.stages)
+    report |= analysed(recipe, folder.root)
     keep(folder.root / SECONDS)
     report = write_report(report, load_metrics(folder.metrics), folder.root / "report", seconds)
     # The teachers' answers, hundreds of megabytes, that only a resumed training would read.

@@ -26,12 +26,14 @@ from rich.progress import (
 from compressft.utils.texts import read_json
 
 # The phases of a run, in the order in which a report shows them; what is in none of them is "other".
-PHASES = ("loading", "search", "training", "evaluation", "saving", "export", "verification", "latency", "report")
+PHASES = (
+    "loading", "search", "training", "evaluation", "saving", "export", "verification", "latency", "analyses", "report"
+)  # fmt: skip
 OTHER = "other"
 # Where a run directory keeps the seconds so far.
 SECONDS = "memo/seconds.json"
 # What a second export of the same run spends anew.
-AGAIN = ("export", "verification", "latency", "report")
+AGAIN = ("export", "verification", "latency", "analyses", "report")
 # Seconds between two lines where no terminal shows a bar, and until a terminal shows one.
 PATIENCE, BLINK = 10.0, 1.0
 

@@ -5,6 +5,7 @@ from compressft.run.report.figures import Picture
 from compressft.run.report.markdown import measured_on
 from compressft.run.report.summary import (
     Summary,
+    analysis_tables,
     layer_rows,
     part,
     portable_sentence,
@@ -39,7 +40,8 @@ def render_html(report: dict, pictures: list[Picture]) -> str:
 
 
 def _notes(report: dict) -> list:
-    return [portable_sentence(report), *target_lines(report), *(report.get("notes") or [])]
+    found = [f"{title}: {said}" for title, said, *_ in analysis_tables(report)]
+    return [portable_sentence(report), *target_lines(report), *found, *(report.get("notes") or [])]
 
 
 def _tiles(report: dict, summary: Summary) -> list[dict]:
@@ -115,6 +117,7 @@ def _tables(report: dict, summary: Summary) -> list[dict]:
             [name, numbers.duration(value), numbers.percent(share)] for name, value, share in time_rows(report)
         ]),
         _table("Shape of each layer", header, rows),
+        *(_table(title, columns, found) for title, _, columns, found in analysis_tables(report)),
         _table("Hardware", ["", ""], _hardware(report), text_columns=2),
         _table("Versions", ["", ""], sorted(part(report, "versions").items()), text_columns=2),
     ]  # fmt: skip

@@ -3,6 +3,7 @@
 from compressft.run.report import numbers
 from compressft.run.report.summary import (
     Summary,
+    analysis_tables,
     layer_rows,
     part,
     portable_sentence,
@@ -32,6 +33,8 @@ def render_markdown(report: dict) -> str:
     header, rows = layer_rows(report)
     if rows:
         sections.append("## Shape of each layer\n\n" + _table(header, rows))
+    for title, said, columns, found in analysis_tables(report):
+        sections.append(f"## {_inline(title)}\n\n{_inline(said)}\n\n{_table(columns, found)}")
     sections.append("## Use\n\n" + _use(report, summary))
     if report.get("seconds"):
         sections.append("## Time\n\n" + _time(report))

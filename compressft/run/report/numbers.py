@@ -137,3 +137,12 @@ def _scaled(value: object, units: tuple[str, ...]) -> str:
     if power == 0:
         return f"{value:g} {units[0]}".strip()
     return f"{value / 1000**power:.1f} {units[power]}"
+
+
+def cell(value: object) -> str:
+    """A table's value: text as it is, whole numbers grouped, others to four digits."""
+    if value is None:
+        return NOTHING
+    if isinstance(value, bool | str):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

@@ -216,3 +216,19 @@ def _faster(row: Latency) -> str:
 
 def _join(facts: list[str]) -> str:
     return facts[0] if len(facts) == 1 else ", ".join(facts[:-1]) + " and " + facts[-1]
+
+
+# Rows of an analysis's table that a page shows; report.json has all.
+MOST_ROWS = 60
+
+
+def analysis_tables(report: dict) -> list[tuple[str, str, list[str], list[list[str]]]]:
+    """Of each analysis its title, what it found, and its table, cut where it is long."""
+    tables = []
+    for found in report.get("analyses") or ():
+        rows = [[numbers.cell(value) for value in row] for row in found["rows"][:MOST_ROWS]]
+        said = ". ".join([found["sentence"], *(found.get("notes") or ())])
+        if len(found["rows"]) > MOST_ROWS:
+            said += f". The first {MOST_ROWS} of {len(found['rows'])} rows; report.json has all"
+        tables.append((found["title"], f"{said}.", list(found["columns"]), rows))
+    return tables

@@ -74,8 +74,19 @@ def _lines(report: dict) -> list[Padding]:
         most = sorted(phases, key=lambda row: -row[1])[:MOST_PHASES]
         said = ", ".join(f"{name} {numbers.duration(value)}" for name, value, _ in most)
         lines.append(f"time: {numbers.duration(total)}, of it {said}")
+    lines += [f"{found['type']}: {found['sentence']}" for found in report.get("analyses") or ()]
     lines += [f"note: {note}" for note in report.get("notes") or ()]
     return [Padding(Text(line), (0, 0, 0, 1), expand=False) for line in lines]
+
+
+def analysis_table(found: dict) -> RenderableType:
+    """One analysis as it stands in report.json: its table, whole, and what it found."""
+    first, *others = found["columns"]
+    table = _table(first, *others)
+    for row in found["rows"]:
+        table.add_row(*(_cell(numbers.cell(value)) for value in row))
+    lines = [found["sentence"], *(f"note: {note}" for note in found["notes"])]
+    return Group(Text(found["title"], style="bold"), table, *(Text(line) for line in lines))
 
 
 def _table(first: str, *others: str) -> Table:

@@ -1,0 +1,78 @@
+"""What an analysis is: something found out about finished models, which it does not change."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from pydantic import Field
+from torch import nn
+
+from compressft.utils.strict import Strict
+
+Value = str | float | int | None
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """The models that an analysis looks at, in the order in which it names them.
+
+    Attributes:
+        names: as the recipe or the command line says them.
+        load: loads one by its name, on the CPU, in eval mode; the caller lets go of it.
+        rows: validation and test rows of the analysis's data, encoded, with the task's `collate`; None without data.
+    """
+
+    names: tuple[str, ...]
+    load: Callable[[str], nn.Module]
+    rows: Callable[[], Any] | None = None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found: a sentence, and a table of which the first column is text.
+
+    Attributes:
+        summary: plain figures by name, for whoever reads report.json.
+    """
+
+    title: str
+    sentence: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Value, ...], ...]
+    summary: dict[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def row(self, analysis: Analysis) -> dict[str, Any]:
+        """As it stands in report.json."""
+        return {"type": analysis.type, "models": list(analysis.models), **vars(self)}
+
+
+class Analysis(Strict):
+    """Base of every analysis: its fields are what a recipe may set.
+
+    `models` are names of stages, "base" for the recipe's model, folders or hub ids. `data` is the name of a source
+    where a recipe has several, for analyses that look at rows.
+    """
+
+    type: str
+    models: tuple[str, ...] = Field(min_length=1)
+    data: str | None = None
+    # How many models it compares: the least and the most.
+    wants: ClassVar[tuple[int, int]] = (1, 2**31)
+    # Whether it looks at rows.
+    reads: ClassVar[bool] = False
+
+    @abstractmethod
+    def find(self, subjects: Subjects) -> Finding:
+        """Look at the models. UserError where they do not go together."""
+
+    def refuse(self) -> str | None:
+        """Why this cannot be asked of as many models, or None."""
+        least, most = self.wants
+        if least <= len(self.models) <= most:
+            return None
+        number = f"{least}" if least == most else f"at least {least}"
+        return f"analysis {self.type!r} compares {number} models; got {len(self.models)}: {', '.join(self.models)}"
