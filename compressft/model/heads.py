@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from compressft.errors import UserError
-from compressft.model.anatomy import anatomy
+from compressft.model.anatomy import Anatomy, anatomy
 
 # What a configuration says of a head.
 OF_THE_HEAD = ("id2label", "label2id", "problem_type", "architectures")
@@ -28,13 +28,7 @@ def with_head(model: nn.Module, donor: nn.Module, who: str) -> nn.Module:
     Raises:
         UserError: the donor's head does not fit the backbone as it is now.
     """
-    old, new = anatomy(model), anatomy(donor)
-    if not old.prefix or not new.prefix:
-        raise UserError(
-            f"{who}: a {type(model).__name__} has no head that could be exchanged; give its stages one task"
-        )
-    if old.width != new.width:
-        raise UserError(f"{who}: its head is for a width of {new.width}, and the model's is {old.width} by now")
+    old, new = _both(model, donor, who)
     backbone: Any = old.backbone
     theirs: Any = new.backbone
     pooler = old.family.pooler
@@ -48,6 +42,33 @@ def with_head(model: nn.Module, donor: nn.Module, who: str) -> nn.Module:
     donor.config = config  # type: ignore[assignment]
     _retie(donor, who)
     return donor.to(device)
+
+
+@torch.no_grad()
+def over(model: nn.Module, donor: nn.Module, who: str) -> nn.Module:
+    """The donor with the backbone of `model`, which keeps it: another head over the very same modules.
+
+    Raises:
+        UserError: as `with_head`; or the donor's head reads a pooler that the model has not.
+    """
+    old, new = _both(model, donor, who)
+    pooler = old.family.pooler
+    if pooler is not None and getattr(old.backbone, pooler, None) is None and getattr(new.backbone, pooler, None):
+        raise UserError(f"{who}: its head reads the pooler, which the first feed's model has not; put this feed first")
+    setattr(donor, new.prefix, old.backbone)
+    _retie(donor, who)
+    return donor
+
+
+def _both(model: nn.Module, donor: nn.Module, who: str) -> tuple[Anatomy, Anatomy]:
+    old, new = anatomy(model), anatomy(donor)
+    if not old.prefix or not new.prefix:
+        raise UserError(
+            f"{who}: a {type(model).__name__} has no head that could be exchanged; give its stages one task"
+        )
+    if old.width != new.width:
+        raise UserError(f"{who}: its head is for a width of {new.width}, and the model's is {old.width} by now")
+    return old, new
 
 
 def _retie(model: Any, who: str) -> None:

@@ -30,15 +30,39 @@ from compressft.utils.strict import Strict
 Member = TypeVar("Member", bound=Strict)
 
 
+class FeedConfig(Strict):
+    """One of a stage's several feeds: a task and a source, the recipe's where they are not given.
+
+    `share` is the fraction of the stage's steps that are its; feeds without one divide the rest by their rows.
+    """
+
+    task: SerializeAsAny[TaskSettings] | None = None
+    data: str | None = None
+    share: float | None = Field(default=None, gt=0, lt=1)
+
+    @field_validator("task", mode="before")
+    @classmethod
+    def _task(cls, value: Any) -> TaskSettings | None:
+        return None if value is None else parse_task(value)
+
+
+# Fields of a stage that were not there before stages had their own task and rows.
+LATER = {"task": None, "data": None, "feeds": [], "temperature": 1.0}
+
+
 class Stage(Strict):
     """One training run: a method, any objectives, any passes.
 
-    `task` and `data` (a source's name) are the recipe's where they are not given.
+    `task` and `data` (a source's name) are the recipe's where they are not given. `feeds` are several of both: each
+    step takes a batch of one of them, and the first one's validation rows are the stage's, its head the one that goes
+    on. Feeds without a `share` divide the steps by rows ** (1 / `temperature`).
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
     task: SerializeAsAny[TaskSettings] | None = None
     data: str | None = None
+    feeds: tuple[FeedConfig, ...] = ()
+    temperature: float = Field(default=1.0, gt=0)
     method: SerializeAsAny[Transform] = Field(default_factory=Full)
     objectives: tuple[SerializeAsAny[Transform], ...] = ()
     passes: tuple[SerializeAsAny[Transform], ...] = ()
@@ -67,7 +91,11 @@ class Stage(Strict):
     @model_serializer(mode="wrap")
     def _written(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # A recipe of one task is written, and hashed, as before stages could have their own.
-        return {name: value for name, value in whole(self).items() if value is not None or name not in ("task", "data")}
+        return {
+            name: value
+            for name, value in whole(self).items()
+            if name not in LATER or (list(value) if isinstance(value, tuple) else value) != LATER[name]
+        }
 
     @property
     def transforms(self) -> tuple[Transform, ...]:
@@ -81,6 +109,10 @@ class Stage(Strict):
             double = {name for name in names if names.count(name) > 1}
             if double:
                 raise ValueError(f"{kind}: {sorted(double)} given twice; keep one")
+        if self.feeds and (self.task is not None or self.data is not None):
+            raise ValueError("feeds: each has its own task and data; remove the stage's, or its feeds")
+        if len(self.feeds) == 1:
+            raise ValueError("feeds: one feed is the stage's task and data; write them so")
         for one in self.transforms:
             reason = one.conflict([other for other in self.transforms if other is not one])
             if reason:

@@ -101,22 +101,25 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _feeds(self) -> Recipe:
-        sources = self.sources
         for position, stage in enumerate(self.stages):
-            where = f"stages.{position}.data"
-            if stage.data is None and len(sources) > 1:
-                raise ValueError(
-                    f"{where}: is required, as there are several sources; name one of {', '.join(sources)}"
-                )
-            if stage.data is not None and stage.data not in sources:
-                known = ", ".join(name for name in sources if name) or "none: the only one has no name"
-                raise ValueError(f"{where}: {stage.data!r} is no source; named: {known}{nearest(stage.data, sources)}")
-        for name in sources:
-            if all(self.feed(stage).source != name for stage in self.stages):
+            for number, one in enumerate(stage.feeds or (stage,)):
+                self._refuse_source(one.data, f"stages.{position}" + (f".feeds.{number}" if stage.feeds else ""))
+        used = [feed for stage in self.stages for feed in self.feeds(stage)]
+        for name in self.sources:
+            if all(feed.source != name for feed in used):
                 raise ValueError(f"data.{name}: no stage trains on it; name it in a stage's data, or remove it")
-        for stage in self.stages:
-            self._refuse_unlabelled(self.feed(stage))
+        for feed in used:
+            self._refuse_unlabelled(feed)
         return self
+
+    def _refuse_source(self, name: str | None, where: str) -> None:
+        sources = self.sources
+        if name is None and len(sources) > 1:
+            known = ", ".join(sources)
+            raise ValueError(f"{where}.data: is required, as there are several sources; name one of {known}")
+        if name is not None and name not in sources:
+            known = ", ".join(name for name in sources if name) or "none: the only one has no name"
+            raise ValueError(f"{where}.data: {name!r} is no source; named: {known}{nearest(name, sources)}")
 
     def _refuse_unlabelled(self, feed: Feed) -> None:
         asked = [name for name in ("unlabelled", "augment") if getattr(feed.data, name) is not None]
@@ -168,10 +171,17 @@ class Recipe(Strict):
         """The sources of rows by name; one without a name is ""."""
         return {"": self.data} if isinstance(self.data, DataConfig) else self.data
 
+    def feeds(self, stage: Stage) -> tuple[Feed, ...]:
+        """What a stage trains on, one feed or several; the first is the one that it is validated on."""
+        sources = self.sources
+        chosen = [(one.task, one.data) for one in stage.feeds] or [(stage.task, stage.data)]
+        first = next(iter(sources))
+        named = [(task or self.task, first if source is None else source) for task, source in chosen]
+        return tuple(Feed(task, source, sources[source]) for task, source in named)
+
     def feed(self, stage: Stage) -> Feed:
-        """What a stage trains on."""
-        source = stage.data if stage.data is not None else next(iter(self.sources))
-        return Feed(stage.task or self.task, source, self.sources[source])
+        """The first of a stage's feeds."""
+        return self.feeds(stage)[0]
 
     @property
     def shipped(self) -> Feed:

@@ -70,7 +70,7 @@ def _timed_stage(recipe: Recipe, stage: Stage, feeds: Feeds, steps: int) -> dict
 
     from compressft.model.count import count
     from compressft.model.surgery import checkpoint_activations
-    from compressft.run.program import fresh
+    from compressft.run.donors import add_sides, fresh
     from compressft.run.trainer import CompressionTrainer
     from compressft.transform import Context
 
@@ -89,6 +89,7 @@ def _timed_stage(recipe: Recipe, stage: Stage, feeds: Feeds, steps: int) -> dict
             seen.append((time.perf_counter(), trainer.examples, trainer.tokens))
 
     model = untrained()
+    sides = add_sides(feeds, stage, model, lambda task: fresh(recipe, task, stage.train.seed))
     set_seed(stage.train.seed)
     context = Context(stage.transforms, {}, untrained, stage.train.seed, feeds.data(stage))
     for transform in stage.transforms:
@@ -97,7 +98,9 @@ def _timed_stage(recipe: Recipe, stage: Stage, feeds: Feeds, steps: int) -> dict
         checkpoint_activations(model)
     config = stage.train.model_copy(update={"max_steps": steps + WARM_STEPS, "save": "no"})
     with tempfile.TemporaryDirectory(prefix="compressft-benchmark-") as scratch:
-        trainer = CompressionTrainer(model, rows.task, config, context, *rows.features(stage), Path(scratch), [Clock()])
+        trainer = CompressionTrainer(
+            model, rows.task, config, context, *rows.features(stage), Path(scratch), [Clock()], sides
+        )
         trainer.args.eval_strategy = "no"  # type: ignore[assignment]
         trainer.train()
     (start, first_examples, first_tokens), (end, examples, tokens) = seen[WARM_STEPS - 1], seen[-1]

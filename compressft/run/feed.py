@@ -92,9 +92,12 @@ class Feeds:
         self.all = tuple(rows)
 
     def of(self, stage: Stage) -> FeedRows:
-        """The rows of a stage."""
-        feed = self.recipe.feed(stage)
-        return next(rows for rows in self.all if rows.feed == feed)
+        """The rows of a stage's first feed."""
+        return self.each(stage)[0]
+
+    def each(self, stage: Stage) -> list[FeedRows]:
+        """The rows of all of a stage's feeds."""
+        return [next(rows for rows in self.all if rows.feed == feed) for feed in self.recipe.feeds(stage)]
 
     @property
     def shipped(self) -> FeedRows:
@@ -137,8 +140,7 @@ def load_feeds(recipe: Recipe, tokenizer: Any) -> Feeds:
     """
     found: list[Feed] = []
     for stage in recipe.stages:
-        if recipe.feed(stage) not in found:
-            found.append(recipe.feed(stage))
+        found += [feed for feed in recipe.feeds(stage) if feed not in found]
     return Feeds(recipe, [load_feed(feed, recipe.model, tokenizer) for feed in found])
 
 
@@ -180,6 +182,11 @@ class Corrupted(Dataset[dict[str, Any]]):
         return self.task.corrupt(self.features[row], generator(self.seed, self.epoch, row))
 
 
+def lengths_of(rows: Any) -> list[int]:
+    """Tokens of each row; those of rows that change with the epoch do not."""
+    return [len(row["input_ids"]) for row in (rows.features if isinstance(rows, Corrupted) else rows)]
+
+
 class LengthGroupedSampler(Sampler[int]):
     """Shuffles, then sorts by length inside chunks of 50 batches, then shuffles the batches: little padding.
 
@@ -203,7 +210,11 @@ class LengthGroupedSampler(Sampler[int]):
         return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return self.order(self.epoch)
+
+    def order(self, epoch: int) -> Iterator[int]:
+        """The rows of one epoch."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.lengths), generator=generator).tolist()
         chunk = 50 * self.batch_size
         batches: list[list[int]] = []

@@ -14,19 +14,18 @@ from compressft.model.anatomy import positions
 from compressft.model.count import count
 from compressft.model.flops import FLOPS_LENGTH, flops
 from compressft.model.heads import with_head
-from compressft.model.load import answers_others, load_model
+from compressft.model.load import answers_others
 from compressft.model.saved.compressed import load_compressed, save_compressed
 from compressft.model.shrink import shapes
 from compressft.model.source import load_tokenizer, resolve
-from compressft.recipe.program import Stage
 from compressft.recipe.recipe import Recipe
 from compressft.run.costs import known_costs
+from compressft.run.donors import donor, fresh, kept_heads
 from compressft.run.feed import FeedRows, Feeds, model_info
+from compressft.run.mixed import take_heads
 from compressft.run.records import Begun, Run, Spent, Trained
 from compressft.run.stage import train_stage
-from compressft.tasks.task import Task
 from compressft.utils import ranks
-from compressft.utils.collector import importing
 from compressft.utils.foreign import load_config
 from compressft.utils.memory import give_back
 from compressft.utils.phases import SECONDS, keep, phase
@@ -48,12 +47,13 @@ def train_stages(run: Run, feeds: Feeds) -> Trained:
             rows = feeds.of(stage)
             if rows.task.key != head:
                 with phase("loading"):
-                    model = with_head(model, donor(run, feeds, stage), f"stages.{stage.name}")
+                    model = with_head(model, donor(run, feeds, stage, rows.task), f"stages.{stage.name}")
             done = sum(r["steps"] for r in records)
             record = {**train_stage(run, stage, model.to(device), feeds, Spent(done, begun.costs)), "base": begun.base}
+            heads = take_heads(model)
             if ranks.first():
                 info = {**model_info(recipe, rows, folder.recipe_hash), "stage": record}
-                save_compressed(model, rows.task.tokenizer, folder.stage(stage.name), info)
+                save_compressed(model, rows.task.tokenizer, folder.stage(stage.name), info, kept_heads(heads))
                 keep(folder.root / SECONDS)
             ranks.wait()
         else:
@@ -66,25 +66,6 @@ def train_stages(run: Run, feeds: Feeds) -> Trained:
         records.append(record)
         give_back()
     return Trained(model.cpu().eval(), records)
-
-
-def donor(run: Run, feeds: Feeds, stage: Stage) -> nn.Module:
-    """A model with the head that a stage wants: the last earlier stage's of this task and labels, else the base's."""
-    task, stages = feeds.of(stage).task, run.recipe.stages
-    for earlier in reversed(stages[: stages.index(stage)]):
-        if feeds.of(earlier).task.key == task.key:
-            return load_compressed(run.folder.stage(earlier.name))
-    return fresh(run.recipe, task, stage.train.seed)
-
-
-def fresh(recipe: Recipe, task: Task, seed: int) -> nn.Module:
-    """The recipe's model for a task; a head that it lacks is drawn by the seed."""
-    with importing():
-        from transformers import set_seed
-
-        # With the model's own module.
-        set_seed(seed)
-        return load_model(recipe.model, task.auto_class, new_head=True, **task.model_arguments())
 
 
 def start(run: Run, feeds: Feeds) -> Begun:

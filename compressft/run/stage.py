@@ -23,6 +23,7 @@ from compressft.model.source import load_tokenizer
 from compressft.model.surgery import checkpoint_activations
 from compressft.recipe.parts import EVALUATION_BATCH
 from compressft.recipe.program import Stage
+from compressft.run.donors import add_sides, donor
 from compressft.run.feed import Feeds
 from compressft.run.records import Run, Spent
 from compressft.tasks.task import Task
@@ -61,6 +62,8 @@ def train_stage(run: Run, stage: Stage, model: nn.Module, feeds: Feeds, spent: S
         folder=folder.root / "cache" / (f"process-{ranks.number()}" if ranks.number() else ""),
         **spent.costs,
     )
+    with phase("loading"):
+        sides = add_sides(feeds, stage, model, lambda task: donor(run, feeds, stage, task))
     with phase("search"):
         for transform in stage.transforms:
             transform.prepare(model, context)
@@ -86,7 +89,10 @@ def train_stage(run: Run, stage: Stage, model: nn.Module, feeds: Feeds, spent: S
     reporter = Reporter(
         folder, stage.name, task, stage.train.keep_checkpoints, offset, manifest["seconds"], run.console
     )
-    trainer = CompressionTrainer(model, task, stage.train, context, *rows.features(stage), folder.staging, [reporter])
+    train, validation = rows.features(stage)
+    trainer = CompressionTrainer(
+        model, task, stage.train, context, train, validation, folder.staging, [reporter], sides
+    )
     reporter.trainer = trainer
     if ranks.first():
         trainer.tokens, trainer.examples = manifest.get("tokens", 0), manifest.get("examples", 0)

@@ -14,13 +14,18 @@ from compressft.transform import TASK_LOSS, Context, Transform
 
 
 def loss_terms(
-    model: nn.Module, batch: Mapping[str, Tensor], context: Context, forward: nn.Module | None = None
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    context: Context,
+    forward: nn.Module | None = None,
+    feed: int = 0,
 ) -> tuple[dict[str, Tensor], Any]:
     """The terms of a batch's loss by name, weighted, the task's own first; and the model's outputs.
 
     Args:
         context: the stage's; its Transforms add the terms.
-        forward: what computes the outputs, where distributed training has wrapped the model.
+        forward: what computes the outputs, where distributed training has wrapped the model, or another head has to.
+        feed: which of the stage's feeds the batch is of; objectives that answer a task are for the first one's.
     """
     transforms: Sequence[Transform] = context.transforms
     compute = forward or model
@@ -30,8 +35,10 @@ def loss_terms(
     if not labels.is_floating_point() and not labels.ne(IGNORE).any():
         # The mean over no label at all is not a number.
         loss = 0.0 * outputs["logits"].sum()
-    terms = {TASK_LOSS: loss * math.prod(t.task_weight(model) for t in transforms)}
-    for transform in transforms:
+    acting = [t for t in transforms if not (feed and t.answers)]
+    name = f"{TASK_LOSS}.{feed}" if feed else TASK_LOSS
+    terms = {name: loss * math.prod(t.task_weight(model) for t in acting)}
+    for transform in acting:
         terms |= transform.loss(model, batch, outputs, context)
     return terms, outputs
 

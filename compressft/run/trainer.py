@@ -21,7 +21,8 @@ from compressft.errors import UserError
 from compressft.model.finite import broken_term, refuse_update
 from compressft.modules.kinds import Extra
 from compressft.recipe.parts import TrainConfig
-from compressft.run.feed import Corrupted, LengthGroupedSampler
+from compressft.run.feed import Corrupted, LengthGroupedSampler, lengths_of
+from compressft.run.mixed import FEED, Joined, MixedBatches, Side, collate_by
 from compressft.run.step import loss_terms, total
 from compressft.tasks.task import Task
 from compressft.transform import Context, Transform, ungrouped
@@ -83,8 +84,12 @@ class CompressionTrainer(Trainer):
         eval_features: Sequence[dict[str, Any]],
         output: Path,
         callbacks: Sequence[TrainerCallback] = (),
+        sides: Sequence[Side] = (),
     ) -> None:
+        self.task = task
         self.context = context
+        self.sides = list(sides)
+        rows: Any = Corrupted(train_features, task, config.seed) if task.corrupts else train_features
         self.transforms = list(context.transforms)
         self.terms: dict[str, float] = defaultdict(float)
         self.tokens = 0
@@ -96,7 +101,7 @@ class CompressionTrainer(Trainer):
             model=model,  # type: ignore[arg-type]
             args=args,
             data_collator=task.collate,
-            train_dataset=Corrupted(train_features, task, config.seed) if task.corrupts else train_features,  # type: ignore[arg-type]
+            train_dataset=Joined([rows, *(side.rows for side in sides)]) if sides else rows,  # type: ignore[arg-type]
             # Rows of one length together are evaluated with hardly any padding; what does not fit shows at once.
             eval_dataset=sorted(eval_features, key=lambda f: -len(f["input_ids"])),  # type: ignore[arg-type]
             compute_metrics=_metrics(task),
@@ -130,7 +135,10 @@ class CompressionTrainer(Trainer):
         else:
             # Without the wrapper that distributed training puts around it.
             plain: Any = self.model
-            terms, outputs = loss_terms(plain, inputs, self.context, model)
+            inputs = dict(inputs)
+            feed = int(inputs.pop(FEED, 0))
+            forward = self.sides[feed - 1].view if feed else model
+            terms, outputs = loss_terms(plain, inputs, self.context, forward, feed)
             loss = total(terms)
             if not math.isfinite(loss.item()):
                 self._refuse_loss(plain, terms, loss.item())
@@ -220,12 +228,25 @@ class CompressionTrainer(Trainer):
         """Batches of similar length, in an order that depends on seed and epoch alone."""
         features: Any = self.train_dataset
         batch_size = self.args.train_batch_size
+        if self.sides:
+            return self._mixed_dataloader(features, batch_size)
         # Neighbouring batches are one step's: each process takes one of them.
         step_size = batch_size * ranks.count()
-        lengths = [len(features[i]["input_ids"]) for i in range(len(features))]
-        sampler = LengthGroupedSampler(lengths, step_size, self.args.seed, features)
+        sampler = LengthGroupedSampler(lengths_of(features), step_size, self.args.seed, features)
         loader = DataLoader(features, batch_size=batch_size, sampler=sampler, collate_fn=self.data_collator)
         return self.accelerator.prepare(loader)
+
+    def _mixed_dataloader(self, joined: Joined, batch_size: int) -> DataLoader:
+        """Batches of one feed each."""
+        lengths = [lengths_of(joined.parts[0]), *(side.lengths for side in self.sides)]
+        samplers = [
+            LengthGroupedSampler(length, batch_size, self.args.seed, part)
+            for length, part in zip(lengths, joined.parts, strict=True)
+        ]
+        counts = [math.ceil(len(lengths[0]) / batch_size), *(side.batches for side in self.sides)]
+        collate = collate_by([self.task, *(side.task for side in self.sides)])
+        batches = MixedBatches(samplers, counts, batch_size, self.args.seed)
+        return self.accelerator.prepare(DataLoader(joined, batch_sampler=batches, collate_fn=collate))
 
 
 @contextmanager

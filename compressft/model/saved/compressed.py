@@ -28,11 +28,18 @@ EXTRA = "compressft.safetensors"
 
 
 @phase("saving")
-def save_compressed(model: nn.Module, tokenizer: Any, folder: Path, info: Mapping[str, Any]) -> None:
+def save_compressed(
+    model: nn.Module,
+    tokenizer: Any,
+    folder: Path,
+    info: Mapping[str, Any],
+    also: Mapping[str, Mapping[str, Tensor]] | None = None,
+) -> None:
     """Write a `model/` folder: Hugging Face layout with the real shapes, what only we know in files of our own.
 
     Args:
         info: recorded in the manifest (task, labels, ...), so that the folder can be evaluated on its own.
+        also: further tensors by the name of their file, which loading the model does not read.
     """
     from safetensors.torch import save_file
 
@@ -41,6 +48,8 @@ def save_compressed(model: nn.Module, tokenizer: Any, folder: Path, info: Mappin
         save_file(plain, target / WEIGHTS, metadata={"format": "pt"})
         if extra:
             save_file(extra, target / EXTRA, metadata={"format": "pt"})
+        for name, tensors in (also or {}).items():
+            save_file({key: value.contiguous() for key, value in tensors.items()}, target / name)
         uniform_config(model).save_pretrained(target)
         if tokenizer is not None:
             tokenizer.save_pretrained(target)

@@ -18,6 +18,7 @@ from compressft.model.source import load_tokenizer
 from compressft.recipe.program import Stage
 from compressft.recipe.recipe import Recipe
 from compressft.run.feed import load_feeds
+from compressft.run.mixed import seen
 from compressft.run.plan.footprint import export_bytes, parameters, saving_bytes, training_bytes
 from compressft.transform import Context
 
@@ -103,7 +104,7 @@ def plan(recipe: Recipe, memory: str | None = None) -> Prediction:
     for stage in recipe.stages:
         rows = feeds.of(stage)
         model = load_empty(recipe.model, rows.task.auto_class, **rows.task.model_arguments())
-        stages.append(_stage(stage, model, [len(row["input_ids"]) for row in rows.features(stage)[0]]))
+        stages.append(_stage(stage, model, seen(feeds, stage)))
         after = _larger(after, saving_bytes(model, bool(stage.passes)))
     after = {"saving": after}
     if recipe.export.enabled:
