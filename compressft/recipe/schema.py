@@ -44,7 +44,8 @@ def recipe_schema() -> dict[str, Any]:
     forms = {kind: _forms(kind, registry, definitions) for kind, registry in members().items()}
     stage = definitions["Stage"]["properties"]
     _put(whole["properties"], "task", forms["task"])
-    _put(stage, "task", {"anyOf": [forms["task"], {"type": "null"}]})
+    for properties in (stage, definitions["FeedConfig"]["properties"]):
+        _put(properties, "task", {"anyOf": [forms["task"], {"type": "null"}]})
     _put(stage, "method", forms["method"])
     for name, kind in (("objectives", "objective"), ("passes", "pass")):
         _put(stage, name, {"type": "array", "items": forms[kind]})

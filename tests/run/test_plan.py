@@ -10,6 +10,7 @@ import torch
 from compressft.errors import UserError
 from compressft.model.count import count
 from compressft.model.load import load_empty, load_model
+from compressft.recipe.program import parse_task
 from compressft.recipe.recipe import load_recipe, parse_recipe
 from compressft.run.plan.predict import Prediction, parse_bytes, plan
 from compressft.transform import Context
@@ -146,7 +147,7 @@ def test_a_vocabularys_logits_are_counted(recipe, tmp_path, batch, evaluated, ro
     chosen = recipe(family_folder=folder, train=train)
     model = load_model(str(folder), "AutoModelForCausalLM")
     assert plan(chosen).stages[0]["bytes"]["logits"] == 0
-    (stage,) = plan(chosen.model_copy(update={"task": "causal-lm"})).stages
+    (stage,) = plan(chosen.model_copy(update={"task": parse_task("causal-lm")})).stages
     assert stage["bytes"]["logits"] == 3 * 4 * rows * chosen.data.max_length * model.config.vocab_size
 
 
