@@ -13,6 +13,9 @@ TITLES = {"task": "Tasks", "method": "Methods", "objective": "Objectives", "pass
 SECTIONS = {
     "Stage": "A stage",
     "FeedConfig": "A feed",
+    "Select": "A selection of rows",
+    "SelectStep": "A selection as a step",
+    "RepeatStep": "A repeat",
     "DataConfig": "A source of rows",
     "AugmentConfig": "Rewritten rows",
     "TrainConfig": "Training",

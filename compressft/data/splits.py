@@ -96,6 +96,21 @@ def _unlabelled(config: DataConfig, fields: Fields, train: list[Row], mask: str 
     return rows
 
 
+def load_pool(config: DataConfig, fields: Fields, labelled: bool) -> list[Row]:
+    """The training rows of a source as a pool to choose from.
+
+    Args:
+        labelled: with the answers that its rows have; else inputs alone, whatever other columns there are.
+
+    Raises:
+        UserError: a file, column or row is wrong.
+    """
+    wanted = fields if labelled else Fields.of_inputs(fields)
+    columns = {name: column for name, column in config.columns.items() if name in wanted.all}
+    rows = canonical_rows(_raw(config)["train"], columns, wanted)
+    return _limited(rows, config.limit, config.seed) if config.limit else rows
+
+
 def _raw(config: DataConfig) -> dict[str, list[Row]]:
     if config.dataset:
         rows = hub_rows(config.dataset, config.subset)

@@ -22,6 +22,7 @@ from compressft.objectives import OBJECTIVES
 from compressft.passes import PASSES
 from compressft.recipe.explain import explain
 from compressft.recipe.parts import TrainConfig
+from compressft.recipe.steps import NAME, Select
 from compressft.tasks import TASKS
 from compressft.tasks.task import TaskSettings
 from compressft.transform import Transform
@@ -47,7 +48,7 @@ class FeedConfig(Strict):
 
 
 # Fields of a stage that were not there before stages had their own task and rows.
-LATER = {"task": None, "data": None, "feeds": [], "temperature": 1.0}
+LATER = {"task": None, "data": None, "feeds": [], "temperature": 1.0, "select": [], "start": None}
 
 
 class Stage(Strict):
@@ -56,13 +57,19 @@ class Stage(Strict):
     `task` and `data` (a source's name) are the recipe's where they are not given. `feeds` are several of both: each
     step takes a batch of one of them, and the first one's validation rows are the stage's, its head the one that goes
     on. Feeds without a `share` divide the steps by rows ** (1 / `temperature`).
+
+    `select` are selections made before the stage begins; `data` may be a list of a source and selections, whose rows
+    join the training rows. A stage goes on from the one before it, or from the one that `start` names ("base": the
+    recipe's model).
     """
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
+    name: str = Field(pattern=NAME)
     task: SerializeAsAny[TaskSettings] | None = None
-    data: str | None = None
+    data: str | tuple[str, ...] | None = None
     feeds: tuple[FeedConfig, ...] = ()
     temperature: float = Field(default=1.0, gt=0)
+    select: tuple[Select, ...] = ()
+    start: str | None = None
     method: SerializeAsAny[Transform] = Field(default_factory=Full)
     objectives: tuple[SerializeAsAny[Transform], ...] = ()
     passes: tuple[SerializeAsAny[Transform], ...] = ()
@@ -109,6 +116,8 @@ class Stage(Strict):
             double = {name for name in names if names.count(name) > 1}
             if double:
                 raise ValueError(f"{kind}: {sorted(double)} given twice; keep one")
+        if isinstance(self.data, tuple) and not self.data:
+            raise ValueError("data: names nothing; name a source, or leave it out")
         if self.feeds and (self.task is not None or self.data is not None):
             raise ValueError("feeds: each has its own task and data; remove the stage's, or its feeds")
         if len(self.feeds) == 1:

@@ -28,6 +28,7 @@ from compressft.recipe.document import override_all, read_document
 from compressft.recipe.explain import explain
 from compressft.recipe.parts import EVALUATION_BATCH, ExportConfig
 from compressft.recipe.program import Stage, listed, parse_member, parse_task
+from compressft.recipe.steps import Select, unrolled
 from compressft.tasks import TASKS
 from compressft.tasks.task import TaskSettings
 from compressft.utils.files import document_hash
@@ -39,11 +40,15 @@ Sources = dict[str, DataConfig]
 
 @dataclass(frozen=True)
 class Feed:
-    """What a stage trains on: a task bound to a source of rows; `source` is its name, "" where it has none."""
+    """What a stage trains on: a task bound to a source of rows; `source` is its name, "" where it has none.
+
+    `more` are selections whose rows join its training rows.
+    """
 
     task: TaskSettings
     source: str
     data: DataConfig
+    more: tuple[str, ...] = ()
 
     @property
     def field(self) -> str:
@@ -76,6 +81,11 @@ class Recipe(Strict):
     def _task(cls, value: Any) -> TaskSettings:
         return parse_task(value)
 
+    @field_validator("stages", mode="before")
+    @classmethod
+    def _flat(cls, value: Any) -> Any:
+        return unrolled(value)
+
     @field_validator("data", mode="plain", json_schema_input_type=DataConfig | Sources)
     @classmethod
     def _data(cls, value: Any) -> DataConfig | Sources:
@@ -101,16 +111,45 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _feeds(self) -> Recipe:
+        made: list[str] = []
         for position, stage in enumerate(self.stages):
+            where = f"stages.{position}"
+            for one in stage.select:
+                self._refuse_selection(one, [*made], position)
+                made.append(one.name)
             for number, one in enumerate(stage.feeds or (stage,)):
-                self._refuse_source(one.data, f"stages.{position}" + (f".feeds.{number}" if stage.feeds else ""))
+                first, *more = (one.data,) if not isinstance(one.data, tuple) else one.data
+                self._refuse_source(first, where + (f".feeds.{number}" if stage.feeds else ""))
+                for name in more:
+                    if name not in made:
+                        known = ", ".join(made) or "none"
+                        raise ValueError(f"{where}.data: {name!r} is no selection made before; made: {known}")
         used = [feed for stage in self.stages for feed in self.feeds(stage)]
+        pools = {one.pool for stage in self.stages for one in stage.select}
         for name in self.sources:
-            if all(feed.source != name for feed in used):
+            if all(feed.source != name for feed in used) and name not in pools:
                 raise ValueError(f"data.{name}: no stage trains on it; name it in a stage's data, or remove it")
         for feed in used:
             self._refuse_unlabelled(feed)
         return self
+
+    def _refuse_selection(self, select: Select, made: Sequence[str], position: int) -> None:
+        """Refuse a selection before stage `position`, of what is not there yet or cannot choose."""
+        where, sources = f"step {select.name!r}", self.sources
+        stages = {stage.name: stage for stage in self.stages[:position]}
+        if select.name in made or select.name in {stage.name for stage in self.stages} or select.name in sources:
+            raise ValueError(f"{where}: the name is taken; give it another")
+        if select.pool not in sources:
+            known = ", ".join(name for name in sources if name) or "none: the only one has no name"
+            raise ValueError(f"{where}: from {select.pool!r} is no source; named: {known}")
+        for name in select.by:
+            if name not in stages:
+                known = ", ".join(stages) or "none"
+                raise ValueError(f"{where}: by {name!r} is no stage before it; before: {known}{nearest(name, stages)}")
+        feeds = [self.feed(stages[name]) for name in select.by]
+        if any(feed.task != feeds[0].task for feed in feeds) or not TASKS[feeds[0].task.type].chooses:
+            able = " and ".join(name for name, task in TASKS.items() if task.chooses)
+            raise ValueError(f"{where}: its stages must have one task, of {able}")
 
     def _refuse_source(self, name: str | None, where: str) -> None:
         sources = self.sources
@@ -144,6 +183,11 @@ class Recipe(Strict):
             earlier = f"one of {', '.join(names[:-1])}" if names[:-1] else "nothing, there is none"
             raise ValueError(f"delta_from: {self.delta_from!r} is no earlier stage; name {earlier}")
         for position, stage in enumerate(self.stages):
+            if stage.start not in (None, "base", *names[:position]):
+                raise ValueError(
+                    f"stages.{position}.start: {stage.start!r} is neither base nor an earlier stage; "
+                    f"earlier: {', '.join(names[:position]) or 'none'}"
+                )
             for objective in stage.objectives:
                 teacher = getattr(objective, "teacher", None)
                 if teacher in names[position:]:
@@ -151,7 +195,7 @@ class Recipe(Strict):
                         f"stages.{position}: objective {objective.type!r} takes stage {teacher!r} as its teacher, "
                         "which has not run by then; name an earlier stage"
                     )
-                if teacher in names and self.feed(self.stages[names.index(teacher)]) != self.feed(stage):
+                if teacher in names and not _alike(self.feed(self.stages[names.index(teacher)]), self.feed(stage)):
                     raise ValueError(
                         f"stages.{position}: objective {objective.type!r} takes stage {teacher!r} as its teacher, "
                         "which has another task or other data; name one of the same"
@@ -175,9 +219,11 @@ class Recipe(Strict):
         """What a stage trains on, one feed or several; the first is the one that it is validated on."""
         sources = self.sources
         chosen = [(one.task, one.data) for one in stage.feeds] or [(stage.task, stage.data)]
-        first = next(iter(sources))
-        named = [(task or self.task, first if source is None else source) for task, source in chosen]
-        return tuple(Feed(task, source, sources[source]) for task, source in named)
+        found = []
+        for task, named in chosen:
+            names = (named,) if isinstance(named, str) else named or (next(iter(sources)),)
+            found.append(Feed(task or self.task, names[0], sources[names[0]], names[1:]))
+        return tuple(found)
 
     def feed(self, stage: Stage) -> Feed:
         """The first of a stage's feeds."""
@@ -201,6 +247,11 @@ class Recipe(Strict):
     def hash(self) -> str:
         """Content hash, "sha256:..."; equal recipes have equal hashes."""
         return document_hash(json.loads(self.model_dump_json()))
+
+
+def _alike(one: Feed, other: Feed) -> bool:
+    """Whether two feeds have the same task and labels, whatever selections join them."""
+    return (one.task, one.source) == (other.task, other.source)
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:

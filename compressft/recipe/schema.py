@@ -12,6 +12,7 @@ from compressft.methods import METHODS
 from compressft.objectives import OBJECTIVES
 from compressft.passes import PASSES
 from compressft.recipe.recipe import Recipe
+from compressft.recipe.steps import MOST
 from compressft.tasks import TASKS
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -49,6 +50,7 @@ def recipe_schema() -> dict[str, Any]:
     _put(stage, "method", forms["method"])
     for name, kind in (("objectives", "objective"), ("passes", "pass")):
         _put(stage, name, {"type": "array", "items": forms[kind]})
+    _put_steps(whole["properties"], definitions)
     _put(whole["properties"], "analyses", {"type": "array", "items": forms["analysis"]})
     whole["properties"]["extends"] = EXTENDS
     # What a recipe extends may hold what it requires.
@@ -56,6 +58,38 @@ def recipe_schema() -> dict[str, Any]:
     for name in ("TaskSettings", "Transform", "Analysis"):
         definitions.pop(name, None)
     return {"$schema": DIALECT, **whole, "$defs": dict(sorted(definitions.items()))}
+
+
+def _put_steps(properties: dict[str, Any], definitions: dict[str, Any]) -> None:
+    """Between its stages a recipe may have selections and repeats, which are unrolled when it is read."""
+    select = definitions["Select"]
+    fields = select["properties"]
+    fields["from"] = fields.pop("pool") | {"title": "From"}
+    fields["by"] = {"anyOf": [{"type": "string"}, fields["by"]]}
+    select["required"] = ["by", "from", "name"]
+    # As a step, its name is the step's.
+    unnamed = {**select, "required": ["by", "from"], "title": "Selection"}
+    unnamed["properties"] = {name: form for name, form in fields.items() if name != "name"}
+    definitions["SelectStep"] = {
+        "description": "Choose rows before the next stage trains; its `data` may name them.",
+        "type": "object",
+        "properties": {"name": fields["name"], "select": unnamed},
+        "required": ["name", "select"],
+        "additionalProperties": False,
+    }
+    steps = [{"$ref": f"#/$defs/{name}"} for name in ("Stage", "SelectStep", "RepeatStep")]
+    inside = {"anyOf": [{"type": "string"}, *steps[:2]]}
+    definitions["RepeatStep"] = {
+        "description": "Copies of earlier steps, or of steps that are written here.",
+        "type": "object",
+        "properties": {
+            "repeat": {"type": "integer", "minimum": 1, "maximum": MOST},
+            "stages": {"type": "array", "items": inside, "minItems": 1},
+        },
+        "required": ["repeat", "stages"],
+        "additionalProperties": False,
+    }
+    properties["stages"]["items"] = {"anyOf": steps}
 
 
 def _put(properties: dict[str, Any], name: str, form: Mapping[str, Any]) -> None:

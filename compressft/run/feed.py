@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from compressft.data.splits import Splits, load_splits
+from compressft.data.rows import Row
+from compressft.data.splits import Splits, load_pool, load_splits
 from compressft.model.labels import in_order_of, refuse_alike
 from compressft.model.source import resolve
 from compressft.recipe.program import Stage
@@ -28,13 +29,14 @@ class FeedRows:
         self.feed = feed
         self.task = task
         self.splits = splits
+        self.joined: list[Row] = []
         self._encoded: dict[str, list[dict[str, Any]]] = {}
 
     def _rows(self, name: str) -> list[dict[str, Any]]:
         if name not in self._encoded:
             encode = self.task.encode_unlabelled if name == "unlabelled" else self.task.encode
             with phase("loading"):
-                rows = getattr(self.splits, name)
+                rows = getattr(self.splits, name) + (self.joined if name == "train" else [])
                 self._encoded[name] = encode(rows) if rows else []
         return self._encoded[name]
 
@@ -58,6 +60,11 @@ class FeedRows:
         """Tokens of each row of all splits."""
         names = ("train", "validation", "unlabelled", "test")
         return [len(row["input_ids"]) for name in names for row in self._rows(name)]
+
+    def take(self, rows: list[Row]) -> None:
+        """Train on these rows of selections too."""
+        self.joined = rows
+        self._encoded.pop("train", None)
 
     def retokenise(self, tokenizer: Any) -> None:
         """Go on with another tokenizer."""
@@ -90,6 +97,7 @@ class Feeds:
     def __init__(self, recipe: Recipe, rows: Sequence[FeedRows]) -> None:
         self.recipe = recipe
         self.all = tuple(rows)
+        self.joined: dict[str, list[Row]] = {}
 
     def of(self, stage: Stage) -> FeedRows:
         """The rows of a stage's first feed."""
@@ -103,6 +111,13 @@ class Feeds:
     def shipped(self) -> FeedRows:
         """Those of the last stage."""
         return self.of(self.recipe.stages[-1])
+
+    def join(self, name: str, rows: list[Row]) -> None:
+        """A selection was made: its rows join the feeds that name it."""
+        self.joined[name] = rows
+        for one in self.all:
+            if name in one.feed.more:
+                one.take([row for more in one.feed.more for row in self.joined.get(more, ())])
 
     def retokenise(self, tokenizer: Any) -> None:
         """Go on with another tokenizer, everywhere."""
@@ -141,7 +156,14 @@ def load_feeds(recipe: Recipe, tokenizer: Any) -> Feeds:
     found: list[Feed] = []
     for stage in recipe.stages:
         found += [feed for feed in recipe.feeds(stage) if feed not in found]
-    return Feeds(recipe, [load_feed(feed, recipe.model, tokenizer) for feed in found])
+    feeds = Feeds(recipe, [load_feed(feed, recipe.model, tokenizer) for feed in found])
+    by_name = {stage.name: stage for stage in recipe.stages}
+    for stage in recipe.stages:
+        for select in stage.select:
+            task = feeds.of(by_name[select.by[0]]).task
+            for row in load_pool(recipe.sources[select.pool], task.fields, select.type == "uncertain"):
+                task.refuse_other_label(row)
+    return feeds
 
 
 def load_shipped(recipe: Recipe, tokenizer: Any) -> FeedRows:

@@ -18,12 +18,14 @@ from compressft.model.load import answers_others
 from compressft.model.saved.compressed import load_compressed, save_compressed
 from compressft.model.shrink import shapes
 from compressft.model.source import load_tokenizer, resolve
+from compressft.recipe.program import Stage
 from compressft.recipe.recipe import Recipe
 from compressft.run.costs import known_costs
 from compressft.run.donors import donor, fresh, kept_heads
 from compressft.run.feed import FeedRows, Feeds, model_info
 from compressft.run.mixed import take_heads
 from compressft.run.records import Begun, Run, Spent, Trained
+from compressft.run.select import make_selections
 from compressft.run.stage import train_stage
 from compressft.utils import ranks
 from compressft.utils.foreign import load_config
@@ -43,8 +45,12 @@ def train_stages(run: Run, feeds: Feeds) -> Trained:
     records: list[dict[str, Any]] = []
     for stage in recipe.stages:
         record = folder.finished(stage.name)
+        make_selections(run, feeds, stage)
         if record is None:
             rows = feeds.of(stage)
+            if stage.start is not None:
+                with phase("loading"):
+                    model, head = begin_at(run, feeds, stage)
             if rows.task.key != head:
                 with phase("loading"):
                     model = with_head(model, donor(run, feeds, stage, rows.task), f"stages.{stage.name}")
@@ -59,13 +65,29 @@ def train_stages(run: Run, feeds: Feeds) -> Trained:
         else:
             with phase("loading"):
                 model = load_compressed(folder.stage(stage.name))
-            tokenizer = load_tokenizer(str(folder.stage(stage.name)))
-            if len(tokenizer) != len(feeds.of(stage).task.tokenizer):
-                feeds.retokenise(tokenizer)
+            follow_tokenizer(feeds, str(folder.stage(stage.name)))
         head = feeds.of(stage).task.key
         records.append(record)
         give_back()
     return Trained(model.cpu().eval(), records)
+
+
+def begin_at(run: Run, feeds: Feeds, stage: Stage) -> tuple[Any, Any]:
+    """The model that a stage's `start` names, and the task and labels of its head."""
+    if stage.start == "base":
+        follow_tokenizer(feeds, run.recipe.model)
+        task = feeds.of(stage).task
+        return fresh(run.recipe, task, stage.train.seed), task.key
+    named = next(one for one in run.recipe.stages if one.name == stage.start)
+    follow_tokenizer(feeds, str(run.folder.stage(named.name)))
+    return load_compressed(run.folder.stage(named.name)), feeds.of(named).task.key
+
+
+def follow_tokenizer(feeds: Feeds, source: str) -> None:
+    """Go on with a model's own tokenizer, where a pass has cut one."""
+    tokenizer = load_tokenizer(source)
+    if len(tokenizer) != len(feeds.all[0].task.tokenizer):
+        feeds.retokenise(tokenizer)
 
 
 def start(run: Run, feeds: Feeds) -> Begun:

@@ -20,6 +20,7 @@ class SequenceClassification(Task):
     auto_class = "AutoModelForSequenceClassification"
     metric = "accuracy"
     teachable = True
+    chooses = True
 
     def encode(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
         features = self._tokenise(rows)

@@ -53,6 +53,8 @@ class Task(ABC):
     settings_class: ClassVar[type[TaskSettings]] = TaskSettings
     # Whether rows may lack their label while a teacher answers.
     teachable: ClassVar[bool] = False
+    # Whether its outputs say how sure they are of a row's one label, by which rows can be chosen.
+    chooses: ClassVar[bool] = False
     # Whether training changes each row anew in every epoch (`corrupt`).
     corrupts: ClassVar[bool] = False
     # What features keep for that; no batch has it.
@@ -153,6 +155,11 @@ class Task(ABC):
 
     def _collate_labels(self, labels: list[Any], width: int) -> Tensor:
         return torch.tensor(labels)
+
+    def refuse_other_label(self, row: Row) -> None:
+        """UserError where a row has a label that training does not know."""
+        if self.fields.label is not None and self.fields.label in row:
+            self._label(row, self.fields.label, row[self.fields.label])
 
     def _label(self, row: Row, name: str, value: str) -> int:
         if value not in self.label_ids:

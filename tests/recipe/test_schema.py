@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from compressft.recipe.document import shipped_recipes
-from compressft.recipe.recipe import load_recipe
+from compressft.recipe.recipe import load_recipe, parse_recipe
 from compressft.recipe.schema import members, recipe_schema
 
 
@@ -44,8 +44,21 @@ GOOD = {
 }
 
 
+PROGRAM = [
+    {"name": "first", "data": "mine"},
+    {"name": "pool", "select": {"type": "uncertain", "rows": 5, "by": "first", "from": "texts"}},
+    {"name": "next", "data": ["mine", "pool"], "start": "base"},
+    {"repeat": 2, "stages": ["pool", {"name": "more", "data": "mine"}]},
+]
+
+
 def test_programs_of_stages_fit(check):
     assert check(GOOD) == []
+    assert check({**GOOD, "stages": PROGRAM}) == []
+    assert check({**GOOD, "stages": [*PROGRAM[:2], {"repeat": 0, "stages": ["first"]}]})
+    assert check({**GOOD, "stages": [{"name": "pool", "select": {"by": "first", "form": "texts"}}]})
+    resolved = parse_recipe({**GOOD, "stages": PROGRAM, "analyses": []})
+    assert check(json.loads(resolved.model_dump_json())) == []
 
 
 @pytest.mark.parametrize(
