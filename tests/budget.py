@@ -20,7 +20,7 @@ BUDGET = {
     # Importing and collecting, all processes.
     "collection": 55,
     "tests/run": 260,
-    "tests/export": 200,
+    "tests/export": 190,
     "tests/methods": 160,
     "tests": 100,
     "tests/kernels": 100,

@@ -66,6 +66,7 @@ def test_task_vectors_apply(old):
     check(base, "teacher")
 
 
+@pytest.mark.dear
 @pytest.mark.parametrize("run", RUNS)
 def test_runs_are_scored_and_reported(old, run, call):
     report = json.loads(Path(f"{run}/report/report.json").read_text())

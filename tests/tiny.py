@@ -174,7 +174,8 @@ def fit(
     context: Context | None = None,
 ) -> None:
     """Train on the batches in turn, calling the hooks as the trainer does: before step 1 and after each update."""
-    context = context or Context(transforms=transforms)
+    context = context or Context()
+    context.transforms = transforms
     torch.manual_seed(0)
     model.train()
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)

@@ -6,6 +6,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,17 @@ SHIPPED_FIELDS = ("task", "labels", "max_length", "columns", "metric", "model")
 EVALUATED = ("validation", "test")
 
 
+@dataclass(frozen=True)
+class Shipped:
+    """What an export is of: the run, its task with the shipped tokenizer, encoded rows by split, model/'s manifest."""
+
+    recipe: Recipe
+    root: Path
+    task: Task
+    encoded: Mapping[str, list[dict[str, Any]]]
+    manifest: Mapping[str, Any]
+
+
 @phase("export")
 def export(recipe: Recipe, root: Path, splits: Splits, console: Console) -> dict[str, Any]:
     """Export `root/model` to `root/onnx`, prove it and measure it.
@@ -74,6 +86,7 @@ def export(recipe: Recipe, root: Path, splits: Splits, console: Console) -> dict
     refuse_model(recipe, model)
     baseline = baseline_folder(recipe, root)
     encoded = {name: task.encode(rows) for name, rows in vars(splits).items() if name in EVALUATED and rows}
+    shipped = Shipped(recipe, root, task, encoded, manifest)
     report = describe_run(recipe, root, model, baseline)
     cut = task.cut([*splits.train, *splits.validation, *splits.test])
     if cut and any(one.type == "vocabulary" for stage in recipe.stages for one in stage.passes):
@@ -100,7 +113,7 @@ def export(recipe: Recipe, root: Path, splits: Splits, console: Console) -> dict
 
     def write_and_prove(target: Path) -> None:
         with doing("exporting to ONNX"):
-            write_onnx(model, tokenizer, task, encoded, recipe, manifest, target)
+            write_onnx(shipped, model, target)
         give_back()
         console.print("exported to ONNX; verifying", highlight=False)
         proof = portability(target / "model.onnx")
@@ -112,7 +125,7 @@ def export(recipe: Recipe, root: Path, splits: Splits, console: Console) -> dict
         # A file that is known to be wrong on some processors is so on this one, or it is not: the outcome is the same.
         failed = [check for check in checks if check.failure and (not proof.saturates or check.kernels == "exact")]
         if failed and not recipe.smoke:
-            raise VerificationError(blame(target, root / "onnx.failed", model, task, encoded, failed[0]))
+            raise VerificationError(blame(shipped, model, target, failed[0]))
         if has_cache(recipe):
             continued = continue_rows(target / "model.onnx", model, task, next(iter(encoded.values())))
             report["continuation"] = [one.row() for one in continued]
@@ -136,7 +149,7 @@ def export(recipe: Recipe, root: Path, splits: Splits, console: Console) -> dict
     report["verification"] = [check.row() for check in checks]
     report["quality"] = quality
     release(model)
-    measure(recipe, root, task, encoded, baseline, report, console)
+    measure(shipped, baseline, report, console)
     found = reached(recipe, model, report, stage_record(root, recipe.stages[0].name)["base"]["shapes"])
     report["targets"] = [one.row() for one in found]
     report["notes"] += [note for one in found if (note := one.note())]
@@ -256,17 +269,10 @@ def stage_record(root: Path, name: str) -> dict[str, Any]:
     return read_manifest(root / "stages" / name, "model", ("stage",))["stage"]
 
 
-def write_onnx(
-    model: nn.Module,
-    tokenizer: Any,
-    task: Task,
-    encoded: Mapping[str, list[dict[str, Any]]],
-    recipe: Recipe,
-    manifest: Mapping[str, Any],
-    target: Path,
-) -> None:
+def write_onnx(shipped: Shipped, model: nn.Module, target: Path) -> None:
     """Write `model.onnx`, tokenizer, configuration and manifest into a folder."""
-    inputs: Mapping[str, Any] = sample_batch(task, encoded)
+    recipe, task, manifest = shipped.recipe, shipped.task, shipped.manifest
+    inputs: Mapping[str, Any] = sample_batch(task, shipped.encoded)
     if has_cache(recipe):
         inputs = with_cache(model, inputs)
     graph = to_graph(fold(model), inputs)
@@ -274,7 +280,7 @@ def write_onnx(
         fuse_qattention(graph)
     save(graph, target / "model.onnx")
     drop_weights(graph)
-    tokenizer.save_pretrained(target)
+    task.tokenizer.save_pretrained(target)
     # Readers of a cache take the number of heads from there.
     uniform_config(model).save_pretrained(target)
     if has_cache(recipe):
@@ -296,16 +302,10 @@ def sample_batch(task: Task, encoded: Mapping[str, list[dict[str, Any]]]) -> dic
     return task.collate(inputs)
 
 
-def blame(
-    folder: Path,
-    aside: Path,
-    model: nn.Module,
-    task: Task,
-    encoded: Mapping[str, list[dict[str, Any]]],
-    check: Check,
-) -> str:
-    """Why the export failed and where it diverged; the folder is moved `aside` so that nobody ships it."""
-    where = diverging_layer(folder / "model.onnx", model, sample_batch(task, encoded), exact=check.kernels == "exact")
+def blame(shipped: Shipped, model: nn.Module, folder: Path, check: Check) -> str:
+    """Why the export failed and where it diverged; the folder is moved aside so that nobody ships it."""
+    sample, aside = sample_batch(shipped.task, shipped.encoded), shipped.root / "onnx.failed"
+    where = diverging_layer(folder / "model.onnx", model, sample, exact=check.kernels == "exact")
     ran = f"{check.split}, batch {check.batch}, {check.kernels} kernels"
     return f"export: {check.failure} ({ran}); {where}; the file is kept in {set_aside(folder, aside)}"
 
@@ -317,16 +317,9 @@ def set_aside(folder: Path, aside: Path) -> Path:
 
 
 @phase("latency")
-def measure(
-    recipe: Recipe,
-    root: Path,
-    task: Task,
-    encoded: Mapping[str, list[dict[str, Any]]],
-    baseline: Path | None,
-    report: dict[str, Any],
-    console: Console,
-) -> None:
+def measure(shipped: Shipped, baseline: Path | None, report: dict[str, Any], console: Console) -> None:
     """Latency and bytes against the uncompressed model: its fp32 ONNX as transformers exports it, and torch eager."""
+    recipe, root, task, encoded = shipped.recipe, shipped.root, shipped.task, shipped.encoded
     console.print("measuring latency", highlight=False)
     with tempfile.TemporaryDirectory(prefix=MEASURING, dir=root) as scratch:
         dense_folder = baseline or Path(scratch) / "dense"

@@ -17,7 +17,7 @@ from compressft.modules.linear import CompressedLinear
 from compressft.modules.quantizer import Int4Quantizer, Int8Quantizer, TableQuantizer
 
 
-class Adapted(nn.Module):
+class WithAdapter(nn.Module):
     """A deployed layer followed by the adapter of its slot."""
 
     def __init__(self, inner: nn.Module, adapter: nn.Module) -> None:
@@ -101,4 +101,4 @@ def deployed_linear(linear: CompressedLinear, tables: Mapping[Tensor, nn.Module]
         new = TableLinear((tables or {})[linear.weight], linear.bias)
     else:
         raise ValueError(f"fold: no deployed form of {type(quantizer).__name__}")
-    return new if adapter is None else Adapted(new, adapter)
+    return new if adapter is None else WithAdapter(new, adapter)

@@ -59,9 +59,11 @@ class _Calls(Recorder):
         self.windows: dict[int, int | None] = {}
         self.more: dict[int, list[str]] = {}
 
-    def take(self, module: nn.Module, *given: Any) -> None:
-        super().take(module, *given)
-        number, arguments = self.modules.get(module), given[-1]
+    def take(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+    ) -> None:
+        super().take(module, query, key, value, mask, kwargs)
+        number, arguments = self.modules.get(module), kwargs
         if number is not None:
             self.windows[number] = arguments.get("sliding_window")
             self.more[number] = [what for name, what in MORE.items() if arguments.get(name) is not None]

@@ -173,7 +173,7 @@ def write_samples(deployment: Deployment, folder: Path) -> Samples:
         grids = sample_shapes(deployment)
         largest = {name: max(shape[name] for shape in grids) for name in grids[0]}
         smallest = {name: min(shape[name] for shape in grids) for name in grids[0]}
-        sample, short = [*grids, largest], [smallest] * SHORT
+        sample, short, first_token = [*grids, largest], [smallest] * SHORT, False
         for name, layers in steps((("sample", sample), ("short", short)), "exporting models to time"):
             model = sample_model(deployment, layers)
             inputs = with_cache(model, deployment.inputs) if deployment.cache else deployment.inputs
@@ -182,7 +182,8 @@ def write_samples(deployment: Deployment, folder: Path) -> Samples:
                 fuse_qattention(graph)
             label_nodes(graph, anatomy(model))
             save(graph, folder / f"{name}.onnx")
-    return Samples(folder, sample, short, computes_first_token(graph))
+            first_token = computes_first_token(graph)
+    return Samples(folder, sample, short, first_token)
 
 
 def time_samples(samples: Samples, deployment: Deployment, batch: int, length: int, timer: Timer) -> CostTable:

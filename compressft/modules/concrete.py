@@ -51,7 +51,7 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         values, z = ctx.saved_tensors
         temperature, low, high = ctx.constants
         wanted = ctx.needs_input_grad

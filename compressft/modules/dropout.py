@@ -28,8 +28,8 @@ def drop(x: Tensor, p: float, training: bool = True) -> Tensor:
 class Dropout(nn.Dropout):
     """`nn.Dropout` by `drop`."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return drop(x, self.p, self.training)
+    def forward(self, input: Tensor) -> Tensor:
+        return drop(input, self.p, self.training)
 
 
 def quicken(model: nn.Module) -> None:

@@ -71,7 +71,7 @@ def _timed_stage(recipe: Recipe, stage: Stage, feeds: Feeds, steps: int) -> dict
     from compressft.model.count import count
     from compressft.model.surgery import checkpoint_activations
     from compressft.run.donors import add_sides, fresh
-    from compressft.run.trainer import CompressionTrainer
+    from compressft.run.trainer import CompressionTrainer, Lesson
     from compressft.transform import Context
 
     device, rows = "cuda" if torch.cuda.is_available() else "cpu", feeds.of(stage)
@@ -98,9 +98,8 @@ def _timed_stage(recipe: Recipe, stage: Stage, feeds: Feeds, steps: int) -> dict
         checkpoint_activations(model)
     config = stage.train.model_copy(update={"max_steps": steps + WARM_STEPS, "save": "no"})
     with tempfile.TemporaryDirectory(prefix="compressft-benchmark-") as scratch:
-        trainer = CompressionTrainer(
-            model, rows.task, config, context, *rows.features(stage), Path(scratch), [Clock()], sides
-        )
+        lesson = Lesson(rows.task, config, *rows.features(stage), sides)
+        trainer = CompressionTrainer(model, lesson, context, Path(scratch), [Clock()])
         trainer.args.eval_strategy = "no"  # type: ignore[assignment]
         trainer.train()
     (start, first_examples, first_tokens), (end, examples, tokens) = seen[WARM_STEPS - 1], seen[-1]

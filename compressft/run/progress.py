@@ -11,11 +11,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from rich.console import Console
 from rich.progress import Progress
 from transformers import TrainerCallback
 
-from compressft.run.folder import RunFolder
+from compressft.recipe.program import Stage
+from compressft.run.records import Run
 from compressft.tasks.task import Task
 from compressft.utils import ranks
 from compressft.utils.phases import PATIENCE, SECONDS, columns, keep, phase, telling_itself
@@ -29,16 +29,14 @@ class Reporter(TrainerCallback):
         spent: seconds this stage trained before a resume.
     """
 
-    def __init__(
-        self, folder: RunFolder, stage: str, task: Task, keep: int, offset: int, spent: float, console: Console
-    ) -> None:
-        self.folder = folder
-        self.stage = stage
+    def __init__(self, run: Run, stage: Stage, task: Task, offset: int, spent: float) -> None:
+        self.folder = run.folder
+        self.console = run.console
+        self.stage = stage.name
+        self.keep = stage.train.keep_checkpoints
         self.task = task
-        self.keep = keep
         self.offset = offset
         self.spent = spent
-        self.console = console
         self.trainer: Any = None
         self.interrupted = False
         self.evaluations: list[dict[str, float]] = []

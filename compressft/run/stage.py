@@ -46,7 +46,7 @@ def train_stage(run: Run, stage: Stage, model: nn.Module, feeds: Feeds, spent: S
         from transformers import set_seed
 
         from compressft.run.progress import Reporter
-        from compressft.run.trainer import CompressionTrainer
+        from compressft.run.trainer import CompressionTrainer, Lesson
 
     folder, offset, rows = run.folder, spent.steps, feeds.of(stage)
     set_seed(stage.train.seed)
@@ -86,13 +86,10 @@ def train_stage(run: Run, stage: Stage, model: nn.Module, feeds: Feeds, spent: S
         )
     done = manifest.get("done", False)
     folder.rewind(manifest["step"], evaluated=not done)
-    reporter = Reporter(
-        folder, stage.name, task, stage.train.keep_checkpoints, offset, manifest["seconds"], run.console
-    )
+    reporter = Reporter(run, stage, task, offset, manifest["seconds"])
     train, validation = rows.features(stage)
-    trainer = CompressionTrainer(
-        model, task, stage.train, context, train, validation, folder.staging, [reporter], sides
-    )
+    lesson = Lesson(task, stage.train, train, validation, sides)
+    trainer = CompressionTrainer(model, lesson, context, folder.staging, [reporter])
     reporter.trainer = trainer
     if ranks.first():
         trainer.tokens, trainer.examples = manifest.get("tokens", 0), manifest.get("examples", 0)

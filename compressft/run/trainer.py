@@ -7,6 +7,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -65,6 +66,17 @@ class Trims(TrainerCallback):
             trim()
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """What a stage trains on and how: features without padding, `labels` as the task has them."""
+
+    task: Task
+    config: TrainConfig
+    train: Sequence[dict[str, Any]]
+    validation: Sequence[dict[str, Any]]
+    sides: Sequence[Side] = ()
+
+
 class CompressionTrainer(Trainer):
     """transformers.Trainer with the Transforms' loss terms, parameter groups and hooks.
 
@@ -77,19 +89,16 @@ class CompressionTrainer(Trainer):
     def __init__(
         self,
         model: nn.Module,
-        task: Task,
-        config: TrainConfig,
+        lesson: Lesson,
         context: Context,
-        train_features: Sequence[dict[str, Any]],
-        eval_features: Sequence[dict[str, Any]],
         output: Path,
         callbacks: Sequence[TrainerCallback] = (),
-        sides: Sequence[Side] = (),
     ) -> None:
+        task, config, sides = lesson.task, lesson.config, lesson.sides
         self.task = task
         self.context = context
         self.sides = list(sides)
-        rows: Any = Corrupted(train_features, task, config.seed) if task.corrupts else train_features
+        rows: Any = Corrupted(lesson.train, task, config.seed) if task.corrupts else lesson.train
         self.transforms = list(context.transforms)
         self.terms: dict[str, float] = defaultdict(float)
         self.tokens = 0
@@ -103,7 +112,7 @@ class CompressionTrainer(Trainer):
             data_collator=task.collate,
             train_dataset=Joined([rows, *(side.rows for side in sides)]) if sides else rows,  # type: ignore[arg-type]
             # Rows of one length together are evaluated with hardly any padding; what does not fit shows at once.
-            eval_dataset=sorted(eval_features, key=lambda f: -len(f["input_ids"])),  # type: ignore[arg-type]
+            eval_dataset=sorted(lesson.validation, key=lambda f: -len(f["input_ids"])),  # type: ignore[arg-type]
             compute_metrics=_metrics(task),
             preprocess_logits_for_metrics=_evidence(task),
             callbacks=[Hooks(self.transforms), Trims(), *callbacks],

@@ -90,7 +90,7 @@ class MaskedLM(Task):
         ids: list[int] = []
         words: list[int | None] = []
         for row in steps(rows, ENCODING):
-            encoded, seen = self.tokenizer(row["text"], add_special_tokens=False), len(ids)
+            encoded, seen = self.tokenizer(row["text"], add_special_tokens=False, verbose=False), len(ids)
             ids += encoded["input_ids"]
             words += [None if word is None else seen + word for word in encoded.word_ids(0)]
             if self.tokenizer.sep_token_id is not None:

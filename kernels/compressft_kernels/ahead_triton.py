@@ -33,13 +33,13 @@ class _Absent(DriverBase):
         self.target = GPUTarget("cuda", capability, 32)
 
     @classmethod
-    def is_active(cls) -> bool:
+    def is_active(cls) -> bool:  # type: ignore[override]
         return False
 
     def map_python_to_cpp_type(self, ty: str) -> str:
         raise NotImplementedError
 
-    def get_current_target(self) -> GPUTarget:
+    def get_current_target(self) -> GPUTarget:  # type: ignore[override]
         return self.target
 
     def get_active_torch_device(self) -> Any:

@@ -10,11 +10,12 @@ import torch
 from compressft.data.rows import read_rows
 from compressft.errors import UserError
 from compressft.evaluation.inputs import empty_past
-from compressft.evaluation.logits import places
-from compressft.export import refuse, verify
+from compressft.evaluation.logits import model_run, places
+from compressft.evaluation.logits import scored as scored_by
+from compressft.export import refuse
 from compressft.export.cache import with_cache
 from compressft.export.continuation import chunks, continue_rows, model_chunks, padded_left, session_chunks
-from compressft.export.flow import write_onnx
+from compressft.export.flow import Shipped, write_onnx
 from compressft.export.fold import fold
 from compressft.export.locate import diverging_layer
 from compressft.export.onnx import save, to_graph
@@ -80,7 +81,7 @@ def stories(tmp_path_factory):
     features = task.encode(read_rows(write_jsonl(folder / "rows.jsonl", [{"text": text}])))
     recipe = parse_recipe(document(STORIES, folder / "rows.jsonl", task="causal-lm"))
     manifest = {"task": "causal-lm", "labels": [], "max_length": 24, "columns": {}, "metric": "perplexity", "model": ""}
-    write_onnx(model, tokenizer, task, {"validation": features}, recipe, manifest, folder)
+    write_onnx(Shipped(recipe, folder, task, {"validation": features}, manifest), model, folder)
     return model, task, features, folder
 
 
@@ -123,7 +124,7 @@ def test_everybody_feeds_it(stories):
     model, task, features, folder = stories
     scored = evaluate(folder, folder / "rows.jsonl")
     assert scored["perplexity"] == pytest.approx(
-        verify.scored(verify.model_run(model, task), task, features)["perplexity"], rel=1e-4
+        scored_by(model_run(model, task), task, features)["perplexity"], rel=1e-4
     )
     batch = task.collate([{k: v for k, v in row.items() if k != "labels"} for row in features[:3]])
     assert diverging_layer(folder / "model.onnx", model, batch).startswith("all 5 layers agree")

@@ -10,7 +10,7 @@ from onnx import numpy_helper
 
 from compressft.evaluation.logits import labels_of, model_logits, model_run
 from compressft.evaluation.scores import Scores
-from compressft.export.flow import blame
+from compressft.export.flow import Shipped, blame
 from compressft.export.locate import diverging_layer
 from compressft.export.verify import Comparison, Ran, verify
 from compressft.recipe.parts import ExportConfig
@@ -76,9 +76,8 @@ def test_wrong_file_is_put_aside(exported, tmp_path):
         path = tmp_path / "onnx" / "model.onnx"
         spoil(model.path, path, "layer.1.output.dense")
         check = verify(path, model.model, model.task, {"test": model.features}, LIMITS)[0]
-        message = blame(
-            path.parent, path.parent.with_name("onnx.failed"), model.model, model.task, {"test": model.features}, check
-        )
+        shipped = Shipped(None, tmp_path, model.task, {"test": model.features}, {})
+        message = blame(shipped, model.model, path.parent, check)
         assert (
             "bert.encoder.layer.1" in message
             and "(test, batch 1, exact kernels)" in message

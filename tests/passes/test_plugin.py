@@ -9,7 +9,7 @@ import torch
 from compressft.model.source import load_tokenizer
 from compressft.passes import PASSES
 from compressft.recipe.program import Stage
-from compressft.run.trainer import CompressionTrainer
+from compressft.run.trainer import CompressionTrainer, Lesson
 from compressft.tasks import make_task
 from compressft.transform import Context
 from tests.tiny import tiny
@@ -76,7 +76,9 @@ def test_a_new_pass_is_one_file_and_one_row(clip, tmp_path):
     context = Context(transforms=stage.transforms)
     for transform in stage.transforms:
         transform.prepare(model, context)
-    trainer = CompressionTrainer(model, task, stage.train, context, features, features[:4], tmp_path / "checkpoints")
+    trainer = CompressionTrainer(
+        model, Lesson(task, stage.train, features, features[:4]), context, tmp_path / "checkpoints"
+    )
     trainer.train()
     assert model.seen.tolist() == [1.0, 1.5, 2.0], "called at the start and after each of the two steps"
     assert trainer.drain_terms().keys() == {"task", "clip.size"}

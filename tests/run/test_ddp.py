@@ -30,7 +30,7 @@ from compressft.passes.structured import Structured
 from compressft.recipe.parts import TrainConfig
 from compressft.recipe.recipe import load_recipe
 from compressft.run.flow import run
-from compressft.run.trainer import CompressionTrainer
+from compressft.run.trainer import CompressionTrainer, Lesson
 from compressft.tasks import make_task
 from compressft.transform import Context, Transform
 from compressft.utils import ranks
@@ -103,7 +103,7 @@ def trained(
     if any(isinstance(one, Distill | Int8) for one in transforms):
         # Each process pads its own rows, and ranges see paddings; means over tokens are means of two means.
         rows = [{**row, "input_ids": (row["input_ids"] * 3)[:9], "attention_mask": [1] * 9} for row in rows]
-    trainer = CompressionTrainer(model, task, config, context, rows, rows[:7], output)
+    trainer = CompressionTrainer(model, Lesson(task, config, rows, rows[:7]), context, output)
     if steps:
         trainer.train()
     return trainer

@@ -147,6 +147,7 @@ def test_a_later_stage_goes_on_with_a_feeds_head(base, tmp_path, monkeypatch):  
     assert torch.equal(seen["classifier.weight"], kept["2.classifier.weight"])
 
 
+@pytest.mark.dear
 @pytest.mark.parametrize("at", [4, 9, 14])
 def test_killed_amid_the_feeds_and_resumed(base, whole, tmp_path, monkeypatch, at):  # noqa: F811
     count = 0

@@ -119,6 +119,7 @@ def test_a_head_comes_back_as_it_was_left(base, tmp_path, monkeypatch):
     assert torch.equal(seen["classifier.weight"], left["classifier.weight"])
 
 
+@pytest.mark.dear
 @pytest.mark.parametrize("at", [3, 8, 13])
 def test_killed_inside_any_stage_and_resumed(base, chain, tmp_path, monkeypatch, at):
     """Masks that training draws included: they depend on seed, epoch and row."""
@@ -153,6 +154,7 @@ def test_learning_the_domain_helps_to_predict_it(base, tmp_path):
     assert len(found) == 12 and found[-1] < 0.2 * found[0]
 
 
+@pytest.mark.dear
 def test_a_chain_ships_and_its_baseline_is_the_dense_stage_of_the_shipped_task(base, tmp_path):
     report = run(recipe_of(base, DOMAIN, MIDDLE, TARGET), tmp_path / "run", console=Console(quiet=True))
     assert report["task"] == "sequence-classification"
@@ -161,6 +163,7 @@ def test_a_chain_ships_and_its_baseline_is_the_dense_stage_of_the_shipped_task(b
     assert "analyses" not in report
 
 
+@pytest.mark.dear
 def test_analyses_stand_in_the_report(base, tmp_path):
     asked = [{"type": "closeness", "models": ["base", "target"]}, {"type": "closeness", "models": ["domain", "target"]}]
     recipe = recipe_of(base, DOMAIN, MIDDLE, TARGET, analyses=asked)

@@ -169,6 +169,7 @@ def test_pseudo_labels_are_the_models_own(base, tmp_path):
     assert stages[1]["examples"] == 2 * (14 + 10)
 
 
+@pytest.mark.dear
 @pytest.mark.parametrize("at", [3, 9, 15])
 def test_killed_amid_a_program_and_resumed(base, active, tmp_path, monkeypatch, at):
     count = 0

@@ -16,7 +16,7 @@ from compressft.methods.adapter import Adapter
 from compressft.objectives.distill import Distill
 from compressft.recipe.parts import TrainConfig
 from compressft.run.feed import LengthGroupedSampler
-from compressft.run.trainer import CompressionTrainer
+from compressft.run.trainer import CompressionTrainer, Lesson
 from compressft.tasks import make_task
 from compressft.transform import Context, Transform
 from compressft.utils.precision import autocast_dtype
@@ -88,7 +88,7 @@ def trainer(
         transform.prepare(model, context)
     torch.manual_seed(0)
     data = features(rows)
-    return CompressionTrainer(model, task, config, context, data, data[:4], tmp_path, callbacks)
+    return CompressionTrainer(model, Lesson(task, config, data, data[:4]), context, tmp_path, callbacks)
 
 
 def batch_of(t: CompressionTrainer, rows: int = 16) -> dict[str, Tensor]:
@@ -302,7 +302,7 @@ def test_evaluation_pads_as_little_as_it_can(tmp_path):
         lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
     for order in (rows, rows[::-1]):
-        found.append(CompressionTrainer(model, task, config, Context(), rows, order, tmp_path).evaluate())
+        found.append(CompressionTrainer(model, Lesson(task, config, rows, order), Context(), tmp_path).evaluate())
     lengths = sorted((len(row["input_ids"]) for row in rows), reverse=True)
     assert widths == [lengths[i] for i in (0, 4, 8)] * 2 and lengths[0] > lengths[8]
     assert found[0]["eval_loss"] == pytest.approx(found[1]["eval_loss"])
@@ -324,7 +324,7 @@ def test_evaluation_of_a_language_model_holds_one_batch_of_logits(tmp_path):
 
     kept, metrics = [], task.metrics
     task.metrics = lambda evidence, labels: kept.append(evidence.shape) or metrics(evidence, labels)
-    trainer = CompressionTrainer(model, task, config, Context(), rows, rows, tmp_path)
+    trainer = CompressionTrainer(model, Lesson(task, config, rows, rows), Context(), tmp_path)
     hook = model.register_forward_hook(watch)
     found = trainer.evaluate()
     hook.remove()

@@ -76,8 +76,9 @@ def _bottlenecks(model: nn.Module, found: Arrangement, name: str) -> tuple[dict[
     assert found.placement is not None
     places = known_family(model, "")[0]
     tensors: dict[str, Tensor] = {}
-    for layer, modules in zip(anatomy(model).layers, found.layers, strict=True):
-        *attention, output = modules if isinstance(modules, tuple) else (modules,)
+    stacks: list[tuple[Any, ...]] = [one if isinstance(one, tuple) else (one,) for one in found.layers]
+    output = stacks[0][-1]
+    for layer, (*attention, output) in zip(anatomy(model).layers, stacks, strict=True):
         for module in attention:
             tensors |= _named(module, BOTTLENECK, in_attention(layer, places, name))
         tensors |= _named(output, BOTTLENECK, in_output(layer, places, name))
@@ -127,7 +128,7 @@ def _write_fusion(settled: Settled, folder: Path, layers: tuple[Fusion, ...]) ->
             parts = _part(fusion, number)
             prefix = in_output(layer, places, name)
             tensors |= {prefix + theirs: parts[ours] for ours, theirs in BOTTLENECK.items()}
-        size, width = parts["down_weight"].shape
+        size, width = _part(layers[0], number)["down_weight"].shape
         config = config_of("pfeiffer", layers[0].activation, 1.0, width, size, post_norm(model), None)
         _write(model, folder / name, name, config, tensors)
     joined = ",".join(names)

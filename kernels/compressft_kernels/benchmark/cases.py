@@ -162,7 +162,7 @@ class _Binarise(torch.autograd.Function):
         return (scores > threshold).to(scores.dtype)
 
     @staticmethod
-    def backward(ctx: Any, dmask: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, dmask: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return dmask, None
 
 

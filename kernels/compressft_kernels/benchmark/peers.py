@@ -128,7 +128,7 @@ class Merged(torch.autograd.Function):
         return o
 
     @staticmethod
-    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v, pk, pv, o, lse = ctx.saved_tensors
         fold = Merged._fold
         far = (fold(do), fold(q), pk[None], pv[None], fold(o), fold(lse[..., None])[..., 0].contiguous())

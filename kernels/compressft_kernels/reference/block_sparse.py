@@ -87,7 +87,7 @@ class BlockSparseLinearFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_TRo: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy_TRo: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x_TCi, blocks = ctx.saved_tensors
         dx_TCi = dblocks = None
         if ctx.needs_input_grad[0]:
@@ -147,7 +147,7 @@ class ScatteredLinearFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, blocks, layout = ctx.saved_tensors
         x = x if ctx.needs_input_grad[1] else None
         dx, dblocks = scattered_gradients(dy, x, ctx.needs_input_grad[0], blocks, layout)

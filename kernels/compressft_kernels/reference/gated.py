@@ -91,7 +91,7 @@ class GatedLinearFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, gate, *quant = ctx.saved_tensors
         dx = dweight = dscores = dbias = None
         if ctx.needs_input_grad[0]:
