@@ -181,6 +181,11 @@ class Transform(Strict):
         return {}
 
 
+def without_labels(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch, or a row, without what it should be answered with."""
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
 def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Named parameters that require a gradient."""
     return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from compressft.evaluation.inputs import empty_past
 from compressft.evaluation.scores import Scores
 from compressft.tasks.task import Task
+from compressft.transform import without_labels
 from compressft.utils.foreign import foreign
 from compressft.utils.machine import default_threads
 from compressft.utils.phases import steps
@@ -56,7 +57,7 @@ def session_run(session: Any, task: Task) -> Run:
 
 def unlabelled(task: Task, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """A padded batch of rows without their labels."""
-    return task.collate([{k: v for k, v in row.items() if k != "labels"} for row in rows])
+    return task.collate([without_labels(row) for row in rows])
 
 
 def session_logits(session: Any, task: Task, features: Sequence[Mapping[str, Any]], batch: int) -> list[np.ndarray]:

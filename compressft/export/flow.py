@@ -40,6 +40,7 @@ from compressft.modules.structure import describe
 from compressft.recipe.recipe import Recipe
 from compressft.tasks import make_task
 from compressft.tasks.task import Task
+from compressft.transform import without_labels
 from compressft.utils.entries import MEASURING
 from compressft.utils.files import write_atomically
 from compressft.utils.machine import hardware, versions
@@ -295,7 +296,7 @@ def sample_batch(task: Task, encoded: Mapping[str, list[dict[str, Any]]]) -> dic
     """Two padded rows to trace with."""
     rows = next(iter(encoded.values()))[:2]
     rows = rows if len(rows) > 1 else rows * 2
-    inputs = [{k: v for k, v in row.items() if k != "labels"} for row in rows]
+    inputs = [without_labels(row) for row in rows]
     if all(len(row["input_ids"]) < 2 for row in inputs):
         # A dimension of 1 would be taken for a constant.
         inputs = [{k: v * 2 for k, v in row.items()} for row in inputs]

@@ -18,7 +18,7 @@ from compressft.modules.gate import Gate
 from compressft.modules.head import Body, Pooling, ProbeHead, mean_of_tokens
 from compressft.modules.linear import CompressedLinear
 from compressft.modules.quantizer import Quantizer
-from compressft.transform import WEIGHTS, Context, Transform
+from compressft.transform import WEIGHTS, Context, Transform, without_labels
 from compressft.utils.phases import steps
 
 NAME = "probe_head"
@@ -131,7 +131,7 @@ class Probe(Transform):
         number = 0
         batches = context.data.batches(len(context.data.features), ENCODED_ROWS, context.seed)
         for batch in steps(batches, "method probe: features of the training rows"):
-            batch = {name: value.to(device) for name, value in batch.items() if name != "labels"}
+            batch = {name: value.to(device) for name, value in without_labels(batch).items()}
             real, rows = batch["attention_mask"].bool(), frozen.features(**batch)
             if head.pools_features:
                 rows, real = mean_of_tokens(rows, batch["attention_mask"]), real.any(1, keepdim=True)

@@ -220,3 +220,8 @@ class CompressedLinear(nn.Linear):
 def _reads_nf4(gate: nn.Module) -> bool:
     """Whether a gate's own product takes NF4 codes as they are."""
     return isinstance(gate, MaskGate) or (isinstance(gate, ScoreGate) and gate.tile == (1, 1))
+
+
+def gate_of(module: nn.Module, name: str) -> Any:
+    """The gate that a pass of this name has put into a layer; None where it has none."""
+    return module.gates[name] if isinstance(module, CompressedLinear) and name in module.gates else None

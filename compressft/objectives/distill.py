@@ -18,7 +18,7 @@ from compressft.objectives.distillation.refuse import reason
 from compressft.objectives.distillation.state import NAME, Distillation
 from compressft.objectives.distillation.teacher import OWN, Answer, ask, attention_modules, base_tensors, check_base
 from compressft.objectives.distillation.terms import intermediate_terms, logit_term
-from compressft.transform import OBJECTIVE, Context, Transform
+from compressft.transform import OBJECTIVE, Context, Transform, without_labels
 
 
 class Distill(Transform):
@@ -112,7 +112,7 @@ class Distill(Transform):
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor], outputs: Any, context: Context) -> dict[str, Tensor]:
         state = Distillation.of(model)
-        answer = self._ask(model, state, {name: value for name, value in batch.items() if name != "labels"}, context)
+        answer = self._ask(model, state, without_labels(batch), context)
         terms: dict[str, Tensor] = {}
         if self.logits > 0 and state.prediction:
             assert answer.logits is not None

@@ -14,7 +14,7 @@ from compressft.model.anatomy import Layer, anatomy
 from compressft.model.shrink import shrink
 from compressft.model.surgery import compress_linear
 from compressft.modules.gate import ScoreGate
-from compressft.modules.linear import CompressedLinear
+from compressft.modules.linear import CompressedLinear, gate_of
 from compressft.passes.shared.scored import Scored
 from compressft.passes.shared.select import check_exclude, layer_linears
 from compressft.transform import PARTS, Context, Transform
@@ -68,9 +68,10 @@ class Block(Scored):
         for layer in anatomy(model).layers:
             for part in layer.linears:
                 linear = layer.part(part)
-                if isinstance(linear, CompressedLinear) and self.type in linear.gates:
+                gate = gate_of(linear, self.type)
+                if gate is not None:
                     ffn = part in (*layer.family.up, layer.family.down)
-                    kinds["ffn" if ffn else "attention"].append(linear.gates[self.type])  # type: ignore[arg-type]
+                    kinds["ffn" if ffn else "attention"].append(gate)
         return {name: gates for name, gates in kinds.items() if gates}
 
     def pools(self, model: nn.Module) -> list[list[ScoreGate]]:

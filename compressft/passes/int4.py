@@ -27,7 +27,7 @@ from compressft.passes.shared.quantised import (
 )
 from compressft.passes.shared.select import check_exclude
 from compressft.transform import PARTS as REMOVES_PARTS
-from compressft.transform import QUANTISES, Context, Transform
+from compressft.transform import QUANTISES, Context, Transform, without_labels
 from compressft.utils.phases import steps
 
 
@@ -88,8 +88,7 @@ class Int4(Transform):
 
     def _compensate(self, model: nn.Module, paths: list[str], context: Context) -> None:
         batches = context.calibration(self.rows, "pass int4.rounding gptq")
-        for batch in batches:
-            batch.pop("labels", None)
+        batches = [without_labels(batch) for batch in batches]
         for group in steps(list(_by_layer(model, paths)), "pass int4: rounding"):
             for path, moments in second_moments(model, group, batches).items():
                 layer = model.get_submodule(path)

@@ -13,7 +13,7 @@ from torch import nn
 from compressft.errors import UserError
 from compressft.model.anatomy import Layer, anatomy
 from compressft.model.shrink import drop_layers, shrink
-from compressft.passes.shared.calibrate import means, second_moments
+from compressft.passes.shared.calibrate import moments
 from compressft.passes.shared.choice import Trial, best, choose, sizes_allowed, tried
 from compressft.passes.shared.prunable import Prunable, Shift, model_losses, skipped
 from compressft.passes.shared.target import Target, cost_table
@@ -97,11 +97,11 @@ class ZipLM(Transform):
     ) -> list[tuple[Prunable, Prunable]]:
         """Per layer the projections whose input columns are the heads and the neurons."""
         paths = [f"{layer.name}.{path}" for layer in layers for path in (layer.family.o, layer.family.down)]
-        moments, mean = second_moments(model, paths, batches), means(model, paths, batches)
+        squares, mean = moments(model, paths, batches)
 
         def part(layer: Layer, path: str, size: int) -> Prunable:
             name = f"{layer.name}.{path}"
-            return Prunable(layer.part(path), size, moments.pop(name), mean[name], self.damping)
+            return Prunable(layer.part(path), size, squares.pop(name), mean[name], self.damping)
 
         return [(part(x, x.family.o, x.head_dim * x.heads // x.kv_heads), part(x, x.family.down, 1)) for x in layers]
 

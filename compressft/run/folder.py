@@ -20,7 +20,7 @@ from compressft.run.identity import FILE as IDENTITY
 from compressft.run.space import shipping_bytes, training_bytes
 from compressft.utils import ranks
 from compressft.utils.entries import DROPPED, refuse_links, sweep
-from compressft.utils.files import sync, sync_directory
+from compressft.utils.files import flush, sync
 from compressft.utils.strict_yaml import read_yaml
 from compressft.utils.texts import read_json, read_text
 
@@ -209,7 +209,7 @@ class RunFolder:
             shutil.rmtree(written)
             return final
         written.rename(final)
-        sync_directory(final.parent)
+        flush(final.parent)
         for older in self.checkpoints()[:-keep]:
             # Out of sight first: a kill amid the deletion must not leave half a checkpoint under its name.
             dropped = older.with_name(DROPPED + older.name)

@@ -58,14 +58,7 @@ def share(folder: Path) -> None:
 def sync(folder: Path) -> None:
     """Flush every file below a folder, and the folder, to the disk."""
     for path in [*folder.rglob("*"), folder]:
-        if os.name == "nt" and path.is_dir():
-            # Windows cannot open directories.
-            continue
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        flush(path)
 
 
 def document_hash(document: Any) -> str:
@@ -73,9 +66,10 @@ def document_hash(document: Any) -> str:
     return "sha256:" + hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
-def sync_directory(path: Path) -> None:
-    """Make a rename inside a directory durable (where the system can)."""
-    if os.name == "nt":
+def flush(path: Path) -> None:
+    """Make a file's content, or a rename inside a directory, durable."""
+    if os.name == "nt" and path.is_dir():
+        # Windows cannot open directories.
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -1,4 +1,4 @@
-"""What flows into a model's linear layers: second moments of their inputs over a calibration set."""
+"""What flows into a model's linear layers: moments of their inputs over a calibration set."""
 
 from __future__ import annotations
 
@@ -12,11 +12,18 @@ from torch import Tensor, nn
 from compressft.utils.phases import steps
 
 
-@torch.no_grad()
 def second_moments(
     model: nn.Module, paths: Sequence[str], batches: Sequence[Mapping[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """E[x x^T] of the inputs of these modules, the mean over all tokens that are no padding.
+    """E[x x^T] of the inputs of these modules: `moments` without the means."""
+    return moments(model, paths, batches)[0]
+
+
+@torch.no_grad()
+def moments(
+    model: nn.Module, paths: Sequence[str], batches: Sequence[Mapping[str, Tensor]]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """E[x x^T] and E[x] of the inputs of these modules, the means over all tokens that are no padding.
 
     The model runs in eval mode as it is now (its gates, adapters and quantizers act) and only as far as the last of
     the modules; what it was before, it is afterwards.
@@ -26,11 +33,13 @@ def second_moments(
         batches: as the model takes them, on any device; `attention_mask` (batch, tokens) marks paddings with 0.
 
     Returns:
-        path -> (in, in) fp32, symmetric, on the model's device. A column without any signal has zeros.
+        path -> (in, in) fp32, symmetric, and path -> (in,) fp32, on the model's device. A column without any signal
+        has zeros.
 
     Raises:
         ValueError: no batches, or a module that the model does not run through.
     """
+    squares: dict[str, Tensor] = {}
     sums: dict[str, Tensor] = {}
     counts = dict.fromkeys(paths, 0.0)
     device = next(model.parameters()).device
@@ -39,29 +48,17 @@ def second_moments(
             batch = {name: value.to(device) for name, value in batch.items()}
             for path, x in _inputs(model, paths, batch).items():
                 rows = _tokens(x, batch.get("attention_mask"))
-                product = rows.t() @ rows
-                sums[path] = sums[path] + product if path in sums else product
+                product, total = rows.t() @ rows, rows.sum(0)
+                squares[path] = squares[path] + product if path in squares else product
+                sums[path] = sums[path] + total if path in sums else total
                 counts[path] += len(rows)
     missing = [path for path in paths if not counts[path]]
     if missing:
-        raise ValueError(f"second_moments: {missing[0]!r} saw no input in {len(batches)} batches")
-    return {path: sums[path] / counts[path] for path in paths}
-
-
-@torch.no_grad()
-def means(model: nn.Module, paths: Sequence[str], batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """E[x] of the inputs of these modules, (in,) fp32; everything else as in `second_moments`."""
-    sums: dict[str, Tensor] = {}
-    counts = dict.fromkeys(paths, 0)
-    device = next(model.parameters()).device
-    with _quiet(model):
-        for batch in steps(batches, "looking at what flows into the layers"):
-            batch = {name: value.to(device) for name, value in batch.items()}
-            for path, x in _inputs(model, paths, batch).items():
-                rows = _tokens(x, batch.get("attention_mask"))
-                sums[path] = sums[path] + rows.sum(0) if path in sums else rows.sum(0)
-                counts[path] += len(rows)
-    return {path: total / counts[path] for path, total in sums.items()}
+        raise ValueError(f"moments: {missing[0]!r} saw no input in {len(batches)} batches")
+    return (
+        {path: squares[path] / counts[path] for path in paths},
+        {path: sums[path] / counts[path] for path in paths},
+    )
 
 
 class _Enough(Exception):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from compressft.model.anatomy import anatomy
 from compressft.modules.gate import Gate, MaskGate
-from compressft.modules.linear import CompressedLinear
+from compressft.modules.linear import CompressedLinear, gate_of
 from compressft.passes.n_m import check_divides, cuts_groups
 from compressft.passes.shared.calibrate import second_moments
 from compressft.passes.shared.unstructured import Unstructured
@@ -62,7 +63,7 @@ class OneShot(Unstructured):
         super().prepare(model, context)
         for layer in steps(anatomy(model).layers, f"pass {self.type}"):
             linears = {f"{layer.name}.{path}": layer.part(path) for path in layer.linears}
-            chosen = {p: m for p, m in linears.items() if isinstance(m, CompressedLinear) and self.type in m.gates}
+            chosen: dict[str, Any] = {path: one for path, one in linears.items() if gate_of(one, self.type) is not None}
             if not chosen:
                 continue
             moments = second_moments(model, list(chosen), batches)

@@ -14,7 +14,7 @@ from compressft.model.costs import CostTable
 from compressft.modules.concrete_gate import ConcreteGate
 from compressft.modules.gate import ColumnGate
 from compressft.modules.lagrange import Lagrange
-from compressft.modules.linear import CompressedLinear
+from compressft.modules.linear import gate_of
 from compressft.modules.part_gate import LayerGate
 from compressft.passes.shared.select_parts import encoder_sparsity
 
@@ -51,9 +51,9 @@ class Parts:
         gates: dict[str, list[ColumnGate]] = {"heads": [], "ffn": [], "layers": []}
         for layer in parts.layers:
             for kind, path in (("heads", layer.family.o), ("ffn", layer.family.down)):
-                linear = layer.part(path)
-                if isinstance(linear, CompressedLinear) and name in linear.gates:
-                    gates[kind].append(linear.gates[name])  # type: ignore[arg-type]
+                gate = gate_of(layer.part(path), name)
+                if gate is not None:
+                    gates[kind].append(gate)
             gate = getattr(layer.module, "layer_gate", None)
             if isinstance(gate, LayerGate):
                 gates["layers"].append(gate.gate)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from compressft.model.costs import monotone
 from compressft.passes.shared.obs import refit, removal
+from compressft.transform import without_labels
 
 # Sizes per part at which the whole model is run.
 POINTS = 5
@@ -115,7 +116,7 @@ class Shift:
         device = next(model.parameters()).device
         self.model = model
         self.layers = layers
-        self.batches = [{k: v.to(device) for k, v in batch.items() if k != "labels"} for batch in batches]
+        self.batches = [{k: v.to(device) for k, v in without_labels(batch).items()} for batch in batches]
         # By batch, what every layer gave.
         self.outputs: list[list[Any]] = []
         found = []

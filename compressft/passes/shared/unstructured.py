@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from compressft.errors import UserError
 from compressft.model.surgery import compress_linear
 from compressft.modules.gate import Gate, MaskGate
-from compressft.modules.linear import CompressedLinear
+from compressft.modules.linear import CompressedLinear, gate_of
 from compressft.passes.shared.select import check_exclude, layer_linears
 from compressft.transform import SHAPES, WEIGHTS, Context, Transform, ramp
 
@@ -42,11 +42,8 @@ class Unstructured(Transform):
 
     def gated(self, model: nn.Module) -> list[tuple[CompressedLinear, Any]]:
         """(layer, gate) for every gate of this pass, in the model's order."""
-        return [
-            (module, module.gates[self.type])
-            for module in model.modules()
-            if isinstance(module, CompressedLinear) and self.type in module.gates
-        ]
+        found = ((module, gate_of(module, self.type)) for module in model.modules())
+        return [(module, gate) for module, gate in found if gate is not None]  # type: ignore[misc]
 
     def finalize(self, model: nn.Module) -> None:
         for linear, _ in self.gated(model):
