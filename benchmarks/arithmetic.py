@@ -1,4 +1,4 @@
-"""What the grid of the int8 weights costs: accuracy over seeds and milliseconds, beside the grids that were not taken.
+"""What the grid of the int8 weights costs: accuracy over seeds and milliseconds, next to the grids that were not taken.
 
 Every student starts from its task's dense model and is quantised while it is distilled; nothing else is removed, so
 that runs differ by the grid alone. Times are those of one trained model written with every grid.
@@ -142,7 +142,7 @@ def render(document: dict[str, Any]) -> str:
     lines = [
         "# The grid of the int8 weights",
         "",
-        "`python -m benchmarks arithmetic`; MiniLM-L6, int8 beside distillation, accuracy on the test split in "
+        "`python -m benchmarks arithmetic`; MiniLM-L6, int8 next to distillation, accuracy on the test split in "
         "percent: mean, in brackets each seed (of one dense model after the other), and the difference to 8 bits with "
         "its standard error: over the dense models where there are several, else over seeds. "
         "The rows are the same for all: what a test split of another draw would give is not in that error.",

@@ -27,7 +27,7 @@ ROOT = Path("runs") / "benchmarks"
 
 
 def data_folder() -> Path:
-    """Where the task data is: COMPRESSFT_DATA, else shared/data beside the repository.
+    """Where the task data is: COMPRESSFT_DATA, else shared/data next to the repository.
 
     Raises:
         UserError: there is no such folder.
@@ -89,7 +89,7 @@ def run_cases(
     Args:
         cases: all cases of the suite, by whose names `after` refers.
         path: the JSON file of results.
-        again: export and measure kept runs anew (a machine may have been busy).
+        again: export and measure kept runs again (a machine may have been busy).
     """
     for case in wanted:
         found = results(path)["cases"].get(case.name)

@@ -24,7 +24,7 @@ def sst2() -> dict[str, Any]:
 
 
 def sst2_all() -> dict[str, Any]:
-    """The same with the 12,000 labelled phrases beside the 6,920 sentences."""
+    """The same with the 12,000 labelled phrases next to the 6,920 sentences."""
     return {**sst2(), "train": [f"{{data}}/sst2/{file}.jsonl" for file in ("train_sentences", "train")]}
 
 
@@ -83,7 +83,7 @@ TAUGHT = {"temperature": 2.0, "task": 0.5, "logits": 0.5, "hidden": 1.0}
 LAST = {"start": 0.0, "end": 0.6}
 PRUNING: dict[str, Any] = {
     "magnitude": lambda removed: {"type": "magnitude", "sparsity": removed, **LAST},
-    # The pass's own defaults, written out beside those of the paper.
+    # The pass's own defaults, written out next to those of the paper.
     "movement-from-magnitude": lambda removed: {
         "type": "movement",
         "sparsity": removed,

@@ -24,7 +24,7 @@ def render(document: dict[str, Any]) -> str:
         _quantising(found),
         "## The joint run against the same passes one after the other, at equal steps",
         _joint(found),
-        "## Step time of each pass beside the plain distillation step",
+        "## Step time of each pass next to the plain distillation step",
         _overhead(document.get("overhead") or {}),
     ]
     hardware, versions = document.get("hardware", {}), document.get("versions", {})

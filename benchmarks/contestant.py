@@ -128,7 +128,7 @@ def peak(device: str) -> int:
 
 
 def libraries(model: nn.Module, device: str) -> int:
-    """Resident bytes beside a model that has just been built; on a GPU there is nothing else."""
+    """Resident bytes next to a model that has just been built; on a GPU there is nothing else."""
     if device == "cuda":
         return 0
     with open("/proc/self/statm", encoding="ascii") as file:

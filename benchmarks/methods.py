@@ -1,4 +1,4 @@
-"""What each method reaches, trains, stores and costs beside full fine-tuning, on real data.
+"""What each method reaches, trains, stores and costs compared with full fine-tuning, on real data.
 
 Learning rates are chosen on the validation split, with seed 0, before a test score counts; then come the other seeds.
 A grid grows as long as its first or last rate is the best, by up to two rates.
@@ -94,7 +94,7 @@ def _write_choice(task: str, method: str, path: Path) -> None:
     update(path, lambda document: document.setdefault("chosen", {}).update({f"{task}-{method}": found}))
 
 
-# Processes that are alive at a time, beside full fine-tuning's.
+# Processes that are alive at a time, next to full fine-tuning's.
 TOGETHER = 4
 
 
@@ -160,7 +160,7 @@ def main(arguments: list[str]) -> int:
 
 
 def write(path: Path) -> None:
-    """The tables beside the figures."""
+    """The tables next to the figures."""
     document = results(path)
     wanted = {
         (task, method): seeded(document, task, method)

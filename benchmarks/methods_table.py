@@ -43,7 +43,7 @@ def render(
         "learning rate is the best on validation rows among those tried with seed 0; where that was the least or the "
         "greatest, up to two further ones were tried. bf16 autocast, as everywhere where a CPU multiplies bf16. A "
         "dash has not run yet. `lsh_attention` is not here: it changes what attention is, so a pretrained model has "
-        "to learn anew to attend.",
+        "to learn again to attend.",
         "## Test score",
         _table(["method", *tasks], [[m, *(_several(finished.get((t, m))) for t in tasks)] for m in methods]),
         "## What papers claim",
@@ -123,7 +123,9 @@ def _masks(finished: Runs, tasks: Sequence[str], masked: Mapping[str, int]) -> s
             runs = [run for task in tasks for run in finished.get((task, method), ())]
             bits = max(_bits(run, masked[method]) for run in runs)
             good = found[0] and bits <= MASK_BITS
-            holds.append((good, f"{method} {', '.join(found[1])} points with {bits:.2f} bits a weight beside the head"))
+            holds.append(
+                (good, f"{method} {', '.join(found[1])} points with {bits:.2f} bits a weight next to the head")
+            )
     claim = f"Masks come within {MASK_POINTS:g} points of full fine-tuning at one bit a weight"
     return _verdict(f"{claim} (Zhao et al. 2020; Radiya-Dixit & Wang 2020)", holds, every=False)
 

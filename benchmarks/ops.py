@@ -1,6 +1,6 @@
-"""Check, tune and time the kernels' operators beside every peer that this environment has, on random data.
+"""Check, tune and time the kernels' operators next to every peer that this environment has, on random data.
 
-Writes JSON and a table. With --device cpu the plain-torch twins are timed beside eager PyTorch and torch.compile.
+Writes JSON and a table. With --device cpu the plain-torch twins are timed next to eager PyTorch and torch.compile.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Step time of each pass beside the plain distillation step, in interleaved rounds of one process."""
+"""Step time of each pass next to the plain distillation step, in interleaved rounds of one process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STRUCTURED = {"type": "structured", "heads": 0.5, "ffn": 0.5, "start": 0.0}
 STAGES: dict[str, list[Any]] = {
     "distillation": [],
     "vocabulary": ["vocabulary"],
-    # Masks are drawn anew at a tenth of the steps, as in runs of a thousand.
+    # Masks are drawn again at a tenth of the steps, as in runs of a thousand.
     "magnitude": [{"type": "magnitude", "sparsity": 0.9, "start": 0.0, "updates": 2}],
     "movement": [{"type": "movement", "sparsity": 0.9, "start": 0.0}],
     "l0": ["l0"],

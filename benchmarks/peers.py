@@ -1,4 +1,4 @@
-"""Training speed and memory of our adapters, prefixes, LoRA and DoRA beside those of `peft` and `adapters`, in one run.
+"""Training speed and memory of our adapters, prefixes, LoRA and DoRA, and of `peft`'s and `adapters`', in one run.
 
 Contestants of a family train the same parameters of the same model on the same batch with the same optimiser, each in
 a process of its own; they take their steps in turns. The `adapters` package has an environment of its own, because it
@@ -120,7 +120,7 @@ def verdicts(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
 
 def table(document: Mapping[str, Any]) -> str:
     """The results as Markdown."""
-    lines = [f"# Training beside peers ({document['date']})", "", f"`{document['command']}`", ""]
+    lines = [f"# Training next to peers ({document['date']})", "", f"`{document['command']}`", ""]
     lines += [f"- {line}" for line in verdicts(document["families"])]
     for name, results in document["families"].items():
         lines += ["", f"## {name}", "", "| | trained | step | over ours | peak memory | saved activations |"]

@@ -11,8 +11,8 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     ),
     "edge": ("benchmarks.edge", "bytes, milliseconds and accuracy of the files that the edge recipes ship"),
     "methods": ("benchmarks.methods", "score, trained parameters, bytes, time and memory of every method on real data"),
-    "ops": ("benchmarks.ops", "correctness, time and memory of the kernels' operators beside every peer there is"),
-    "parity": ("benchmarks.parity.run", "logits of converted adapters beside the `adapters` and `peft` packages"),
-    "peers": ("benchmarks.peers", "training speed and memory beside the `peft` and `adapters` packages"),
+    "ops": ("benchmarks.ops", "correctness, time and memory of the kernels' operators next to every peer there is"),
+    "parity": ("benchmarks.parity.run", "logits of converted adapters next to the `adapters` and `peft` packages"),
+    "peers": ("benchmarks.peers", "training speed and memory next to the `peft` and `adapters` packages"),
     "portable": ("benchmarks.portable.run", "labels and largest error of files that ship, on emulated processors too"),
 }

@@ -218,7 +218,7 @@ def ops(
     quick: Annotated[bool, typer.Option("--quick", help="Small shapes, in seconds.")] = False,
     json_file: Json = None,
 ) -> None:
-    """Correctness and speed of the kernels' operators, beside PyTorch's."""
+    """Correctness and speed of the kernels' operators, next to PyTorch's."""
     from compressft.run.benchmark import ops as measure_ops
 
     document, tables = measure_ops(device, only or (), quick, lambda line: err.print(line, soft_wrap=True))

@@ -32,7 +32,7 @@ class TrainingData:
         tokenizer: the tokenizer in force; `retokenise` replaces it.
         features: encoded training rows: token ids without padding, `labels` as the task has them.
         collate: features -> padded batch.
-        replace: encodes everything anew with another tokenizer.
+        replace: encodes everything again with another tokenizer.
         max_length: tokens to which rows are cut, in all splits; None where only `features` are known.
         unlabelled: gives the encoded rows without labels that stages with a teacher train on besides.
     """
@@ -63,7 +63,7 @@ class TrainingData:
 
 @dataclass
 class Context:
-    """What a Transform may know of the run besides the model.
+    """What a Transform may know of the run withs the model.
 
     Attributes:
         transforms: all Transforms of the stage, the method first.
@@ -72,9 +72,9 @@ class Context:
         seed: the stage's seed; a Transform that draws numbers makes its own generator from it.
         data: the stage's training rows; None where a model is prepared without data.
         memo: `memo(key, compute)` is compute(), a JSON value, or what it gave when this run directory first asked. For
-            what a resumed run must not measure anew.
+            what a resumed run must not measure again.
         fit_teacher: calls on every loaded teacher, so that it takes the batches the student takes.
-        folder: where large values that a resumed run must not compute anew may be kept; None outside a run directory.
+        folder: where large values that a resumed run must not compute again may be kept; None outside a run directory.
         opened: what Transforms keep open during the stage (files), by a key of their own.
         base: per-layer shapes of the recipe's uncompressed model, as `shrink.shapes` gives them; None: as it is now.
         ships: arithmetic of the model that the recipe ends with: "fp32" or the quantising pass's type.
@@ -158,7 +158,7 @@ class Transform(Strict):
         """Settle the model after training: from here on it is what ships."""
 
     def unfold(self, model: nn.Module, base: nn.Module) -> bool:
-        """Undo `finalize` on a model loaded beside its `base`, where that holds more as the base's own; whether it did.
+        """Undo `finalize` on a model loaded with its `base`, where that holds more as the base's own; whether it did.
 
         It computes the same afterwards, and `finalize` settles it again.
         """
@@ -173,7 +173,7 @@ class Transform(Strict):
         return ()
 
     def conflict(self, others: Sequence[Transform]) -> str | None:
-        """Why this cannot run beside `others` (with the fix), or None."""
+        """Why this cannot run with `others` (with the fix), or None."""
         return None
 
     def status(self, model: nn.Module, progress: float) -> dict[str, dict[str, float]]:

@@ -1,4 +1,4 @@
-"""The joint run: every pass beside every method, present or added later, and sensible sets of passes at once."""
+"""The joint run: every pass next to every method, present or added later, and sensible sets of passes at once."""
 
 import itertools
 
@@ -30,7 +30,7 @@ from tests.tiny import fit, tiny
 from tests.tiny_adapters import joint_adapters
 from tests.tiny_folder import rows_of
 
-# What is hardest to stand beside: other shapes and another arithmetic; parts of its own behind every projection.
+# What is hardest to stand next to: other shapes and another arithmetic; parts of its own behind every projection.
 HARD_PASSES, HARD_METHOD = (("structured", "int8"), ("structured",), ("int8",), ("movement",)), "adapter"
 LABELS = ("even", "odd")
 

@@ -1,1 +1,1 @@
-"""Are converted adapters the ones they were? Logits beside those of the `adapters` package and of PEFT."""
+"""Are converted adapters the ones they were? Logits next to those of the `adapters` package and of PEFT."""

@@ -39,7 +39,7 @@ FUSED = ("pfeiffer", "pfeiffer_odd")
 # Encoders' cases whose folder holds a head of transformers' own class; the others have a flexible one.
 STATIC = ("parallel", "prefix")
 LABELS = 3
-# Beside SDPA's masks the package hides a decoder's prefix and adds 1 to the scores of DistilBERT's.
+# Next to SDPA's masks the package hides a decoder's prefix and adds 1 to the scores of DistilBERT's.
 ATTENTION = "eager"
 
 

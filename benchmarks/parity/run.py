@@ -192,7 +192,7 @@ def table(document: dict[str, Any]) -> str:
         "",
         "minilm has real weights, the others are random with three layers. Empty: that adapter computes something else "
         "in both packages there, or one of them has none; converting it is refused with the reason. The `adapters` "
-        "package runs with eager attention: beside SDPA's masks it hides a decoder's prefix.",
+        "package runs with eager attention: next to SDPA's masks it hides a decoder's prefix.",
         "",
         "Here: " + ", ".join(f"{k} {v}" for k, v in here.items()) + ". There: "
         + ", ".join(f"{k} {v}" for k, v in there.items()) + ".",

@@ -1,4 +1,4 @@
-"""What a machine's logits say beside torch's: labels that agree, the largest error, the closest decisions."""
+"""What a machine's logits say next to torch's: labels that agree, the largest error, the closest decisions."""
 
 from __future__ import annotations
 

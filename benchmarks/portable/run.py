@@ -1,4 +1,4 @@
-"""Compute the same 200 rows of every kind of file on this processor and on emulated ones, beside torch.
+"""Compute the same 200 rows of every kind of file on this processor and on emulated ones, next to torch.
 
 Files come from runs under `runs/benchmarks/`, made where they are missing, or from `--run NAME=FOLDER`. A cell is kept
 by the file's hash, the machine and its onnxruntime: what is finished is not computed again.

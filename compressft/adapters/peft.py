@@ -62,7 +62,7 @@ def _of_tuners(settled: Settled) -> set[str]:
 
 
 def note(settled: Settled) -> dict[str, Any]:
-    """What we keep beside PEFT's own fields, in the header of the tensors' file."""
+    """What we keep besides PEFT's own fields, in the header of the tensors' file."""
     return {"layers_hash": layers_hash(settled.plain, settled.base)}
 
 

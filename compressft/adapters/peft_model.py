@@ -1,4 +1,4 @@
-"""What PEFT knows of a model: its task, and whole modules saved beside an adapter, for us a task's head and pooler."""
+"""What PEFT knows of a model: its task, and whole modules saved next to an adapter, for us a task's head and pooler."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def refusal(settled: Settled) -> str | None:
         return "its layers have different numbers of heads, and PEFT's format knows one"
     others = [m for m in settled.ours.values() if not isinstance(m, Prefix | CompressedEmbedding)]
     if others:
-        return f"PEFT's format has no place for {type(others[0]).__name__} beside a prefix"
+        return f"PEFT's format has no place for {type(others[0]).__name__} next to a prefix"
     length = shapes.pop()[1]
     if parts.family.positions is not None:
         table: Any = parts.backbone.get_submodule(parts.family.positions)

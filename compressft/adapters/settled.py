@@ -1,4 +1,4 @@
-"""A model after its method, beside the base it stands on: what every format reads and writes."""
+"""A model after its method, next to the base it stands on: what every format reads and writes."""
 
 from __future__ import annotations
 

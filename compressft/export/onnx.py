@@ -187,7 +187,7 @@ def keep_norms_unfused(model: Any) -> None:
 
 
 def save(model: Any, path: Path) -> None:
-    """One self-contained file, or `model.onnx.data` beside it where the weights pass protobuf's 2 GB."""
+    """One self-contained file, or `model.onnx.data` next to it where the weights pass protobuf's 2 GB."""
     import onnx_ir
 
     total = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)

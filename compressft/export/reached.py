@@ -50,7 +50,7 @@ class Reached:
         if self.ratio < (1 if at else 1 - SLACK):
             return said + (
                 " Shapes follow from costs measured before training; if the machine was busy, export again to measure "
-                "the file anew, or train again to choose other shapes."
+                "the file again, or train again to choose other shapes."
                 if at
                 else " More has to be removed: lower the floors, or let the pass take more parts."
             )
@@ -78,7 +78,7 @@ def shapes_to_time(recipe: Recipe) -> list[tuple[int, int]]:
 def reached(
     recipe: Recipe, model: nn.Module, report: Mapping[str, Any], base: Sequence[Mapping[str, int]]
 ) -> list[Reached]:
-    """Every target of the file beside what it has; what was not measured is left out.
+    """Every target of the file next to what it has; what was not measured is left out.
 
     Args:
         model: that ships.

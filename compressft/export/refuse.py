@@ -122,5 +122,5 @@ def no_cache(model: nn.Module) -> str | None:
     if getattr(config, "is_causal", True) is False:
         return f"this {config.model_type} sees later tokens (is_causal: false), whose keys a cache has not"
     if getattr(config, "add_cross_attention", False):
-        return f"a {config.model_type} with cross-attention wants an encoder's states beside the cache"
+        return f"a {config.model_type} with cross-attention wants an encoder's states next to the cache"
     return None

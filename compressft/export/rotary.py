@@ -17,7 +17,7 @@ BY_LENGTH = ("dynamic", "longrope")
 class DynamicRotary(nn.Module):
     """NTK scaling by the length ("dynamic") without the branches and the memory that transformers' module has.
 
-    transformers computes frequencies anew when a longer row than any before comes, which no graph can say. Here every
+    transformers computes frequencies again when a longer row than any before comes, which no graph can say. Here every
     call does, from its own longest row: the same for the first call, for rows up to `max_position_embeddings`, which
     have the plain frequencies, and while a text grows.
     """
@@ -59,5 +59,5 @@ def mixed_lengths(config: Any, lengths: Sequence[int]) -> str | None:
         return None
     return (
         f"data.max_length: a row has {longest} tokens, and beyond {limit} rotary positions of kind {kind!r} are those "
-        f"of the longest row in a batch: rows would depend on those beside them; set it to {limit} or less"
+        f"of the longest row in a batch: rows would depend on those next to them; set it to {limit} or less"
     )

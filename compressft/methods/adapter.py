@@ -37,7 +37,7 @@ class Adapter(Transform):
     `houlsby`: h <- LN(A(sublayer(h)) + h) after attention and after the FFN, A(x) = x + W2 gelu_tanh(W1 x + b1) + b2,
     near-identity at initialisation; all LayerNorms and the head are trained too. `pfeiffer`: one adapter per layer
     after the FFN, out = LN(up(relu(down(LN(f + h)))) + f + h); LayerNorms stay frozen. In pre-norm families the
-    LayerNorm steps vanish: f + up(act(down(f))) before the residual add. `parallel`: beside the FFN,
+    LayerNorm steps vanish: f + up(act(down(f))) before the residual add. `parallel`: next to the FFN,
     ffn(x) + 4 up(relu(down(x))), x what the FFN reads; exactly the identity at initialisation.
 
     Fields: `size` is the bottleneck width r (default 64 for houlsby); `reduction_factor` gives r = d / factor instead

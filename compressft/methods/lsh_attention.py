@@ -21,7 +21,7 @@ class LshAttention(Transform):
     """Kitaev, Kaiser & Levskaya, "Reformer" (ICLR 2020): O(T log T) attention, and everything is trained.
 
     No drop-in for a pretrained model: its queries and keys come from two projections, here the queries are the keys,
-    and the model has to learn anew to attend. The key projection stays where it is, frozen, and nothing reads it (in a
+    and the model has to learn again to attend. The key projection stays where it is, frozen, and nothing reads it (in a
     fused projection, its rows). Who sees whom is hashed with rotations drawn from the stage's seed; they are saved with
     the model. Decoders generate without a cache. There is no ONNX form: set export.enabled to false.
 

@@ -26,7 +26,7 @@ class Peft(Transform):
     """PEFT's tuner layers on the frozen model's projections, trained with the head.
 
     The effective weight is quantise(gates * (W + delta)) with the tuner's delta, so that pruning and quantisation see
-    what ships, and export merges without bringing a pruned weight back. What stays is the tuner's tensors beside the
+    what ships, and export merges without bringing a pruned weight back. What stays is the tuner's tensors next to the
     base.
 
     Fields: `config`: PEFT's own fields, such as {peft_type: LORA, r: 8, target_modules: [query, value]}; without

@@ -32,7 +32,7 @@ class Probe(Transform):
     """Train pooler and head on the frozen backbone's last hidden states (Peters, Ruder & Smith 2019, arXiv:1903.05987).
 
     The backbone runs without dropout and without a graph, once per distinct example; `cache: false` runs it every time.
-    Beside passes it keeps the graph of what they learn, gates and ranges.
+    Next to passes it keeps the graph of what they learn, gates and ranges.
     The cache holds T * d fp32 values per example in memory.
 
     Fields: `head`: what stands in front of the model's own head: "linear" nothing, "mlp" Linear - gelu - Linear on each

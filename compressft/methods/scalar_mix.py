@@ -78,7 +78,7 @@ def mix_of(model: nn.Module) -> Mix:
 
 
 def keeps_layers(method: str, others: Sequence[Transform]) -> str | None:
-    """Why what looks at every layer's output cannot run beside `others`, or None."""
+    """Why what looks at every layer's output cannot run with `others`, or None."""
     for other in others:
         for kind in ("layers", "hidden"):
             if kind in getattr(other, "kinds", ()):

@@ -31,7 +31,7 @@ class Side(Transform):
     alpha = sigmoid(a), a learned from 0 without weight decay. B's own learning needs no backward pass: nothing in it
     keeps a graph, unless a pass learns gates there.
 
-    Fields: `network`: "copy" (S starts as B: the identity at first), "ladder" (small transformer blocks, one beside
+    Fields: `network`: "copy" (S starts as B: the identity at first), "ladder" (small transformer blocks, one next to
     each layer, read B's states), or a folder or hub id of another model, whose states are projected where its width is
     another. `size`: width of the ladder; default d / 8.
     """

@@ -65,7 +65,7 @@ def head_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def renew_head(model: Any) -> None:
-    """Draw the head anew: what it has learnt was for other labels."""
+    """Draw the head again: what it has learnt was for other labels."""
     for module in head_layers(model):
         # Else the library takes it for loaded.
         for one in (module, *module.parameters()):

@@ -28,7 +28,7 @@ def load_model(name: str, auto_class: str = "AutoModel", new_head: bool = False,
     Args:
         name: a shipped name, a folder or a hub id.
         auto_class: the transformers class, such as "AutoModelForSequenceClassification".
-        new_head: draw the head anew where it is for other labels than `id2label` or `num_labels` say; else such a
+        new_head: draw the head again where it is for other labels than `id2label` or `num_labels` say; else such a
             checkpoint is refused.
         kwargs: passed to `from_pretrained` (`num_labels`, ...); `pad_token_id` is for a model that has none.
 

@@ -176,7 +176,7 @@ def _slice(module: nn.Module, rows: Tensor | None = None, columns: Tensor | None
 
 
 def drop_layers(model: nn.Module, keep: Sequence[int]) -> None:
-    """Keep these layers (indices, ascending) and remove the others; caches and configuration count anew.
+    """Keep these layers (indices, ascending) and remove the others; caches and configuration count again.
 
     Raises:
         UserError: an index that is no layer, one given twice, or none.

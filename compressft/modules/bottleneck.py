@@ -71,7 +71,7 @@ class Bottleneck(Extra):
 
 @known
 class Parallel(Bottleneck):
-    """A bottleneck beside an FFN: ffn(x) + scale * up(act(down(x))), x what the FFN reads (He et al. 2022, table 3).
+    """A bottleneck next to an FFN: ffn(x) + scale * up(act(down(x))), x what the FFN reads (He et al. 2022, table 3).
 
     A child of its layer, made for it by `beside`; `attach` puts it to work. In post-norm layers x is also the
     residual.

@@ -22,7 +22,7 @@ class Family:
     layers of the heads, seen from the whole model ("@" stands for the backbone): of each tuple the first that exists
     reads the stream. `transforms` are (dense, norm, decoder) of language-model heads, which stay in the stream's
     coordinates because the decoder shares the token embedding. `own_head_size`: the configuration states head_dim
-    beside hidden_size, so that either can change alone.
+    next to hidden_size, so that either can change alone.
 
     Encoder-decoder families: the row is the encoder's, `decoder` is the row of the decoder's layers, which have a
     `cross` attention with projections `cross_linears` (q, k, v, o) and output `cross_out` besides. `fixed_heads`: all

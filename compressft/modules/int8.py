@@ -195,7 +195,7 @@ def quantised_linear(
         bias: (out,) or None, kept in fp32.
         x_scale, zero_point: fp32 scalars of the input's range (`activation_scale`).
         w_scale: of the weight's rows, fp32 (out,); None: `portable_scale`.
-        rate: share of the weights, drawn anew at each call, that is rounded (Fan et al. 2020, "Training with
+        rate: share of the weights, drawn again at each call, that is rounded (Fan et al. 2020, "Training with
             quantization noise", section 4.1).
         ends: low and high of the range, where they are to get a gradient.
 

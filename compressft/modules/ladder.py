@@ -1,4 +1,4 @@
-"""A ladder beside a backbone: small transformer blocks that read what each of its layers hands on."""
+"""A ladder next to a backbone: small transformer blocks that read what each of its layers hands on."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class CompressedLinear(nn.Linear):
     tensor; it may have `product(x)`, a cheaper way to the same output, and `bias()`, the bias with its change),
     `quantizer` (multiplies in the deployed arithmetic), `adapter` (a module on the output), `store` (holds a frozen
     weight in place of the parameter); the last four are None when empty. The parameters keep the names `weight`
-    (out, in) and `bias` (out,) of the layer they came from; a stored weight is built anew, fp32, whenever `weight` is
+    (out, in) and `bias` (out,) of the layer they came from; a stored weight is built again, fp32, whenever `weight` is
     read. `transposed` remembers that it was a Conv1D, whose weight is stored (in, out).
     """
 

@@ -35,7 +35,7 @@ class Quantizer(Extra):
 
     Attributes:
         active: off leaves the layer in floating point.
-        rate: share of the weights that is rounded in training; the others are drawn anew at each call.
+        rate: share of the weights that is rounded in training; the others are drawn again at each call.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Side networks: something small that is trained beside a frozen backbone, and blended with its final hidden states."""
+"""Side networks: something small, trained next to a frozen backbone and blended with its final hidden states."""
 
 from __future__ import annotations
 

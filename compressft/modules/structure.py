@@ -1,4 +1,4 @@
-"""Describe which of our modules sit where in a model, and put them back: what a saved folder needs beside tensors."""
+"""Describe which of our modules sit where in a model, and put them back: what a saved folder needs besides tensors."""
 
 from __future__ import annotations
 

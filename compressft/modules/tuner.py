@@ -43,7 +43,7 @@ class BaseView(nn.Module):
 
     @property
     def weight(self) -> nn.Parameter:
-        """(out, in); one that is stored packed is built anew, frozen."""
+        """(out, in); one that is stored packed is built again, frozen."""
         weight = self.linear.weight
         return weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
 
@@ -59,7 +59,7 @@ class BaseView(nn.Module):
 
 @known
 class PeftTuner(Extra):
-    """One tuner layer. Beside gates and quantizers it gives its part of the weight, otherwise it computes its product.
+    """One tuner layer. Next to gates and quantizers it gives its part of the weight, otherwise it computes its product.
 
     The part is read off the layer itself: its outputs for the unit vectors, less the base's weight. That holds for
     every tuner that is affine in its input; plain LoRA gives B A directly. LoRA's and DoRA's products are computed in
@@ -110,7 +110,7 @@ class PeftTuner(Extra):
 
     @torch.no_grad()
     def probe(self) -> tuple[bool, bool]:
-        """Whether the product is affine in its input, and whether it has a bias beside the base's.
+        """Whether the product is affine in its input, and whether it has a bias next to the base's.
 
         Asked of a copy with values drawn for each of its parameters: most tuners start as no change at all.
         """

@@ -1,4 +1,4 @@
-"""Objectives: what is minimised beside the task's loss. One file and one row here adds one."""
+"""Objectives: what is minimised besides the task's loss. One file and one row here adds one."""
 
 from compressft.objectives.distill import Distill
 from compressft.transform import Transform

@@ -38,7 +38,7 @@ class Distill(Transform):
             "base": the frozen base with deltas and adapters off too. The last two are no second model.
         layer_map: pairs of student and teacher layers ([[1, 1], [2, 4]], 0 = embeddings), or a rule: "uniform" (layer
             i of L follows round(i * L_t / L)), "last", "origin" (after passes `depth` and `ziplm`: the layer that it
-            was), "learned" (the nearest in order, chosen anew each step; `layer_map.learned`).
+            was), "learned" (the nearest in order, chosen again each step; `layer_map.learned`).
         projection: W_h where the widths differ: "shared" by all layers or one per "pair"; "none" where they are equal.
             The default is "shared" exactly where the widths differ.
         attention_kind: "scores" before softmax, or "probabilities" (their KL instead of the MSE).

@@ -19,7 +19,7 @@ from compressft.transform import Context, Transform
 class L0(Gradual):
     """Louizos, Welling & Kingma (2018) with the constants of Sanh, Wolf & Rush (2020).
 
-    Every weight is multiplied by a gate drawn anew in each forward pass; the loss gets lambda * mean over tensors of
+    Every weight is multiplied by a gate drawn again in each forward pass; the loss gets lambda * mean over tensors of
     the mean probability that a gate is open, lambda rising to `penalty` along the schedule from `start` to `end`. How
     sparse the model becomes follows from `penalty`, the number of steps and `learning_rate`. From progress `freeze` on
     the gates take their deterministic values, which ship, and only the weights go on learning. Gates between 0 and 1

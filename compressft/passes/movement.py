@@ -16,7 +16,7 @@ from compressft.transform import Context, Transform
 
 
 class Movement(Scored):
-    """Train a score S per weight with dL/dS = dL/dW' * W, beside the weights (Sanh, Wolf & Rush 2020).
+    """Train a score S per weight with dL/dS = dL/dW' * W, next to the weights (Sanh, Wolf & Rush 2020).
 
     `hard`: the highest scores stay, exactly round((1 - sparsity) * N) once the schedule is at its end: of all layers
     together (`scope` "global", hard's default) or of each layer ("layer", as in the paper, and soft's only one).

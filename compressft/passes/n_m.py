@@ -70,7 +70,7 @@ def check_divides(field: str, m: int, path: str, linear: CompressedLinear) -> No
 
 
 def cuts_groups(name: str, others: Sequence[Transform]) -> str | None:
-    """Why an N:M pattern cannot be kept beside `others`: passes that remove columns at the end."""
+    """Why an N:M pattern cannot be kept next to `others`: passes that remove columns at the end."""
     for other in others:
         if other.order == PARTS:
             return (

@@ -49,8 +49,8 @@ class Structured(Transform):
 
     `target` instead of `heads` and `ffn`: what the model may cost in the end, `{latency_ms: 3.0}`, `{speedup: 4}`,
     `{parameters: 0.3}`, `{bytes: 8000000}` or `{sparsity: 0.8}` (`Target`); costs in milliseconds are measured once on
-    this machine. The shapes that keep most importance within what `schedule` allows are chosen anew at every step, with
-    heads and neurons of all layers competing for one budget.
+    this machine. The shapes that keep most importance within what `schedule` allows are chosen again at every step,
+    with heads and neurons of all layers competing for one budget.
 
     `decide` "learned" trains hard-concrete gates for the kinds in `gates` instead (CoFi, Xia, Zhong & Chen 2022) under
     one constraint: `sparsity`, the fraction of the layers' matrices to remove. Its target is reached halfway between

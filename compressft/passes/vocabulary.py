@@ -26,7 +26,7 @@ class Vocabulary(Transform):
     Teachers loaded in the same stage lose the same rows.
 
     Fields: `min_count`: pieces seen less often in the training rows go. `limit`: at most this many pieces by
-    frequency, beside characters and special tokens. `reserve`: words or texts whose pieces stay; `reserve_file`: the
+    frequency, besides characters and special tokens. `reserve`: words or texts whose pieces stay; `reserve_file`: the
     same, one a line.
     """
 

@@ -31,8 +31,8 @@ class ZipLM(Transform):
     the structures go one at a time in the order of their Optimal Brain Surgeon score (`passes.obs`), a KV group with
     all its query heads; the remaining weights, and the bias, take over what they can. The sizes that lose least within
     the target come from `choice.choose`. Where it is a time, a model of these sizes is measured, and they are chosen
-    anew by what it takes: parts that are timed one by one do not quite add up to a whole. The model is smaller from the
-    first step on, so steps are faster too.
+    again by what it takes: parts that are timed one by one do not quite add up to a whole. The model is smaller from
+    the first step on, so steps are faster too.
 
     Fields: `target`: see `Target`, `{latency_ms: 3.0}`, `{speedup: 4}`, `{parameters: 0.3}`, `{bytes: 8000000}` or
     `{sparsity: 0.8}`. `rows`: training rows in the calibration set. `align`: FFN sizes are multiples of it.

@@ -47,7 +47,7 @@ class ExportConfig(Strict):
     `label_agreement`: least fraction of rows with the trained model's label. `metric_drop`: largest loss of the task's
     metric against the trained model. `max_abs_error`: largest logit difference (regression; no limit when None).
     `cache`: a language model's file takes the keys and values of earlier tokens and gives those of all, so that
-    generating does not compute them anew; without, it scores texts.
+    generating does not compute them again; without, it scores texts.
     """
 
     enabled: bool = True

@@ -20,7 +20,7 @@ REFERENCE = "#/$defs/{model}"
 # What a recipe file may say besides a recipe's fields.
 EXTENDS = {
     "type": "string",
-    "description": "A shipped recipe's name, or a file beside this one, whose fields this recipe starts from.",
+    "description": "A shipped recipe's name, or a file next to this one, whose fields this recipe starts from.",
 }
 
 

@@ -116,7 +116,7 @@ def _timed_stage(recipe: Recipe, stage: Stage, feeds: Feeds, steps: int) -> dict
 def ops(
     device: str | None, only: Sequence[str], quick: bool, say: Callable[[str], None] = lambda line: None
 ) -> tuple[dict[str, Any], dict[str, list[dict[str, str]]]]:
-    """The kernels' operators, checked against float64 and timed beside torch: (document, each one's rows to print).
+    """The kernels' operators, checked against float64 and timed next to torch: (document, each one's rows to print).
 
     Args:
         device: "cpu" or "cuda"; None takes the GPU if there is one.

@@ -189,7 +189,7 @@ def model_info(recipe: Recipe, rows: FeedRows, recipe_hash: str) -> dict[str, An
 
 
 class Corrupted(Dataset[dict[str, Any]]):
-    """Training rows of a task that changes them: each one anew in every epoch, by seed, epoch and row alone."""
+    """Training rows of a task that changes them: each one again in every epoch, by seed, epoch and row alone."""
 
     def __init__(self, features: Sequence[dict[str, Any]], task: Task, seed: int) -> None:
         self.features = features

@@ -199,7 +199,7 @@ class RunFolder:
 
         Args:
             step: cumulative over stages.
-            info: recorded beside the hashes (stage, seconds).
+            info: recorded next to the hashes (stage, seconds).
         """
         write_manifest(written, "checkpoint", {"step": step, **info})
         sync(written)

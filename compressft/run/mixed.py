@@ -1,4 +1,4 @@
-"""Several feeds in one stage: whose batch comes when, and the heads that stand beside the model's own."""
+"""Several feeds in one stage: whose batch comes when, and the heads that stand next to the model's own."""
 
 from __future__ import annotations
 

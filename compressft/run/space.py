@@ -11,7 +11,7 @@ from compressft.transform import QUANTISES
 TRAINING = 8
 # The file's share of its weights' bytes, where a pass quantises them.
 QUANTISED = 0.25
-# Folders that are written anew whenever a run ends.
+# Folders that are written again whenever a run ends.
 SHIPS = ("model", "delta", "onnx")
 
 

@@ -37,7 +37,7 @@ class MaskedLMSettings(TaskSettings):
 class MaskedLM(Task):
     """Predict hidden tokens (Devlin et al. 2019, "BERT", section 3.1); perplexity over them, and accuracy.
 
-    Training draws anew each epoch; all other rows are hidden in one way, which depends on their place alone.
+    Training draws again each epoch; all other rows are hidden in one way, which depends on their place alone.
     """
 
     type = "masked-lm"

@@ -55,7 +55,7 @@ class Task(ABC):
     teachable: ClassVar[bool] = False
     # Whether its outputs say how sure they are of a row's one label, by which rows can be chosen.
     chooses: ClassVar[bool] = False
-    # Whether training changes each row anew in every epoch (`corrupt`).
+    # Whether training changes each row again in every epoch (`corrupt`).
     corrupts: ClassVar[bool] = False
     # What features keep for that; no batch has it.
     hidden_keys: ClassVar[tuple[str, ...]] = ()

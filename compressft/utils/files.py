@@ -12,7 +12,7 @@ from typing import Any
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes; computed anew where its size or time of change is another."""
+    """SHA-256 of a file's bytes; computed again where its size or time of change is another."""
     state = path.stat()
     # The time of change of the inode cannot be set back, that of the content can.
     return _hash(path.resolve(), state.st_size, (state.st_mtime_ns, state.st_ctime_ns), state.st_ino)

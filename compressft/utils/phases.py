@@ -32,7 +32,7 @@ PHASES = (
 OTHER = "other"
 # Where a run directory keeps the seconds so far.
 SECONDS = "memo/seconds.json"
-# What a second export of the same run spends anew.
+# What a second export of the same run spends again.
 AGAIN = ("export", "verification", "latency", "analyses", "report")
 # Seconds between two lines where no terminal shows a bar, and until a terminal shows one.
 PATIENCE, BLINK = 10.0, 1.0

@@ -54,7 +54,7 @@ def test_written_again(bases, tmp_path, case):
     for name in ("adapter.safetensors", "model_adapter_fusion.safetensors"):
         if (MADE / case / name).is_file():
             old, new = load_file(MADE / case / name), load_file(tmp_path / case / name)
-            # A fusion's adapters are named anew.
+            # A fusion's adapters are named again.
             rename = {"pfeiffer_odd": "fusion_1", "pfeiffer": "fusion_0"} if case == "fusion" else {}
             for theirs, ours in rename.items():
                 old = {key.replace(theirs, ours): tensor for key, tensor in old.items()}
@@ -120,7 +120,7 @@ def test_families_round_trip(bases, tmp_path, family, placement):
     adapted.save_pretrained(tmp_path / "ours")
     found = read(loaded(folder), tmp_path / "ours")
     if placement == "parallel" and family in ("gpt2", "llama"):
-        assert "beside a pre-norm FFN" in refusal(found)
+        assert "next to a pre-norm FFN" in refusal(found)
         return
     assert refusal(found) is None
     (tmp_path / "theirs").mkdir()
@@ -182,7 +182,7 @@ def test_every_field_is_known():
         ({"original_ln_before": True}, False, "pre-norm model, where it adds the residual twice"),
         ({"is_parallel": True}, False, "pre-norm model, where it reads past the norm"),
         ({"is_parallel": True, "mh_adapter": True}, True, "mh_adapter true is not read"),
-        ({"original_ln_before": True, "mh_adapter": True}, True, "beside mh_adapter is not read"),
+        ({"original_ln_before": True, "mh_adapter": True}, True, "next to mh_adapter is not read"),
     ],
 )
 def test_placements_that_are_refused(changes, post_norm, match):
@@ -294,7 +294,7 @@ def test_fusions_that_are_refused(bases, made):
     rewrite(one, config={**entry["config"], "scaling": 2.0})
     refused(bases, folder, "is no seq_bn of scaling 1")
     one.write_text(json.dumps(entry))
-    # Beside the fusion, as save_all_adapters leaves them.
+    # Next to the fusion, as save_all_adapters leaves them.
     want = Adapted.from_pretrained(loaded(bases()), folder)
     shutil.move(folder / "pfeiffer_odd", made / "pfeiffer_odd")
     same(Adapted.from_pretrained(loaded(bases()), folder), want)

@@ -1,4 +1,4 @@
-"""Save and load of every method: the same logits on a base loaded anew, its frozen tensors shared, damage refused."""
+"""Save and load of every method: the same logits on a base loaded again, its frozen tensors shared, damage refused."""
 
 import json
 

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.dear
 
 ONE = {"num_hidden_layers": 1}
 MIXED = {"use_sliding_window": True, "sliding_window": 4, "layer_types": ["full_attention", "sliding_attention"]}
-# Of one structure with another, whose export is in other tests: beside these are `test_cache.py`, `test_rotary.py`.
+# Of one structure with another, whose export is in other tests: next to these are `test_cache.py`, `test_rotary.py`.
 CASES = {
     "roberta": ("roberta", ONE),
     "distilbert": ("distilbert", {"n_layers": 1}),

@@ -113,7 +113,7 @@ def test_a_real_model_writes_what_torch_writes(stories):
     ids, mask = padded_left(rows, 0)
     written = greedy(session, ids, mask)
     np.testing.assert_array_equal(written, by_torch(model, ids, mask))
-    # Nor does a row depend on those that it is padded beside.
+    # Nor does a row depend on those that it is padded next to.
     for row, text in zip(rows, written, strict=True):
         alone = greedy(session, np.array([row]), np.ones((1, len(row)), np.int64))
         np.testing.assert_array_equal(alone[0], text)

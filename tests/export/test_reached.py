@@ -1,4 +1,4 @@
-"""What a recipe's target asked for beside what the file has: missed, met, and far surpassed."""
+"""What a recipe's target asked for next to what the file has: missed, met, and far surpassed."""
 
 import pytest
 

@@ -51,7 +51,7 @@ def test_the_file_holds_it_once(name, tmp_path):
     tensors = onnx.load(str(path)).graph.initializer
     table = [t for t in tensors if t.dims and ROWS in t.dims]
     assert sum(onnx.numpy_helper.to_array(t).nbytes for t in table) == expected
-    # The blocks' and positions' weights are few beside it.
+    # The blocks' and positions' weights are few next to it.
     assert path.stat().st_size < expected + (260_000 if name == "fp32" else 110_000)
     batch = padded(3, 30, left=True)
     parts = list(chunks(batch["input_ids"].numpy(), batch["attention_mask"].numpy()))

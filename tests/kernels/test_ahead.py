@@ -121,7 +121,7 @@ def test_inner_loops_copy_16_bytes_at_a_time(target, products):
 
 
 def waiting(k):
-    """How many plain loads are in one loop that multiplies, beside those that are meant to be."""
+    """How many plain loads are in one loop that multiplies, next to those that are meant to be."""
     # The adapter's second loops add a bias, a residual or the norm's part to a product, which does not wait for them.
     own = k["case"].startswith("adapter") and k["kernel"] in ("_forward_kernel", "_rows_kernel")
     # Asynchronous copies have four bytes at least: a row has one of double quantisation's scales, and of a tile of 512

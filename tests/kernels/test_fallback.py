@@ -163,7 +163,7 @@ def test_the_twin_takes_its_place_and_says_so_once(idle, operation):
 
 @pytest.mark.parametrize("operation", CALLS)
 def test_under_autocast(idle, operation):
-    """Operands come in autocast's dtype beside weights in their own, whose gradients have it too."""
+    """Operands come in autocast's dtype next to weights in their own, whose gradients have it too."""
     break_rows(*KERNELS[operation])
     for function, shapes in CALLS[operation]:
         dispatch._failures.clear()

@@ -247,7 +247,7 @@ def test_refused():
             Diff(**wrong)
 
 
-# Beside the rest.
+# Next to the rest.
 
 
 def test_recomputed_activations_and_autocast():

@@ -275,7 +275,7 @@ def test_resumed_is_the_same(method):
     check_resume(method, steps=10, stops=(3, 5, 8))
 
 
-# Beside the rest.
+# Next to the rest.
 
 
 @pytest.mark.parametrize(

@@ -204,7 +204,7 @@ def test_supermask_starts_at_its_target():
     assert Mask(preset="supermask", init="uniform")._set("init") == "uniform"
 
 
-# Beside the rest.
+# Next to the rest.
 
 
 def test_gates_of_a_pass_multiply():

@@ -1,4 +1,4 @@
-"""Tuner layers of the peft package in the delta slot: PEFT's own numbers, beside gates and quantizers, saved."""
+"""Tuner layers of the peft package in the delta slot: PEFT's own numbers, next to gates and quantizers, saved."""
 
 import copy
 import json

@@ -403,7 +403,7 @@ def test_beams():
     assert likelihood(out[:1]) >= likelihood(greedy[:1]) - 1e-5
 
 
-# Beside the ways to train.
+# Next to the ways to train.
 
 
 @BOTH
@@ -486,7 +486,7 @@ def test_padding_and_batch_mates_change_nothing(family):
         torch.testing.assert_close(logits(model, alone), logits(model, batch)[row : row + 1], atol=1e-5, rtol=1e-5)
 
 
-# Beside compression.
+# Next to compression.
 
 
 @pytest.mark.parametrize("family", TINY)

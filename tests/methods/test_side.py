@@ -201,7 +201,7 @@ def test_another_model_beside(smaller, tmp_path):
         torch.testing.assert_close(model.bert(**batch).last_hidden_state, want, atol=1e-5, rtol=1e-5)
     model = trained(method, headed(), rows_for("bert"))
     check_round_trips(model, "bert", tmp_path)
-    # A BERT beside a model that knows no segments.
+    # A BERT next to a model that knows no segments.
     check_round_trips(trained(method, headed("distilbert"), rows_for("distilbert")), "distilbert", tmp_path / "other")
     prepared(method, headed())
     assert torch.equal(*(side_of(prepared(method, headed())).project.weight for _ in range(2)))

@@ -58,7 +58,7 @@ def loss_of(model, batch):
 
 @torch.no_grad()
 def without_cache(model, ids, mask, tokens):
-    """Greedy continuation, everything computed anew for each token."""
+    """Greedy continuation, everything computed again for each token."""
     for _ in range(tokens):
         places = (mask.cumsum(1) - 1).clamp(min=0)
         logits = model(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False).logits

@@ -1,4 +1,4 @@
-"""NF4 storage of a linear layer's weight: bytes, values, gradients beside gates, deltas and adapters, unpacking."""
+"""NF4 storage of a linear layer's weight: bytes, values, gradients next to gates, deltas and adapters, unpacking."""
 
 import copy
 

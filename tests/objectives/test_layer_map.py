@@ -1,4 +1,4 @@
-"""Layer maps: rules, their limits, and the map that is chosen anew each step."""
+"""Layer maps: rules, their limits, and the map that is chosen again each step."""
 
 from itertools import combinations, combinations_with_replacement, pairwise
 
@@ -106,7 +106,7 @@ def student_without(student, objective):
 
 @pytest.mark.parametrize("rule", [None, "uniform", "learned"])
 def test_a_copy_is_at_no_distance(rule):
-    """Also of six layers, each beside its own twin."""
+    """Also of six layers, each next to its own twin."""
     student, teacher = tiny(num_hidden_layers=6), tiny(num_hidden_layers=6)
     fields = {"logits": 1.0, "hidden": 1.0, "cosine": 1.0, "attention": 1.0, "relations": 1.0, "layer_map": rule}
     objective = Distill(teacher="t", **fields)

@@ -1,4 +1,4 @@
-"""The depth pass: which layers stay, what they are, what is refused, and training beside a deeper teacher."""
+"""The depth pass: which layers stay, what they are, what is refused, and training next to a deeper teacher."""
 
 import pytest
 import torch

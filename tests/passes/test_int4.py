@@ -1,4 +1,4 @@
-"""The int4 pass: layers, phases, error compensation, and what it ships beside pruning, masks and adapters."""
+"""The int4 pass: layers, phases, error compensation, and what it ships next to pruning, masks and adapters."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Layers and hidden dimensions: what is masked is what ships, alone, together and beside everything else."""
+"""Layers and hidden dimensions: what is masked is what ships, alone, together and next to everything else."""
 
 import copy
 import warnings

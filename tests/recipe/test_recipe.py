@@ -421,7 +421,7 @@ def full() -> Recipe:
             for name in PASSES
             if name not in ("structured", "int8")
         ),
-        # Fields that mean something beside others only.
+        # Fields that mean something next to others only.
         {
             "name": "attentive",
             "objectives": [

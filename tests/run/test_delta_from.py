@@ -1,4 +1,4 @@
-"""A delta from an earlier stage's model: small beside it, the same model, and said where it would have been."""
+"""A delta from an earlier stage's model: small next to it, the same model, and said where it would have been."""
 
 import json
 import shutil

@@ -41,7 +41,7 @@ FILES = {
     "two/compressft.json": "{}",
     "side/model.safetensors": "weights",
 }
-# Beside them, and read by nobody.
+# Next to them, and read by nobody.
 OTHERS = ("base/README.md", "base/pytorch_model.bin", "base/onnx/config.json", "base/.gitattributes", "teacher/x.h5")
 
 
@@ -258,7 +258,7 @@ def test_a_data_set_of_the_hub_is_its_content(tmp_path):
     data = {"dataset": str(tmp_path / "local")}
     recipe = parse_recipe({"name": "r", "model": str(tmp_path / "base"), "data": data, "stages": [{"name": "one"}]})
     run = begin(tmp_path, recipe)
-    # Written anew, with a time of its own, it is the same.
+    # Written again, with a time of its own, it is the same.
     save([0, 1])
     assert go_on(run, recipe) == ""
     save([1, 0])

@@ -381,7 +381,7 @@ def test_an_edited_recipe_is_not_the_one_that_was_trained(reference, tmp_path, c
     code, stderr = command("export", str(folder))
     assert code == 2 and f"{path}: is not the recipe that was trained" in stderr
     assert fingerprint(folder / "report") == before
-    # Both edited alike: what was trained is recorded beside them.
+    # Both edited alike: what was trained is recorded next to them.
     code, stderr = command(*arguments(path, folder, "--resume"))
     assert code == 2 and f"{path}: has changed since the run began" in stderr
     (folder / "identity.json").unlink()

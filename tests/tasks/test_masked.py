@@ -1,4 +1,4 @@
-"""Masked language modelling: how many tokens are hidden, by what, and that training draws anew each epoch."""
+"""Masked language modelling: how many tokens are hidden, by what, and that training draws again each epoch."""
 
 from __future__ import annotations
 

@@ -55,10 +55,10 @@ def test_the_manifest_is_protected_too(written, kind):
         path.write_text(json.dumps({**values, **changes}))
         with pytest.raises(UserError, match="was changed after it was written"):
             read_manifest(written / kind)
-    # Written anew by somebody who knows how: the other file still says otherwise.
+    # Written again by somebody who knows how: the other file still says otherwise.
     del values["hash"]
     path.write_text(json.dumps(sealed({**values, "labels": ["odd", "even"]})))
-    with pytest.raises(UserError, match="label 0 is 'odd' here and 'even' in the configuration beside it"):
+    with pytest.raises(UserError, match="label 0 is 'odd' here and 'even' in the configuration next to it"):
         read_manifest(written / kind)
     path.write_text(json.dumps(values))
     read_manifest(written / kind)

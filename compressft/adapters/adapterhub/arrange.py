@@ -78,10 +78,10 @@ def refusal(settled: Settled) -> str | None:
     if found is None:
         return (
             "AdapterHub's format holds adapters of placement houlsby, pfeiffer or parallel, fusions of them and "
-            "prefixes, in every layer, and nothing beside them"
+            "prefixes, in every layer, and nothing besides them"
         )
     if found.placement == "parallel" and not post_norm(settled.plain):
-        return "adapters beside a pre-norm FFN read its normalised input, AdapterHub's the residual stream"
+        return "adapters next to a pre-norm FFN read its normalised input, AdapterHub's the residual stream"
     reason = _alike(found) or _of_size(settled, found)
     if reason is not None:
         return reason

@@ -41,7 +41,7 @@ ABSENT: dict[str, Any] = {
     "phm_layer": False,
     "leave_out": [],
 }
-# Fields that act in training or initialisation alone, or beside one of the above.
+# Fields that act in training or initialisation alone, or with one of the above.
 IDLE = {
     "adapter_residual_before_ln",
     "dropout",
@@ -114,7 +114,7 @@ def _placement(values: Mapping[str, Any], post_norm: bool, who: str) -> str:
                 "mh_adapter true" if both[0] else "is_parallel true on a pre-norm model, where it reads past the norm"
             )
             raise UserError(
-                f"{who}: config.{what} is not read; parallel adapters beside the FFN of post-norm models are"
+                f"{who}: config.{what} is not read; parallel adapters next to the FFN of post-norm models are"
             )
         return "parallel"
     if not post_norm and before:
@@ -124,7 +124,7 @@ def _placement(values: Mapping[str, Any], post_norm: bool, who: str) -> str:
         )
     if both[0]:
         if before:
-            raise UserError(f"{who}: config.original_ln_before true beside mh_adapter is not read; false is")
+            raise UserError(f"{who}: config.original_ln_before true next to mh_adapter is not read; false is")
         return "houlsby"
     if post_norm and (not before or values["residual_before_ln"] is not True):
         name = "original_ln_before" if not before else "residual_before_ln"

@@ -63,7 +63,7 @@ def in_attention(layer: Layer, places: tuple[str, str], name: str) -> str:
 
 
 def in_output(layer: Layer, places: tuple[str, str], name: str) -> str:
-    """Prefix of the tensors of a layer's adapter after, or beside, the FFN."""
+    """Prefix of the tensors of a layer's adapter after, or next to, the FFN."""
     return f"{layer.name}.{places[1]}.adapters.{name}."
 
 

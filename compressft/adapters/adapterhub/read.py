@@ -168,7 +168,7 @@ def _flat(base: nn.Module, folder: Path, name: str, config: Mapping[str, Any], t
 
 
 def read_fusion(base: nn.Module, folder: Path) -> Settled:
-    """A fusion folder and the folders of its adapters, inside it or beside it, on a tree of this base's tensors.
+    """A fusion folder and the folders of its adapters, inside it or next to it, on a tree of this base's tensors.
 
     Raises:
         UserError: as `read`; an adapter's folder is not there.

@@ -26,7 +26,7 @@ class Closeness(Analysis):
 
     Per tensor: the L2 norm and the mean absolute value of the change, its L2 norm as a share of the first model's, the
     angle between the two as a share of pi, how many signs flipped, how many bits of bf16 stayed, and the rank that
-    holds 90 % of the change's energy. Masks, differences and rounding of weights count; adapters stand beside them.
+    holds 90 % of the change's energy. Masks, differences and rounding of weights count; adapters stand next to them.
     """
 
     type: Literal["closeness"] = "closeness"

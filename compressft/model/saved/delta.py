@@ -72,7 +72,7 @@ def base_of(folder: Path, manifest: Mapping[str, Any]) -> str:
     """Where a delta's base is: what the recipe named, or the model of the stage that the delta goes on from.
 
     Raises:
-        UserError: the stage's folder is not beside it.
+        UserError: the stage's folder is not next to it.
     """
     stage = manifest.get("from_stage")
     if stage is None:

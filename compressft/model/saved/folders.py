@@ -42,7 +42,7 @@ def verify_files(folder: Path, hashes: Mapping[str, str]) -> None:
 
 
 def write_manifest(folder: Path, kind: str, entry: Mapping[str, Any]) -> None:
-    """Write `compressft.json` beside files that are all there: with their hashes, and its own."""
+    """Write `compressft.json` next to files that are all there: with their hashes, and its own."""
     whole = {"format": FORMAT, "kind": kind, **entry, "files": hash_files(folder)}
     (folder / MANIFEST).write_text(json.dumps(sealed(whole), indent=1), encoding="utf-8")
 

@@ -49,7 +49,7 @@ TEXT: Check = ("a string", lambda value: isinstance(value, str))
 # Field -> (what it wants, whether a value is that).
 CHECKS: dict[str, Check] = {
     **dict.fromkeys(("architecture", "base_hash", "layers_hash", "model", "base", "task"), TEXT),
-    # A folder's name beside the delta's.
+    # A folder's name next to the delta's.
     "from_stage": ("a stage's name", lambda v: isinstance(v, str) and re.fullmatch(r"[A-Za-z0-9_-]+", v) is not None),
     "origin_hash": ("a string or null", lambda value: value is None or isinstance(value, str)),
     "config": ("an object with model_type", lambda v: isinstance(v, dict) and isinstance(v.get("model_type"), str)),
@@ -116,7 +116,7 @@ def _digest(entry: Mapping[str, Any]) -> str:
 
 
 def compare_labels(entry: Mapping[str, Any], config: Any, path: Path) -> None:
-    """A manifest's labels and those of the configuration beside it, which other programs read, are the same.
+    """A manifest's labels and those of the configuration next to it, which other programs read, are the same.
 
     Raises:
         UserError: they are not.
@@ -133,7 +133,7 @@ def compare_labels(entry: Mapping[str, Any], config: Any, path: Path) -> None:
         at = next((i for i, pair in enumerate(zip(own, labels, strict=False)) if pair[0] != pair[1]), len(labels))
         first, second = (names[at] if at < len(names) else "none" for names in (labels, own))
         raise UserError(
-            f"{path}: label {at} is {first!r} here and {second!r} in the configuration beside it; restore the folder"
+            f"{path}: label {at} is {first!r} here and {second!r} in the configuration next to it; restore the folder"
         )
 
 

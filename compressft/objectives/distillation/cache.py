@@ -26,10 +26,11 @@ class AnswerCache:
     """Logits and hidden states per example in a folder of safetensors files, read through the page cache.
 
     An example is its real tokens' ids and segments as the teacher gets them; paddings are not stored and come back as
-    0. Each batch's new examples are one file, written beside its place, flushed and renamed: a kill leaves a whole file
-    or none, and a run resumed from a checkpoint finds every answer given before it. An example keeps the answer it got
-    first, whatever batch it is in later, so a cached run differs from an uncached one by what other paddings and other
-    neighbours do to rounding (nothing where batches repeat), and by the storage's own rounding in fp16.
+    0. Each batch's new examples are one file, written next to its place, flushed and renamed: a kill leaves a whole
+    file or none, and a run resumed from a checkpoint finds every answer given before it. An example keeps the
+    answer it got first, whatever batch it is in later, so a cached run differs from an uncached one by what other
+    paddings and other neighbours do to rounding (nothing where batches repeat), and by the storage's own rounding
+    in fp16.
 
     Bytes per example: 4 (fp16: 2) * (classes + hidden layers * tokens * width); per-token logits count per token.
 

@@ -1,4 +1,4 @@
-"""Which settings of distillation make no sense, alone or beside other Transforms."""
+"""Which settings of distillation make no sense, alone or with other Transforms."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the movement pruning passes share: scores beside the weights, thresholds that rise, and a penalty."""
+"""What the movement pruning passes share: scores next to the weights, thresholds that rise, and a penalty."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ class Gradual(Unstructured):
 
 
 class Masked(Gradual):
-    """Masks computed anew from the weights at `updates` + 1 evenly spaced points from `start` to `end`, then kept.
+    """Masks computed again from the weights at `updates` + 1 evenly spaced points from `start` to `end`, then kept.
 
     Between two updates and after the last one the masks stay as they are: training recovers what pruning cost.
     """

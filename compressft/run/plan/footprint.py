@@ -98,7 +98,7 @@ def activation_bytes(model: nn.Module, longest: int, stage: Stage, device: str) 
     """What one batch keeps for the backward pass, or one evaluation batch passes on where that takes more.
 
     Per token and layer: inputs of the projections, norms and residuals (about 10 values of the hidden width, 3 of the
-    FFN's and 5 where it is gated, four bytes each: under autocast the halved tensors are kept beside their fp32
+    FFN's and 5 where it is gated, four bytes each: under autocast the halved tensors are kept next to their fp32
     sources), and the attention's scores where they are written down; with checkpointing one hidden state per layer and
     one layer in full. int8 training keeps two more bytes per projection input.
     """

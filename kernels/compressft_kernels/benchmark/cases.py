@@ -246,7 +246,7 @@ def packed(
         weight = dense_weight(o["weight"], o["x"].dtype)
         return weight * kernels.unpack_mask(o["bits"], inner) if mask else weight
 
-    # What the same result costs from a masked weight that is kept in full beside the packed one.
+    # What the same result costs from a masked weight that is kept in full next to the packed one.
     dense = Way(lambda o: F.linear(o["x"], o["dense"], o.get("bias")), prepare=lambda o: {"dense": effective(o)})
     rows, size = math.prod(tokens), out * inner
     stored, bits = (0, nf4_bytes(size)) if nf4 else (size, 0), out * -(-inner // 8) if mask else 0
@@ -360,6 +360,6 @@ def quicker(case: Case) -> Case:
 
 
 def in_float32(case: Case) -> Case:
-    """The case in float32, as `dispatch` has it and with the kernel that it may have left out beside it."""
+    """The case in float32, as `dispatch` has it and with the kernel that it may have left out next to it."""
     kernel = Way(case.ours, within=dispatch.kernels_for_float32)
     return replace(case, name=f"{case.name} float32", dtype=torch.float32, peers={"kernel": kernel}, compile=False)

@@ -118,7 +118,7 @@ def measure_case(
             skipped[name] = correctness.brief(error)
 
     if compiling is not None:
-        # Each case anew: beyond eight variants of a function torch runs it uncompiled, and says nothing.
+        # Each case again: beyond eight variants of a function torch runs it uncompiled, and says nothing.
         torch._dynamo.reset()
         if case.compile:
             ways[COMPILED] = compiled(case, device)

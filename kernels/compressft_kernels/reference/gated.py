@@ -42,7 +42,7 @@ def bare(weight: Tensor, quant: list[Tensor], size: Size, dtype: torch.dtype) ->
 def effective(
     weight: Tensor, quant: list[Tensor], gate: Tensor | None, threshold: float, size: Size, dtype: torch.dtype
 ) -> Tensor:
-    """The masked weight (out, in) in `dtype`, built anew."""
+    """The masked weight (out, in) in `dtype`, built again."""
     return keep(bare(weight, quant, size, dtype), gate, threshold).to(dtype)
 
 
