@@ -103,6 +103,14 @@ class Feeds:
         """The rows of a stage's first feed."""
         return self.each(stage)[0]
 
+    @property
+    def sources(self) -> list[FeedRows]:
+        """One for each task and source, whatever selections join it."""
+        found: dict[tuple[str, str], FeedRows] = {}
+        for rows in self.all:
+            found.setdefault((rows.feed.task.model_dump_json(), rows.feed.source), rows)
+        return list(found.values())
+
     def each(self, stage: Stage) -> list[FeedRows]:
         """The rows of all of a stage's feeds."""
         return [next(rows for rows in self.all if rows.feed == feed) for feed in self.recipe.feeds(stage)]
@@ -156,7 +164,12 @@ def load_feeds(recipe: Recipe, tokenizer: Any) -> Feeds:
     found: list[Feed] = []
     for stage in recipe.stages:
         found += [feed for feed in recipe.feeds(stage) if feed not in found]
-    feeds = Feeds(recipe, [load_feed(feed, recipe.model, tokenizer) for feed in found])
+    loaded: list[FeedRows] = []
+    for feed in found:
+        # With other selections it is the same source.
+        same = next((rows for rows in loaded if (rows.feed.task, rows.feed.source) == (feed.task, feed.source)), None)
+        loaded.append(FeedRows(feed, same.task, same.splits) if same else load_feed(feed, recipe.model, tokenizer))
+    feeds = Feeds(recipe, loaded)
     by_name = {stage.name: stage for stage in recipe.stages}
     for stage in recipe.stages:
         for select in stage.select:

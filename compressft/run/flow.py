@@ -67,7 +67,7 @@ def run(
 
 def _run(run: Run) -> dict[str, Any]:
     feeds = load_feeds(run.recipe, load_tokenizer(run.recipe.model))
-    for rows in feeds.all:
+    for rows in feeds.sources:
         _introduce(run, rows)
     trained = train_stages(run, feeds)
     report = ship(run, feeds.shipped, trained) if ranks.first() else None

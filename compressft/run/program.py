@@ -103,7 +103,7 @@ def start(run: Run, feeds: Feeds) -> Begun:
     check_vocabulary(recipe.model, model, first.task.tokenizer)
     run.folder.check_space(sum(p.numel() * p.element_size() for p in model.parameters()))
     base = {"shapes": shapes(model), "parameters": count(model)["total"], "flops": flops(model, FLOPS_LENGTH)}
-    for rows in feeds.all:
+    for rows in feeds.sources:
         check_positions(model, rows)
     refuse_shapes(recipe, model)
     refuse_model(recipe, model)

@@ -48,7 +48,11 @@ def _chosen(run: Run, feeds: Feeds, select: Select) -> list[Row]:
         release(model)
     order, labels = choose(select, beliefs)
     rows = [pool[i] if labelled else _labelled(pool[i], task, labels[i]) for i in order]
-    run.say(f"{select.name}: {len(rows)} of {len(pool)} rows of {select.pool or 'the data'} chosen ({select.type})")
+    said = f"{select.name}: {len(rows)} of {len(pool)} rows of {select.pool or 'the data'} chosen ({select.type})"
+    if not rows and pool and not labelled:
+        surest = max(float(np.min([belief[i].max() for belief in beliefs])) for i in range(len(pool)))
+        said += f"; the surest has {surest:.2f}, and above is {select.above:g}"
+    run.say(said)
     return rows
 
 
