@@ -10,14 +10,14 @@ from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 LARGEST = 2**32 - 1
 
 
-class Strict(BaseModel, frozen=True):
+class Strict(BaseModel):
     """Fields of exactly their types: text is no number, true is not 1; unknown fields and infinite numbers are refused.
 
     A whole number may stand for a fraction's, and a list for a tuple, which YAML does not have. Whole numbers beyond
     `LARGEST`, which no library counts to, are refused.
     """
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
 
     @model_validator(mode="before")
     @classmethod
