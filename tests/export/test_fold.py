@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from compressft.export.fold import Adapted, fold
+from compressft.export.fold import WithAdapter, fold
 from compressft.export.int8 import Int8Embedding, Int8Linear
 from compressft.methods.adapter import Adapter
 from compressft.modules.bottleneck import Bottleneck
@@ -75,7 +75,7 @@ def test_adapters_of_a_projection_follow_its_product():
         model.train()(**batch_for("llama"))
     transform.finalize(model)
     down = fold(model).model.layers[0].mlp.down_proj
-    assert isinstance(down, Adapted)
+    assert isinstance(down, WithAdapter)
     assert isinstance(down.inner, Int8Linear) and isinstance(down.adapter, Bottleneck)
 
 
