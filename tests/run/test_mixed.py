@@ -15,6 +15,9 @@ from compressft.run.trainer import CompressionTrainer
 from tests.run.test_program import MASKED, Killed, base, recipe_of, saved, trained  # noqa: F401 - base is a fixture
 from tests.tiny import batch_for, tiny
 
+# Cases share trainings.
+pytestmark = pytest.mark.dear
+
 BOTH = {
     "name": "both",
     "feeds": [{"data": "two"}, {"data": "texts", "task": MASKED, "share": 0.4}, {"data": "three", "share": 0.2}],
@@ -147,7 +150,6 @@ def test_a_later_stage_goes_on_with_a_feeds_head(base, tmp_path, monkeypatch):  
     assert torch.equal(seen["classifier.weight"], kept["2.classifier.weight"])
 
 
-@pytest.mark.dear
 @pytest.mark.parametrize("at", [4, 9, 14])
 def test_killed_amid_the_feeds_and_resumed(base, whole, tmp_path, monkeypatch, at):  # noqa: F811
     count = 0

@@ -15,6 +15,9 @@ from compressft.run.trainer import CompressionTrainer
 from tests.run.test_program import Killed, saved, trained
 from tests.tiny_folder import rows_of, save_tiny, write_jsonl
 
+# Cases share trainings.
+pytestmark = pytest.mark.dear
+
 
 def select(**fields):
     return Select.model_validate({"name": "pool", "by": "one", "from": "texts", **fields})
@@ -169,7 +172,6 @@ def test_pseudo_labels_are_the_models_own(base, tmp_path):
     assert stages[1]["examples"] == 2 * (14 + 10)
 
 
-@pytest.mark.dear
 @pytest.mark.parametrize("at", [3, 9, 15])
 def test_killed_amid_a_program_and_resumed(base, active, tmp_path, monkeypatch, at):
     count = 0
