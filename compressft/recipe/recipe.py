@@ -202,10 +202,6 @@ class Recipe(Strict):
                     )
         for position, analysis in enumerate(self.analyses):
             reason = analysis.refuse()
-            if reason is None and analysis.data is not None and analysis.data not in self.sources:
-                reason = (
-                    f"data {analysis.data!r} is no source; named: {', '.join(filter(None, self.sources)) or 'none'}"
-                )
             if reason is not None:
                 raise ValueError(f"analyses.{position}: {reason}")
         return self

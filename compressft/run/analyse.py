@@ -6,22 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from compressft.errors import UserError
 from compressft.evaluation.analyses import ANALYSES
-from compressft.evaluation.analyses.analysis import Analysis, Finding, Subjects
+from compressft.evaluation.analyses.analysis import BASE, Analysis, Finding, Subjects
 from compressft.model.load import load_model
 from compressft.model.saved.compressed import load_compressed
-from compressft.model.saved.delta import load_delta
+from compressft.model.saved.delta import base_tensors, load_delta
 from compressft.model.saved.folders import MANIFEST, read_manifest
 from compressft.recipe.document import override_all
 from compressft.recipe.program import parse_member
 from compressft.recipe.recipe import Recipe, load_recipe
 from compressft.tasks import TASKS
 from compressft.utils.phases import phase
-
-BASE = "base"
 
 
 @phase("analyses")
@@ -31,10 +29,7 @@ def analysed(recipe: Recipe, root: Path) -> dict[str, Any]:
     Args:
         root: the run directory, whose stages are finished.
     """
-    found = [
-        analysis.find(Subjects(analysis.models, lambda name: _of_run(recipe, root, name))).row(analysis)
-        for analysis in recipe.analyses
-    ]
+    found = [analysis.find(_subjects(recipe, root, analysis.models)).row(analysis) for analysis in recipe.analyses]
     return {"analyses": found} if found else {}
 
 
@@ -65,10 +60,18 @@ def analyse_models(kind: str, models: Sequence[str], settings: Sequence[str] = (
     if BASE in names and not runs:
         raise UserError("analyse: 'base' is that of a run directory; give one, or the base's own name")
 
-    def load(name: str) -> nn.Module:
-        return _of_run(load_recipe(Path(runs[0]) / "recipe.yaml"), Path(runs[0]), name) if name == BASE else _any(name)
+    if BASE not in names:
+        return analysis, analysis.find(Subjects(tuple(names), _any))
+    root = Path(runs[0])
+    return analysis, analysis.find(_subjects(load_recipe(root / "recipe.yaml"), root, names))
 
-    return analysis, analysis.find(Subjects(tuple(names), load))
+
+def _subjects(recipe: Recipe, root: Path, names: Sequence[str]) -> Subjects:
+    def base() -> dict[str, Tensor]:
+        last = read_manifest(root / "stages" / recipe.stages[-1].name, "model", files=False)
+        return base_tensors(recipe.model, last["architecture"])
+
+    return Subjects(tuple(names), lambda name: _of_run(recipe, root, name), base)
 
 
 def _of_run(recipe: Recipe, root: Path, name: str) -> nn.Module:

@@ -50,7 +50,12 @@ def evaluate(source: str | Path, data: str | Path, batch: int = 32) -> dict[str,
             f"{folder / MANIFEST}: task {manifest['task']!r} is not known; known: {', '.join(TASKS)}"
             f"{nearest(manifest['task'], TASKS)}"
         )
-    settings = parse_task(manifest.get("task_settings", manifest["task"]))
+    try:
+        settings = parse_task(manifest.get("task_settings", manifest["task"]))
+    except ValueError as error:
+        raise UserError(f"{folder / MANIFEST}: field 'task_settings': {error}; restore the file") from None
+    if settings.type != manifest["task"]:
+        raise UserError(f"{folder / MANIFEST}: task {manifest['task']!r} and task_settings differ; restore the file")
     task = make_task(settings, load_tokenizer(str(folder)), manifest["max_length"], manifest["labels"])
     rows = canonical_rows(read_rows(data), manifest["columns"], TASKS[manifest["task"]].fields)
     features = task.encode(rows)

@@ -29,13 +29,13 @@ def loss_terms(
     """
     transforms: Sequence[Transform] = context.transforms
     compute = forward or model
-    hidden = any(t.needs_hidden_states for t in transforms)
+    acting = [t for t in transforms if not (feed and t.answers)]
+    hidden = any(t.needs_hidden_states for t in acting)
     outputs: Any = compute(**batch, output_hidden_states=True) if hidden else compute(**batch)
     loss, labels = outputs["loss"], batch["labels"]
     if not labels.is_floating_point() and not labels.ne(IGNORE).any():
         # The mean over no label at all is not a number.
         loss = 0.0 * outputs["logits"].sum()
-    acting = [t for t in transforms if not (feed and t.answers)]
     name = f"{TASK_LOSS}.{feed}" if feed else TASK_LOSS
     terms = {name: loss * math.prod(t.task_weight(model) for t in acting)}
     for transform in acting:

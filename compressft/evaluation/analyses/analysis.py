@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from compressft.utils.strict import Strict
 
+# The name of a recipe's model.
+BASE = "base"
 Value = str | float | int | None
 
 
@@ -22,12 +24,13 @@ class Subjects:
     Attributes:
         names: as the recipe or the command line says them.
         load: loads one by its name, on the CPU, in eval mode; the caller lets go of it.
-        rows: validation and test rows of the analysis's data, encoded, with the task's `collate`; None without data.
+        base: the base's tensors by the names that they have in the other models, where its name is "base": without a
+            head that it was not saved with, which loading draws at random.
     """
 
     names: tuple[str, ...]
     load: Callable[[str], nn.Module]
-    rows: Callable[[], Any] | None = None
+    base: Callable[[], Mapping[str, Tensor]] | None = None
 
 
 @dataclass(frozen=True)
@@ -53,17 +56,13 @@ class Finding:
 class Analysis(Strict):
     """Base of every analysis: its fields are what a recipe may set.
 
-    `models` are names of stages, "base" for the recipe's model, folders or hub ids. `data` is the name of a source
-    where a recipe has several, for analyses that look at rows.
+    `models` are names of stages, "base" for the recipe's model, folders or hub ids.
     """
 
     type: str
     models: tuple[str, ...] = Field(min_length=1)
-    data: str | None = None
     # How many models it compares: the least and the most.
     wants: ClassVar[tuple[int, int]] = (1, 2**31)
-    # Whether it looks at rows.
-    reads: ClassVar[bool] = False
 
     @abstractmethod
     def find(self, subjects: Subjects) -> Finding:

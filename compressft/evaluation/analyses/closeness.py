@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from compressft.errors import UserError
-from compressft.evaluation.analyses.analysis import Analysis, Finding, Subjects
+from compressft.evaluation.analyses.analysis import BASE, Analysis, Finding, Subjects
 from compressft.model.saved.state import plain_state
 from compressft.modules.linear import CompressedLinear
 from compressft.utils.phases import steps
@@ -33,7 +33,7 @@ class Closeness(Analysis):
     wants: ClassVar[tuple[int, int]] = (2, 2)
 
     def find(self, subjects: Subjects) -> Finding:
-        first, second = (acting(subjects.load(name)) for name in subjects.names)
+        first, second = (_tensors(subjects, name) for name in subjects.names)
         common = [name for name in first if name in second and first[name].shape == second[name].shape]
         if not common:
             raise UserError(
@@ -54,6 +54,12 @@ class Closeness(Analysis):
             summary={"tensors": len(common), "changed": changed, "relative": relative, "l2": math.sqrt(moved)},
             notes=_left_out(first, second, subjects.names),
         )
+
+
+def _tensors(subjects: Subjects, name: str) -> dict[str, Tensor]:
+    if name == BASE and subjects.base is not None:
+        return {name: value for name, value in subjects.base().items() if value.is_floating_point()}
+    return acting(subjects.load(name))
 
 
 @torch.no_grad()
