@@ -259,8 +259,7 @@ def baseline_folder(recipe: Recipe, root: Path) -> Path | None:
         # What follows a stage that compresses is no dense model, whatever it does itself.
         if not stage_record(root, stage.name).get("dense", not stage.passes):
             return None
-        feed = recipe.feed(stage)
-        if (feed.task, feed.source) == (recipe.shipped.task, recipe.shipped.source):
+        if recipe.feed(stage).origin == recipe.shipped.origin:
             return root / "stages" / stage.name
     return None
 

@@ -51,6 +51,11 @@ class Feed:
     more: tuple[str, ...] = ()
 
     @property
+    def origin(self) -> tuple[TaskSettings, str]:
+        """Task and source: what feeds have in common, whatever selections join them."""
+        return self.task, self.source
+
+    @property
     def field(self) -> str:
         """The recipe's field that describes the source."""
         return f"data.{self.source}" if self.source else "data"
@@ -195,7 +200,7 @@ class Recipe(Strict):
                         f"stages.{position}: objective {objective.type!r} takes stage {teacher!r} as its teacher, "
                         "which has not run by then; name an earlier stage"
                     )
-                if teacher in names and not _alike(self.feed(self.stages[names.index(teacher)]), self.feed(stage)):
+                if teacher in names and self.feed(self.stages[names.index(teacher)]).origin != self.feed(stage).origin:
                     raise ValueError(
                         f"stages.{position}: objective {objective.type!r} takes stage {teacher!r} as its teacher, "
                         "which has another task or other data; name one of the same"
@@ -243,11 +248,6 @@ class Recipe(Strict):
     def hash(self) -> str:
         """Content hash, "sha256:..."; equal recipes have equal hashes."""
         return document_hash(json.loads(self.model_dump_json()))
-
-
-def _alike(one: Feed, other: Feed) -> bool:
-    """Whether two feeds have the same task and labels, whatever selections join them."""
-    return (one.task, one.source) == (other.task, other.source)
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -14,8 +14,8 @@ from compressft.model.saved.compressed import load_compressed
 from compressft.model.saved.folders import read_manifest
 from compressft.recipe.program import Stage
 from compressft.recipe.recipe import Recipe
-from compressft.run.feed import Corrupted, Feeds
-from compressft.run.mixed import HEADS, FeedHeads, Side, batches_of, fill_head
+from compressft.run.feed import Feeds, training_rows
+from compressft.run.mixed import HEADS, FeedHeads, Side, fill_head, side_batches
 from compressft.run.records import Run
 from compressft.tasks.task import Task
 from compressft.utils import ranks
@@ -72,19 +72,14 @@ def add_sides(feeds: Feeds, stage: Stage, model: nn.Module, give: Callable[[Task
     Raises:
         UserError: a head does not fit, or several processes train.
     """
-    first, *others = feeds.each(stage)
+    others = feeds.each(stage)[1:]
     if not others:
         return []
     if ranks.count() > 1:
         raise UserError(f"stages.{stage.name}.feeds: several feeds train in one process; start it without torchrun")
-    where, batch = f"stages.{stage.name}.feeds", stage.train.batch_size
-    sizes = [len(first.features(stage)[0]), *(len(rows.train) for rows in others)]
-    counts = batches_of(sizes, [one.share for one in stage.feeds], batch, stage.temperature)
-    device = next(model.parameters()).device
-    sides, seed = [], stage.train.seed
-    for number, (rows, count) in enumerate(zip(others, counts[1:], strict=True), 1):
-        view = over(model, give(rows.task).to(device), f"{where}.{number}")
-        features = Corrupted(rows.train, rows.task, seed) if rows.task.corrupts else rows.train
-        sides.append(Side(view, rows.task, features, [len(row["input_ids"]) for row in rows.train], count))
+    device, sides = next(model.parameters()).device, []
+    for number, (rows, count) in enumerate(zip(others, side_batches(feeds, stage), strict=True), 1):
+        view = over(model, give(rows.task).to(device), f"stages.{stage.name}.feeds.{number}")
+        sides.append(Side(view, rows.task, training_rows(rows.train, rows.task, stage.train.seed), count))
     model.add_module(HEADS, FeedHeads([side.view for side in sides], model))
     return sides

@@ -106,10 +106,11 @@ class Feeds:
     @property
     def sources(self) -> list[FeedRows]:
         """One for each task and source, whatever selections join it."""
-        found: dict[tuple[str, str], FeedRows] = {}
+        found: list[FeedRows] = []
         for rows in self.all:
-            found.setdefault((rows.feed.task.model_dump_json(), rows.feed.source), rows)
-        return list(found.values())
+            if all(rows.feed.origin != other.feed.origin for other in found):
+                found.append(rows)
+        return found
 
     def each(self, stage: Stage) -> list[FeedRows]:
         """The rows of all of a stage's feeds."""
@@ -167,7 +168,7 @@ def load_feeds(recipe: Recipe, tokenizer: Any) -> Feeds:
     loaded: list[FeedRows] = []
     for feed in found:
         # With other selections it is the same source.
-        same = next((rows for rows in loaded if (rows.feed.task, rows.feed.source) == (feed.task, feed.source)), None)
+        same = next((rows for rows in loaded if rows.feed.origin == feed.origin), None)
         loaded.append(FeedRows(feed, same.task, same.splits) if same else load_feed(feed, recipe.model, tokenizer))
     feeds = Feeds(recipe, loaded)
     by_name = {stage.name: stage for stage in recipe.stages}
@@ -215,6 +216,11 @@ class Corrupted(Dataset[dict[str, Any]]):
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         return self.task.corrupt(self.features[row], generator(self.seed, self.epoch, row))
+
+
+def training_rows(features: Sequence[dict[str, Any]], task: Task, seed: int) -> Any:
+    """What training reads: the features, or what the task makes of them in every epoch."""
+    return Corrupted(features, task, seed) if task.corrupts else features
 
 
 def lengths_of(rows: Any) -> list[int]:

@@ -37,7 +37,6 @@ class Side:
     view: nn.Module
     task: Task
     rows: Dataset[dict[str, Any]] | Sequence[dict[str, Any]]
-    lengths: Sequence[int]
     batches: int
 
 
@@ -65,15 +64,20 @@ def batches_of(sizes: Sequence[int], shares: Sequence[float | None], batch: int,
     return [first, *(max(1, round(first * part / parts[0])) for part in parts[1:])]
 
 
+def side_batches(feeds: Feeds, stage: Stage) -> list[int]:
+    """How many batches an epoch has of each of a stage's other feeds."""
+    first, *others = feeds.each(stage)
+    if not others:
+        return []
+    sizes = [len(first.features(stage)[0]), *(len(rows.train) for rows in others)]
+    return batches_of(sizes, [one.share for one in stage.feeds], stage.train.batch_size, stage.temperature)[1:]
+
+
 def seen(feeds: Feeds, stage: Stage) -> list[int]:
     """Tokens of each row that an epoch of a stage trains on, of all its feeds."""
     first, *others = feeds.each(stage)
     lengths = [len(row["input_ids"]) for row in first.features(stage)[0]]
-    if not others:
-        return lengths
-    sizes = [len(lengths), *(len(rows.train) for rows in others)]
-    counts = batches_of(sizes, [one.share for one in stage.feeds], stage.train.batch_size, stage.temperature)
-    for rows, count in zip(others, counts[1:], strict=True):
+    for rows, count in zip(others, side_batches(feeds, stage), strict=True):
         own = [len(row["input_ids"]) for row in rows.train]
         lengths += [own[i % len(own)] for i in range(count * stage.train.batch_size)]
     return lengths

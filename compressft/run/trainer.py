@@ -22,7 +22,7 @@ from compressft.errors import UserError
 from compressft.model.finite import broken_term, refuse_update
 from compressft.modules.kinds import Extra
 from compressft.recipe.parts import TrainConfig
-from compressft.run.feed import Corrupted, LengthGroupedSampler, lengths_of
+from compressft.run.feed import LengthGroupedSampler, lengths_of, training_rows
 from compressft.run.mixed import FEED, Joined, MixedBatches, Side, collate_by
 from compressft.run.step import loss_terms, total
 from compressft.tasks.task import Task
@@ -98,7 +98,7 @@ class CompressionTrainer(Trainer):
         self.task = task
         self.context = context
         self.sides = list(sides)
-        rows: Any = Corrupted(lesson.train, task, config.seed) if task.corrupts else lesson.train
+        rows: Any = training_rows(lesson.train, task, config.seed)
         self.transforms = list(context.transforms)
         self.terms: dict[str, float] = defaultdict(float)
         self.tokens = 0
@@ -247,7 +247,7 @@ class CompressionTrainer(Trainer):
 
     def _mixed_dataloader(self, joined: Joined, batch_size: int) -> DataLoader:
         """Batches of one feed each."""
-        lengths = [lengths_of(joined.parts[0]), *(side.lengths for side in self.sides)]
+        lengths = [lengths_of(part) for part in joined.parts]
         samplers = [
             LengthGroupedSampler(length, batch_size, self.args.seed, part)
             for length, part in zip(lengths, joined.parts, strict=True)
