@@ -209,7 +209,7 @@ def test_small_tasks_take_the_choice_of_another_and_run_once():
     document = graded(2)
     (one,) = methods.seeded(document, "wnut17", "lora")
     assert one.facts["rate"] == methods.SETTINGS["lora"].rates[2]
-    assert parse_recipe(dict(one.recipe)).task == "token-classification"
+    assert parse_recipe(dict(one.recipe)).task.type == "token-classification"
     assert [run.facts["task"] for run in methods.grid(document, "wnut17", "lora")] == ["banking77"] * 4
 
 
