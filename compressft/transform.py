@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from compressft.errors import UserError
@@ -35,6 +36,7 @@ class TrainingData:
         replace: encodes everything again with another tokenizer.
         max_length: tokens to which rows are cut, in all splits; None where only `features` are known.
         unlabelled: gives the encoded rows without labels that stages with a teacher train on besides.
+        pieces: all token ids of an encoded row, those of further texts and of what is to be written too.
     """
 
     tokenizer: Any
@@ -43,6 +45,7 @@ class TrainingData:
     replace: Callable[[Any], Sequence[dict[str, Any]]]
     max_length: int | None = None
     unlabelled: Callable[[], Sequence[dict[str, Any]]] = list
+    pieces: Callable[[dict[str, Any]], Sequence[int]] = itemgetter("input_ids")
 
     @property
     def longest(self) -> int:

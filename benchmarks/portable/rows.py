@@ -79,8 +79,8 @@ def _computed(root: Path, number: int, digest: str) -> Rows:
     for size in SIZES:
         # A dynamic range is one of a batch: torch sees the very batches that the file sees.
         answers[str(size)] = [row.tolist() for row in model_logits(model, task, features, size)]
-        for indices in batches_by_length(features, size):
-            padded = task.collate([{k: v for k, v in features[i].items() if k != "labels"} for i in indices])
+        for indices in batches_by_length([task.length(one) for one in features], size):
+            padded = task.inputs([features[i] for i in indices])
             batches.append({name: tensor.tolist() for name, tensor in padded.items()})
             members.append(tuple(indices))
             sizes.append(size)

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from compressft.evaluation.inputs import empty_past
 from compressft.evaluation.scores import Scores
 from compressft.tasks.task import Task
-from compressft.transform import without_labels
 from compressft.utils.foreign import foreign
 from compressft.utils.machine import default_threads
 from compressft.utils.phases import steps
 
-# Rows to the logits of their padded batch, (B, C) or (B, T, C) fp32.
+# Rows to the outputs of their padded batch, (rows, ...) fp32: logits (B, C) or (B, T, C), or what the task gives.
 Run = Callable[[Sequence[Mapping[str, Any]]], np.ndarray]
 
 
@@ -48,31 +47,29 @@ def open_session(model: str | Path | bytes, threads: int | None = None, exact: b
 
 def session_run(session: Any, task: Task) -> Run:
     """The model of a session as a `Run`."""
+    assert task.ships is not None
 
     def run(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
-        return session.run(["logits"], feed(session, unlabelled(task, rows)))[0]
+        outputs = session.run([task.ships], feed(session, task.inputs(rows)))[0]
+        return task.by_row(torch.from_numpy(outputs), len(rows)).numpy()
 
     return run
 
 
-def unlabelled(task: Task, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A padded batch of rows without their labels."""
-    return task.collate([without_labels(row) for row in rows])
-
-
 def session_logits(session: Any, task: Task, features: Sequence[Mapping[str, Any]], batch: int) -> list[np.ndarray]:
     """Logits per row of an onnxruntime session; see `by_row`."""
-    return by_row(session_run(session, task), features, batch)
+    return by_row(session_run(session, task), task, features, batch)
 
 
-def by_row(run: Run, features: Sequence[Mapping[str, Any]], batch: int) -> list[np.ndarray]:
-    """Logits per row (padding cut off for token tasks), in the rows' order, computed in padded batches.
+def by_row(run: Run, task: Task, features: Sequence[Mapping[str, Any]], batch: int) -> list[np.ndarray]:
+    """Outputs per row (paddings cut off for token tasks), in the rows' order, computed in padded batches.
 
     Batches take neighbours in length, as a server that sorts its queue would. All logits are held at once: for samples.
     """
     rows: list[Any] = [None] * len(features)
-    for indices in batches_by_length(features, batch):
-        scatter(rows, indices, run([features[i] for i in indices]), features)
+    for indices in batches_by_length([task.length(row) for row in features], batch):
+        for i, value in zip(indices, run([features[i] for i in indices]), strict=True):
+            rows[i] = task.own(value, features[i])
     return rows
 
 
@@ -90,15 +87,9 @@ def places(mask: np.ndarray) -> np.ndarray:
     return np.maximum(mask.cumsum(-1) - 1, 0)
 
 
-def scatter(rows: list[Any], indices: Sequence[int], logits: np.ndarray, features: Sequence[Mapping[str, Any]]) -> None:
-    """Store a batch's logits by row; (B, T, C) logits lose their padding."""
-    for i, value in zip(indices, logits, strict=True):
-        rows[i] = value[: len(features[i]["input_ids"])] if logits.ndim == 3 else value
-
-
-def batches_by_length(features: Sequence[Mapping[str, Any]], batch: int) -> list[list[int]]:
+def batches_by_length(lengths: Sequence[int], batch: int) -> list[list[int]]:
     """Row indices in batches of similar length."""
-    order = sorted(range(len(features)), key=lambda i: len(features[i]["input_ids"]))
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
     return [order[i : i + batch] for i in range(0, len(order), batch)]
 
 
@@ -109,8 +100,23 @@ def model_run(model: nn.Module, task: Task) -> Run:
 
     @torch.no_grad()
     def run(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
-        batch = unlabelled(task, rows)
-        return model(**{k: v.to(device) for k, v in batch.items()}).logits.float().cpu().numpy()
+        batch = {name: value.to(device) for name, value in task.inputs(rows).items()}
+        return task.by_row(model(**batch).logits.float(), len(rows)).cpu().numpy()
+
+    return run
+
+
+def scoring_run(model: nn.Module, task: Task) -> Run:
+    """What a torch model is scored by, as a `Run`: what it writes where the task `generates`, else its outputs."""
+    if not task.generates:
+        return model_run(model, task)
+    model.eval()
+    device = next(model.parameters()).device
+
+    @torch.no_grad()
+    def run(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        batch = {name: value.to(device) for name, value in task.inputs(rows).items()}
+        return task.generate(model, batch).cpu().numpy()
 
     return run
 
@@ -119,18 +125,17 @@ def model_logits(
     model: nn.Module, task: Task, features: Sequence[Mapping[str, Any]], batch: int = 32
 ) -> list[np.ndarray]:
     """Logits per row of a torch model in eval mode; see `by_row`."""
-    return by_row(model_run(model, task), features, batch)
+    return by_row(model_run(model, task), task, features, batch)
 
 
 def scored(run: Run, task: Task, features: Sequence[Mapping[str, Any]], batch: int = 32) -> dict[str, float]:
-    """The task's metrics of a model on rows, with one batch of logits in memory at a time."""
+    """The task's metrics of a model on rows, with one batch of its outputs in memory at a time.
+
+    Args:
+        run: of `scoring_run`, or of a session.
+    """
     scores = Scores(task)
-    for indices in steps(batches_by_length(features, batch), "evaluating"):
+    for indices in steps(batches_by_length([task.length(row) for row in features], batch), "evaluating"):
         rows = [features[i] for i in indices]
-        scores.add(torch.from_numpy(run(rows)), labels_of(task, rows))
+        scores.add(torch.from_numpy(run(rows)), task.truth(rows))
     return scores.metrics()
-
-
-def labels_of(task: Task, rows: Sequence[Mapping[str, Any]]) -> Tensor:
-    """The labels of a padded batch."""
-    return task.collate([dict(row) for row in rows])["labels"]

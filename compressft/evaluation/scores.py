@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -16,23 +17,34 @@ class Scores:
     def __init__(self, task: Task) -> None:
         self.task = task
         self._evidence: list[np.ndarray] = []
-        self._labels: list[np.ndarray] = []
+        self._truth: list[np.ndarray] = []
 
-    def add(self, logits: Tensor, labels: Tensor) -> None:
-        """One batch: logits (B, C) or (B, T, C), and labels as the task collates them."""
-        self._evidence.append(self.task.evidence(logits, labels).cpu().numpy())
-        self._labels.append(labels.cpu().numpy())
+    def add(self, answers: Tensor, truth: Any) -> None:
+        """One batch: its answers, as `Task.evidence` takes them, and its rows' `Task.truth`."""
+        self._evidence.append(self.task.evidence(answers, truth).cpu().numpy())
+        self._truth.append(np.asarray(truth))
+
+    @property
+    def kept(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """What was collected, for `join`."""
+        return self._evidence, self._truth
+
+    def join(self, others: Sequence[tuple[list[np.ndarray], list[np.ndarray]]]) -> None:
+        """Take what others, in other processes, have collected."""
+        for evidence, truth in others:
+            self._evidence += evidence
+            self._truth += truth
 
     def metrics(self) -> dict[str, float]:
         """The task's metrics of all that was added; at least one batch."""
-        return self.task.metrics(_joined(self._evidence), _joined(self._labels))
+        return self.task.metrics(_joined(self._evidence), _joined(self._truth))
 
 
 def _joined(batches: Sequence[np.ndarray]) -> np.ndarray:
     """One array of all rows; what was padded to its batch's width is padded to the widest."""
-    if batches[0].ndim == 1:
+    width = max(batch.shape[1] if batch.ndim == 2 else 0 for batch in batches)
+    if not width:
         return np.concatenate(batches)
-    width = max(batch.shape[1] for batch in batches)
     return np.concatenate(
         [np.pad(batch, ((0, 0), (0, width - batch.shape[1])), constant_values=IGNORE) for batch in batches]
     )

@@ -16,7 +16,7 @@ from torch import nn
 
 from compressft.data.splits import Splits
 from compressft.errors import VerificationError
-from compressft.evaluation.logits import model_run, scored
+from compressft.evaluation.logits import scored, scoring_run
 from compressft.export.cache import has_cache, with_cache
 from compressft.export.continuation import continue_rows
 from compressft.export.fold import fold
@@ -160,7 +160,7 @@ def export(recipe: Recipe, root: Path, splits: Splits, console: Console) -> dict
 @phase("evaluation")
 def score(model: nn.Module, task: Task, features: Sequence[Mapping[str, Any]], recipe: Recipe) -> float:
     """The task's metric of a torch model on a split, in the recipe's evaluation batches."""
-    return scored(model_run(model, task), task, features, recipe.evaluation_batch)[task.metric]
+    return scored(scoring_run(model, task), task, features, recipe.evaluation_batch)[task.metric]
 
 
 def _badness(task: Task) -> Any:

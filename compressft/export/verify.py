@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from compressft.evaluation.logits import (
     batches_by_length,
-    labels_of,
     model_run,
     open_session,
     session_run,
@@ -77,13 +76,12 @@ class Comparison:
         """One batch.
 
         Args:
-            trained, exported: logits (B, C), or (B, T, C) of which the rows' own tokens count.
+            trained, exported: outputs by row, of which what is a row's own counts.
         """
-        self.exported.add(torch.from_numpy(exported), labels_of(self.task, rows))
+        self.exported.add(torch.from_numpy(exported), self.task.truth(rows))
         self.rows += len(rows)
         for one, other, row in zip(trained, exported, rows, strict=True):
-            length = len(row["input_ids"]) if exported.ndim == 3 else len(other)
-            one, other = one[:length], other[:length]
+            one, other = self.task.own(one, row), self.task.own(other, row)
             # Unlike Python's, this maximum keeps what is no number.
             self.error = float(np.maximum(self.error, np.abs(one - other).max()))
             same = self._read(one) == self._read(other)
@@ -132,10 +130,11 @@ def verify(
         scores = Scores(task)
         ran = [Ran(name, size, kernels) for kernels in KERNELS for size in (1, limits.batch)]
         comparisons = [Comparison(one, task, scores) for one in ran]
-        for indices in steps(batches_by_length(features, limits.batch), f"verifying on {name}"):
+        batches = batches_by_length([task.length(row) for row in features], limits.batch)
+        for indices in steps(batches, f"verifying on {name}"):
             rows = [features[i] for i in indices]
             logits = trained(rows)
-            scores.add(torch.from_numpy(logits), labels_of(task, rows))
+            scores.add(torch.from_numpy(logits), task.truth(rows))
             for one in comparisons:
                 for start in range(0, len(rows), one.ran.batch):
                     part = slice(start, start + one.ran.batch)

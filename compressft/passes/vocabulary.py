@@ -42,7 +42,7 @@ class Vocabulary(Transform):
             raise UserError("pass vocabulary: needs training rows to look at; run it in a recipe's stage")
         old: Any = context.data.tokenizer
         texts = (*context.data.features, *context.data.unlabelled())
-        counts = Counter(i for feature in texts for i in feature["input_ids"])
+        counts = Counter(i for feature in texts for i in context.data.pieces(feature))
         for special in old.all_special_ids:
             del counts[special]
         frequent = [i for i, n in counts.most_common(self.limit) if n >= self.min_count]

@@ -32,7 +32,7 @@ def evaluate(source: str | Path, data: str | Path, batch: int = 32) -> dict[str,
     Raises:
         UserError: nothing of ours at `source`, or a wrong file, column or label.
     """
-    from compressft.evaluation.logits import model_run, open_session, scored, session_run
+    from compressft.evaluation.logits import open_session, scored, scoring_run, session_run
     from compressft.export.portable import model_portability, portability
 
     path = Path(source)
@@ -66,7 +66,7 @@ def evaluate(source: str | Path, data: str | Path, batch: int = 32) -> dict[str,
     else:
         model = (load_delta if manifest["kind"] == "delta" else load_compressed)(folder)
         proof = model_portability(model)
-        runtime, run = "torch", model_run(model, task)
+        runtime, run = "torch", scoring_run(model, task)
     result = {"runtime": runtime, "rows": len(rows), **scored(run, task, features, batch)}
     notes = [note for note in (task.cut(rows), proof.warning()) if note]
     return {**result, "portable": proof.portable, **({"note": "; ".join(notes)} if notes else {})}

@@ -59,7 +59,7 @@ class FeedRows:
     def lengths(self) -> list[int]:
         """Tokens of each row of all splits."""
         names = ("train", "validation", "unlabelled", "test")
-        return [len(row["input_ids"]) for name in names for row in self._rows(name)]
+        return [self.task.length(row) for name in names for row in self._rows(name)]
 
     def take(self, rows: list[Row]) -> None:
         """Train on these rows of selections too."""
@@ -83,7 +83,15 @@ class FeedRows:
             return self.train
 
         task = self.task
-        return TrainingData(task.tokenizer, self.train, task.collate, replace, task.max_length, lambda: self.unlabelled)
+        return TrainingData(
+            task.tokenizer,
+            self.train,
+            task.collate,
+            replace,
+            task.max_length,
+            lambda: self.unlabelled,
+            task.pieces,
+        )
 
     def features(self, stage: Stage) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """What this stage trains on, and validation; rows without labels where something answers for them."""
@@ -148,12 +156,12 @@ def load_feed(feed: Feed, model: str, tokenizer: Any) -> FeedRows:
     Raises:
         UserError: a file, column, row or label is wrong.
     """
-    kind = TASKS[feed.task.type]
+    kind, config = TASKS[feed.task.type], load_config(resolve(model))
     splits = load_splits(feed.data, kind.fields, tokenizer.mask_token)
     known = kind.labels_of(splits.known)
     refuse_alike(known)
-    labels = in_order_of(known, load_config(resolve(model)))
-    return FeedRows(feed, make_task(feed.task, tokenizer, feed.data.max_length, labels), splits)
+    labels = in_order_of(known, config)
+    return FeedRows(feed, make_task(feed.task, tokenizer, feed.data.max_length, labels, config), splits)
 
 
 def load_feeds(recipe: Recipe, tokenizer: Any) -> Feeds:
@@ -223,9 +231,9 @@ def training_rows(features: Sequence[dict[str, Any]], task: Task, seed: int) -> 
     return Corrupted(features, task, seed) if task.corrupts else features
 
 
-def lengths_of(rows: Any) -> list[int]:
+def lengths_of(rows: Any, task: Task) -> list[int]:
     """Tokens of each row; those of rows that change with the epoch do not."""
-    return [len(row["input_ids"]) for row in (rows.features if isinstance(rows, Corrupted) else rows)]
+    return [task.length(row) for row in (rows.features if isinstance(rows, Corrupted) else rows)]
 
 
 class LengthGroupedSampler(Sampler[int]):

@@ -43,7 +43,7 @@ def _chosen(run: Run, feeds: Feeds, select: Select) -> list[Row]:
         folder = run.folder.stage(name)
         model, task = load_compressed(folder), task.remade(load_tokenizer(str(folder)))
         features = task.encode(texts) if texts else []
-        logits = by_row(model_run(model, task), features, recipe.evaluation_batch)
+        logits = by_row(model_run(model, task), task, features, recipe.evaluation_batch)
         beliefs.append(probabilities(np.stack(logits)) if logits else np.zeros((0, len(task.labels))))
         release(model)
     order, labels = choose(select, beliefs)

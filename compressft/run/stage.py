@@ -142,7 +142,7 @@ def settled(model: nn.Module, task: Task, sample: Sequence[Any], batch: int) -> 
         # A copy: a view would keep all of them.
         return logits[..., :: math.ceil(logits.shape[-1] / SETTLE_PIECES)].copy()
 
-    return by_row(some, sample, batch)
+    return by_row(some, task, sample, batch)
 
 
 def unchanged(step: str, before: Sequence[Any], after: Sequence[Any]) -> None:

@@ -4,39 +4,50 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from compressft.tasks.task import IGNORE
+from compressft.tasks.task import IGNORE, Task
 from compressft.transform import TASK_LOSS, Context, Transform
 
 
+@dataclass(frozen=True)
+class Asked:
+    """Whose a batch is.
+
+    Attributes:
+        forward: what computes the outputs, where distributed training has wrapped the model, or another head has to.
+        feed: which of the stage's feeds; objectives that answer a task are for the first one's.
+    """
+
+    task: Task
+    forward: nn.Module | None = None
+    feed: int = 0
+
+
 def loss_terms(
-    model: nn.Module,
-    batch: Mapping[str, Tensor],
-    context: Context,
-    forward: nn.Module | None = None,
-    feed: int = 0,
+    model: nn.Module, batch: Mapping[str, Tensor], context: Context, asked: Asked
 ) -> tuple[dict[str, Tensor], Any]:
     """The terms of a batch's loss by name, weighted, the task's own first; and the model's outputs.
 
     Args:
         context: the stage's; its Transforms add the terms.
-        forward: what computes the outputs, where distributed training has wrapped the model, or another head has to.
-        feed: which of the stage's feeds the batch is of; objectives that answer a task are for the first one's.
     """
     transforms: Sequence[Transform] = context.transforms
-    compute = forward or model
-    acting = [t for t in transforms if not (feed and t.answers)]
-    hidden = any(t.needs_hidden_states for t in acting)
-    outputs: Any = compute(**batch, output_hidden_states=True) if hidden else compute(**batch)
-    loss, labels = outputs["loss"], batch["labels"]
+    compute, task = asked.forward or model, asked.task
+    acting = [t for t in transforms if not (asked.feed and t.answers)]
+    given: dict[str, Any] = dict(task.asked(batch))
+    if any(t.needs_hidden_states for t in acting):
+        given["output_hidden_states"] = True
+    outputs: Any = compute(**given)
+    loss, labels = task.loss(outputs, batch), batch["labels"]
     if not labels.is_floating_point() and not labels.ne(IGNORE).any():
         # The mean over no label at all is not a number.
         loss = 0.0 * outputs["logits"].sum()
-    name = f"{TASK_LOSS}.{feed}" if feed else TASK_LOSS
+    name = f"{TASK_LOSS}.{asked.feed}" if asked.feed else TASK_LOSS
     terms = {name: loss * math.prod(t.task_weight(model) for t in acting)}
     for transform in acting:
         terms |= transform.loss(model, batch, outputs, context)

@@ -16,17 +16,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import EvalPrediction
 
 from compressft.errors import UserError
 from compressft.model.finite import broken_term, refuse_update
 from compressft.modules.kinds import Extra
+from compressft.evaluation.scores import Scores
 from compressft.recipe.parts import TrainConfig
 from compressft.run.feed import LengthGroupedSampler, lengths_of, training_rows
 from compressft.run.mixed import FEED, Joined, MixedBatches, Side, collate_by
-from compressft.run.step import loss_terms, total
+from compressft.run.step import Asked, loss_terms, total
 from compressft.tasks.task import Task
-from compressft.transform import Context, Transform, ungrouped
+from compressft.transform import Context, Transform, ungrouped, without_labels
 from compressft.utils import ranks
 from compressft.utils.memory import trim
 from compressft.utils.phases import phase
@@ -112,9 +112,7 @@ class CompressionTrainer(Trainer):
             data_collator=task.collate,
             train_dataset=Joined([rows, *(side.rows for side in sides)]) if sides else rows,  # type: ignore[arg-type]
             # Rows of one length together are evaluated with hardly any padding; what does not fit shows at once.
-            eval_dataset=sorted(lesson.validation, key=lambda f: -len(f["input_ids"])),  # type: ignore[arg-type]
-            compute_metrics=_metrics(task),
-            preprocess_logits_for_metrics=_evidence(task),
+            eval_dataset=sorted(lesson.validation, key=task.length, reverse=True),  # type: ignore[arg-type]
             callbacks=[Hooks(self.transforms), Trims(), *callbacks],
         )
         self.remove_callback(PrinterCallback)
@@ -139,15 +137,16 @@ class CompressionTrainer(Trainer):
     ) -> Any:
         """Task loss times the objectives' factors, plus their terms; outside training the task loss alone."""
         if not model.training:
-            outputs = model(**inputs)
-            loss = outputs["loss"]
+            outputs = model(**self.task.asked(inputs))
+            loss = self.task.loss(outputs, inputs)
         else:
             # Without the wrapper that distributed training puts around it.
             plain: Any = self.model
             inputs = dict(inputs)
             feed = int(inputs.pop(FEED, 0))
-            forward = self.sides[feed - 1].view if feed else model
-            terms, outputs = loss_terms(plain, inputs, self.context, forward, feed)
+            side = self.sides[feed - 1] if feed else None
+            asked = Asked(side.task, side.view, feed) if side else Asked(self.task, model)
+            terms, outputs = loss_terms(plain, inputs, self.context, asked)
             loss = total(terms)
             if not math.isfinite(loss.item()):
                 self._refuse_loss(plain, terms, loss.item())
@@ -155,7 +154,7 @@ class CompressionTrainer(Trainer):
                 self.terms[name] += float(term.detach())
             self.terms["steps"] += 1
             self.tokens += int(inputs["attention_mask"].sum())
-            self.examples += len(inputs["input_ids"])
+            self.examples += len(inputs["labels"])
         return (loss, outputs) if return_outputs else loss
 
     def _refuse_loss(self, model: nn.Module, terms: Mapping[str, Tensor], value: float) -> NoReturn:
@@ -182,10 +181,42 @@ class CompressionTrainer(Trainer):
 
     @phase("evaluation")
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As the Trainer's, but it draws no random number: a checkpoint of the same step may be written before it."""
+        """Loss and metrics of the validation rows, of which several processes take turns; no batch is kept.
+
+        It draws no random number: a checkpoint of the same step may be written before it.
+        """
         trim()
         with torch.random.fork_rng(devices=[]):
-            return super().evaluate(*args, **kwargs)
+            found = {f"eval_{name}": value for name, value in self._evaluated().items()}
+        self.log(found)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+        return found
+
+    @torch.no_grad()
+    def _evaluated(self) -> dict[str, float]:
+        self.model.eval()  # type: ignore[union-attr]
+        rows: Any = self.eval_dataset
+        size, scores, lost, seen = self.args.per_device_eval_batch_size, Scores(self.task), 0.0, 0
+        starts = range(0, len(rows), size)[ranks.number() :: ranks.count()]
+        self.callback_handler.eval_dataloader = starts
+        for start in starts:
+            part = rows[start : start + size]
+            lost, seen = lost + self._answer(part, scores) * len(part), seen + len(part)
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        lost, seen = ranks.total(lost, seen)
+        everybody = Scores(self.task)
+        everybody.join(ranks.gathered(scores.kept))
+        return {"loss": lost / seen, **everybody.metrics()}
+
+    def _answer(self, rows: Sequence[dict[str, Any]], scores: Scores) -> float:
+        """The loss of a batch, whose answers are scored; nothing of it is left when the next one is computed."""
+        task, plain = self.task, self.model
+        batch: Any = self._prepare_inputs(task.collate(rows))  # type: ignore[arg-type]
+        with self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(plain, batch, return_outputs=True)  # type: ignore[arg-type]
+            answers = task.generate(plain, without_labels(batch)) if task.generates else outputs["logits"]
+        scores.add(task.by_row(answers, len(rows)), task.truth(rows))
+        return float(loss)
 
     def restore(self, checkpoint: Path) -> None:
         """Take over a checkpoint of the last step and evaluate it; the Trainer's resume would train one step more."""
@@ -241,19 +272,20 @@ class CompressionTrainer(Trainer):
             return self._mixed_dataloader(features, batch_size)
         # Neighbouring batches are one step's: each process takes one of them.
         step_size = batch_size * ranks.count()
-        sampler = LengthGroupedSampler(lengths_of(features), step_size, self.args.seed, features)
+        sampler = LengthGroupedSampler(lengths_of(features, self.task), step_size, self.args.seed, features)
         loader = DataLoader(features, batch_size=batch_size, sampler=sampler, collate_fn=self.data_collator)
         return self.accelerator.prepare(loader)
 
     def _mixed_dataloader(self, joined: Joined, batch_size: int) -> DataLoader:
         """Batches of one feed each."""
-        lengths = [lengths_of(part) for part in joined.parts]
+        tasks = [self.task, *(side.task for side in self.sides)]
+        lengths = [lengths_of(part, task) for part, task in zip(joined.parts, tasks, strict=True)]
         samplers = [
             LengthGroupedSampler(length, batch_size, self.args.seed, part)
             for length, part in zip(lengths, joined.parts, strict=True)
         ]
         counts = [math.ceil(len(lengths[0]) / batch_size), *(side.batches for side in self.sides)]
-        collate = collate_by([self.task, *(side.task for side in self.sides)])
+        collate = collate_by(tasks)
         batches = MixedBatches(samplers, counts, batch_size, self.args.seed)
         return self.accelerator.prepare(DataLoader(joined, batch_sampler=batches, collate_fn=collate))
 
@@ -307,19 +339,3 @@ def training_arguments(config: TrainConfig, output: Path, device: str, dtype: to
         report_to=[],
         label_names=["labels"],
     )
-
-
-def _evidence(task: Task) -> Callable[[Any, Tensor], Tensor]:
-    """What the Trainer keeps of a batch's outputs until the evaluation's end."""
-
-    def reduce(outputs: Any, labels: Tensor) -> Tensor:
-        return task.evidence(outputs[0] if isinstance(outputs, tuple) else outputs, labels)
-
-    return reduce
-
-
-def _metrics(task: Task) -> Callable[[EvalPrediction], dict[str, float]]:
-    def compute(prediction: EvalPrediction) -> dict[str, float]:
-        return task.metrics(prediction.predictions, prediction.label_ids)  # type: ignore[arg-type]
-
-    return compute

@@ -21,8 +21,13 @@ TASKS: dict[str, type[Task]] = {
 }
 
 
-def make_task(settings: TaskSettings | str, tokenizer: Any, max_length: int, labels: Sequence[str] = ()) -> Task:
-    """The task of a recipe, ready to encode rows; a name alone has the task's own defaults."""
-    if isinstance(settings, str):
-        return TASKS[settings](tokenizer, max_length, labels)
-    return TASKS[settings.type](tokenizer, max_length, labels, settings)
+def make_task(
+    settings: TaskSettings | str, tokenizer: Any, max_length: int, labels: Sequence[str] = (), config: Any = None
+) -> Task:
+    """The task of a recipe, ready to encode rows; a name alone has the task's own defaults.
+
+    Args:
+        config: the configuration of the model that is trained.
+    """
+    kind, own = (settings, None) if isinstance(settings, str) else (settings.type, settings)
+    return TASKS[kind](tokenizer, max_length, labels, own, config)

@@ -69,20 +69,17 @@ class CausalLM(Task):
         labels = ([IGNORE] * len(prompt) + text)[: self.max_length]
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
-    def _collate_labels(self, labels: list[Any], width: int) -> Tensor:
-        return torch.tensor([row + [IGNORE] * (width - len(row)) for row in labels])
-
-    def evidence(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def evidence(self, answers: Tensor, truth: Tensor) -> Tensor:
         """Per row the summed surprise in nats and the number of tokens that it was summed over, (B, 2) float64."""
-        found = torch.zeros(len(logits), 2, dtype=torch.float64, device=logits.device)
+        found = torch.zeros(len(answers), 2, dtype=torch.float64, device=answers.device)
         # Row by row: the log-probabilities of a whole batch would be as large as its logits.
-        for i, (row, target) in enumerate(zip(logits, labels[:, 1:], strict=True)):
+        for i, (row, target) in enumerate(zip(answers, truth[:, 1:], strict=True)):
             keep = target != IGNORE
             scores, goal = row[:-1][keep].float(), target[keep]
             found[i, 0] = torch.nn.functional.cross_entropy(scores, goal, reduction="none").double().sum()
             found[i, 1] = len(goal)
         return found
 
-    def metrics(self, evidence: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    def metrics(self, evidence: np.ndarray, truth: np.ndarray) -> dict[str, float]:
         surprise, tokens = evidence.sum(0)
         return {"perplexity": math.exp(min(surprise / max(tokens, 1), 80.0))}

@@ -29,10 +29,10 @@ class SequenceClassification(Task):
                 feature["labels"] = self._label(row, "label", row["label"])
         return features
 
-    def metrics(self, evidence: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    def metrics(self, evidence: np.ndarray, truth: np.ndarray) -> dict[str, float]:
         from sklearn.metrics import accuracy_score, f1_score
 
         return {
-            "accuracy": float(accuracy_score(labels, evidence)),
-            "f1_macro": float(f1_score(labels, evidence, average="macro", zero_division=0.0)),  # type: ignore[arg-type]
+            "accuracy": float(accuracy_score(truth, evidence)),
+            "f1_macro": float(f1_score(truth, evidence, average="macro", zero_division=0.0)),  # type: ignore[arg-type]
         }

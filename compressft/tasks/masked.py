@@ -120,13 +120,10 @@ class MaskedLM(Task):
     def _feature_of(self, ids: Sequence[int], words: Sequence[int | None]) -> dict[str, Any]:
         return {"input_ids": list(ids), "attention_mask": [1] * len(ids), WHOLE: list(ids), WORDS: list(words)}
 
-    def _collate_labels(self, labels: list[Any], width: int) -> Tensor:
-        return torch.tensor([row + [IGNORE] * (width - len(row)) for row in labels])
-
-    def evidence(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def evidence(self, answers: Tensor, truth: Tensor) -> Tensor:
         """Per row the summed surprise in nats, how many tokens were hidden and how many found, (B, 3) float64."""
-        found = torch.zeros(len(logits), 3, dtype=torch.float64, device=logits.device)
-        for i, (row, target) in enumerate(zip(logits, labels, strict=True)):
+        found = torch.zeros(len(answers), 3, dtype=torch.float64, device=answers.device)
+        for i, (row, target) in enumerate(zip(answers, truth, strict=True)):
             keep = target != IGNORE
             scores, goal = row[keep].float(), target[keep]
             found[i, 0] = torch.nn.functional.cross_entropy(scores, goal, reduction="none").double().sum()
@@ -134,7 +131,7 @@ class MaskedLM(Task):
             found[i, 2] = (scores.argmax(-1) == goal).sum()
         return found
 
-    def metrics(self, evidence: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    def metrics(self, evidence: np.ndarray, truth: np.ndarray) -> dict[str, float]:
         surprise, tokens, right = evidence.sum(0)
         tokens = max(tokens, 1)
         return {"perplexity": math.exp(min(surprise / tokens, 80.0)), "accuracy": float(right / tokens)}

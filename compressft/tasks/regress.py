@@ -39,10 +39,9 @@ class Regression(Task):
     def predictions(self, logits: Tensor) -> Tensor:
         return logits.reshape(len(logits)).double()
 
-    def metrics(self, evidence: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    def metrics(self, evidence: np.ndarray, truth: np.ndarray) -> dict[str, float]:
         from scipy.stats import pearsonr, spearmanr
 
-        predicted = evidence
-        if np.ptp(predicted) == 0 or np.ptp(labels) == 0 or len(labels) < 2:
+        if np.ptp(evidence) == 0 or np.ptp(truth) == 0 or len(truth) < 2:
             return {"pearson": 0.0, "spearman": 0.0}
-        return {"pearson": float(pearsonr(predicted, labels)[0]), "spearman": float(spearmanr(predicted, labels)[0])}  # type: ignore[arg-type]
+        return {"pearson": float(pearsonr(evidence, truth)[0]), "spearman": float(spearmanr(evidence, truth)[0])}  # type: ignore[arg-type]

@@ -85,16 +85,13 @@ class TokenClassification(Task):
             previous = word
         return labels
 
-    def _collate_labels(self, labels: list[Any], width: int) -> Tensor:
-        return torch.tensor([row + [IGNORE] * (width - len(row)) for row in labels])
-
-    def metrics(self, evidence: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        keep = labels != IGNORE
-        accuracy = float((evidence[keep] == labels[keep]).mean()) if keep.any() else 0.0
+    def metrics(self, evidence: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+        keep = truth != IGNORE
+        accuracy = float((evidence[keep] == truth[keep]).mean()) if keep.any() else 0.0
         if not self.bio:
             return {"f1": accuracy, "accuracy": accuracy}
         from seqeval.metrics import f1_score
 
-        truth = [[self.labels[i] for i in row[m]] for row, m in zip(labels, keep, strict=True)]
+        tags = [[self.labels[i] for i in row[m]] for row, m in zip(truth, keep, strict=True)]
         guess = [[self.labels[i] for i in row[m]] for row, m in zip(evidence, keep, strict=True)]
-        return {"f1": float(f1_score(truth, guess, zero_division=0)), "accuracy": accuracy}  # type: ignore[arg-type]
+        return {"f1": float(f1_score(tags, guess, zero_division=0)), "accuracy": accuracy}  # type: ignore[arg-type]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor
 from compressft.data.fields import Fields
 from compressft.data.rows import ROW_KEY, Row
 from compressft.errors import UserError
+from compressft.transform import without_labels
 from compressft.utils.phases import phase, steps
 from compressft.utils.strict import Strict
 
@@ -42,12 +43,17 @@ class TaskSettings(Strict):
 
 
 class Task(ABC):
-    """Rows to features (dicts of lists), features to batches, outputs to a metric. Knows tokenizer, labels, length."""
+    """Rows to features (dicts of lists), features to batches, outputs to a loss and a metric.
+
+    It knows the tokenizer, the length, the labels, its settings, and the configuration of the model that is trained
+    (None where rows alone are looked at).
+    """
 
     type: ClassVar[str]
     fields: ClassVar[Fields]
     auto_class: ClassVar[str]
-    metric: ClassVar[str]
+    # The one that counts; a task may choose it by its settings.
+    metric: str
     greater_is_better: ClassVar[bool] = True
     # What a recipe may set besides the type.
     settings_class: ClassVar[type[TaskSettings]] = TaskSettings
@@ -63,20 +69,30 @@ class Task(ABC):
     answers: ClassVar[bool] = True
     # Whether the file that ships goes on from the keys and values of earlier tokens.
     caches: ClassVar[bool] = False
+    # Whether it is scored by what its model writes (`generate`) instead of by the logits.
+    generates: ClassVar[bool] = False
+    # The output of an ONNX file that answers; None where models of this task have no file.
+    ships: ClassVar[str | None] = "logits"
 
     def __init__(
-        self, tokenizer: Any, max_length: int, labels: Sequence[str] = (), settings: TaskSettings | None = None
+        self,
+        tokenizer: Any,
+        max_length: int,
+        labels: Sequence[str] = (),
+        settings: TaskSettings | None = None,
+        config: Any = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.labels = tuple(labels)
         self.settings = settings or self.settings_class(type=self.type)
+        self.config = config
         self.label_ids = {name: i for i, name in enumerate(self.labels)}
 
     def remade(self, tokenizer: Any = None, max_length: int | None = None) -> Task:
         """The same task with another tokenizer or length."""
         tokenizer = self.tokenizer if tokenizer is None else tokenizer
-        return type(self)(tokenizer, max_length or self.max_length, self.labels, self.settings)
+        return type(self)(tokenizer, max_length or self.max_length, self.labels, self.settings, self.config)
 
     @property
     def key(self) -> tuple[str, tuple[str, ...]]:
@@ -109,18 +125,54 @@ class Task(ABC):
         """What a user would read off the logits (B, ...); compared for label agreement."""
         return logits.argmax(-1)
 
-    def evidence(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """What the metrics need of each row of a batch, (B, ...): all that is kept of its logits.
+    def inputs(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """What a model is asked about rows: a padded batch without what it should answer."""
+        return self.collate([without_labels(row) for row in rows])
+
+    def asked(self, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What of a padded batch a model is given where its loss is wanted."""
+        return batch
+
+    def loss(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """The loss of a batch, a scalar: as the model's own head computes it, unless a task has another."""
+        return outputs["loss"]
+
+    def generate(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """What a model writes for a batch, ids (B, U); asked where the task `generates`."""
+        raise NotImplementedError
+
+    def by_row(self, logits: Tensor, rows: int) -> Tensor:
+        """A batch's outputs as (rows, ...)."""
+        return logits
+
+    def own(self, answer: Any, row: Mapping[str, Any]) -> Any:
+        """One row's outputs without those of its batch's paddings: of (T, C) its own tokens."""
+        return answer[: len(row["input_ids"])] if answer.ndim == 2 else answer
+
+    def length(self, row: Mapping[str, Any]) -> int:
+        """Tokens of a row (a feature) as batches are padded: rows of one length go together."""
+        return len(row["input_ids"])
+
+    def pieces(self, row: Mapping[str, Any]) -> Sequence[int]:
+        """All token ids that a row (a feature) has, wherever they stand."""
+        return row["input_ids"]
+
+    def truth(self, rows: Sequence[Mapping[str, Any]]) -> Any:
+        """What rows should be answered with, as `evidence` and `metrics` compare it: the labels of a padded batch."""
+        return self.collate([dict(row) for row in rows])["labels"]
+
+    def evidence(self, answers: Tensor, truth: Any) -> Tensor:
+        """What the metrics need of each row of a batch, (B, ...): all that is kept of its outputs.
 
         Args:
-            logits: (B, C) or (B, T, C), float.
-            labels: as `collate` makes them.
+            answers: logits (B, C) or (B, T, C), float; ids (B, U) of a task that `generates`.
+            truth: of the same rows.
         """
-        return self.predictions(logits)
+        return self.predictions(answers)
 
     @abstractmethod
-    def metrics(self, evidence: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """Metrics of all rows' evidence (rows, ...) against labels; the key `self.metric` is the one that counts."""
+    def metrics(self, evidence: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+        """Metrics of all rows' evidence (rows, ...) and truth; the key `self.metric` is the one that counts."""
 
     def collate(self, features: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Pad on the right to the longest row: int64 tensors (B, T), `labels` as the task needs them."""
@@ -140,7 +192,7 @@ class Task(ABC):
     def cut(self, rows: Sequence[Row]) -> str | None:
         """How many rows are longer than `max_length` and lose their end, in a sentence; None where none does."""
         whole = self.remade(max_length=UNCUT).encode(rows) if rows else []
-        number = sum(len(feature["input_ids"]) > self.max_length for feature in whole)
+        number = sum(self.length(feature) > self.max_length for feature in whole)
         if not number:
             return None
         share = f"{100 * number / len(rows):.1f}"
@@ -154,7 +206,9 @@ class Task(ABC):
         return IGNORE
 
     def _collate_labels(self, labels: list[Any], width: int) -> Tensor:
-        return torch.tensor(labels)
+        """(B,), or (B, T) of labels for every token, paddings ignored."""
+        rows = [row + [IGNORE] * (width - len(row)) if isinstance(row, list) else row for row in labels]
+        return torch.tensor(rows)
 
     def refuse_other_label(self, row: Row) -> None:
         """UserError where a row has a label that training does not know."""

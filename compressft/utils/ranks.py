@@ -69,6 +69,15 @@ def shared(value: Any) -> Any:
     return values[0]
 
 
+def gathered(value: Any) -> list[Any]:
+    """Every process's value, in all of them."""
+    if count() == 1:
+        return [value]
+    values: list[Any] = [None] * count()
+    distributed.all_gather_object(values, value, group=_waiting())
+    return values
+
+
 def total(*values: float) -> list[float]:
     """Sums over the processes."""
     if count() == 1:

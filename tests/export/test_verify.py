@@ -8,7 +8,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from compressft.evaluation.logits import labels_of, model_logits, model_run
+from compressft.evaluation.logits import model_logits, model_run
 from compressft.evaluation.scores import Scores
 from compressft.export.flow import Shipped, blame
 from compressft.export.locate import diverging_layer
@@ -97,7 +97,7 @@ def outcome(trained, exported, limits=LIMITS, task="sequence-classification", la
     for start in range(0, len(rows), batch):
         part = slice(start, start + batch)
         one, other = np.array(trained[part]), np.array(exported[part])
-        scores.add(torch.from_numpy(one), labels_of(made, rows[part]))
+        scores.add(torch.from_numpy(one), made.truth(rows[part]))
         comparison.add(one, other, rows[part])
     return comparison.check(limits)
 

@@ -10,7 +10,7 @@ import torch
 
 from compressft.data.rows import ROW_KEY
 from compressft.errors import UserError
-from compressft.evaluation.logits import labels_of, model_logits, model_run, scored
+from compressft.evaluation.logits import model_logits, model_run, scored
 from compressft.evaluation.scores import Scores
 from compressft.recipe.program import parse_task
 from compressft.tasks import TASKS, make_task
@@ -94,7 +94,7 @@ def test_score_does_not_depend_on_padding(tokenizer, name):
     alone, together = (model_logits(model, task, features, batch) for batch in (1, 3))
     for a, b in zip(alone, together, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
-    scores, labels = model_run(model, task)(features), labels_of(task, features).numpy()
+    scores, labels = model_run(model, task)(features), task.truth(features).numpy()
     expected = score(task, scores, labels)
     assert task.metric in expected
     # One batch or several, whose widths differ.

@@ -110,7 +110,7 @@ def plan(recipe: Recipe, memory: str | None = None) -> Prediction:
     if recipe.export.enabled:
         shipped = feeds.shipped
         model = load_empty(recipe.model, shipped.task.auto_class, **shipped.task.model_arguments())
-        after["export"] = export_bytes(model, recipe.export, max(len(row["input_ids"]) for row in shipped.train))
+        after["export"] = export_bytes(model, recipe.export, max(map(shipped.task.length, shipped.train)))
     return Prediction(stages, budget, after)
 
 
