@@ -40,7 +40,6 @@ from compressft.modules.structure import describe
 from compressft.recipe.recipe import Recipe
 from compressft.tasks import make_task
 from compressft.tasks.task import Task
-from compressft.transform import without_labels
 from compressft.utils.entries import MEASURING
 from compressft.utils.files import write_atomically
 from compressft.utils.machine import hardware, versions
@@ -278,6 +277,7 @@ def write_onnx(shipped: Shipped, model: nn.Module, target: Path) -> None:
     graph = to_graph(fold(model), inputs)
     if recipe.export.attention == "qattention":
         fuse_qattention(graph)
+    name_answer(graph, task)
     save(graph, target / "model.onnx")
     drop_weights(graph)
     task.tokenizer.save_pretrained(target)
@@ -291,15 +291,23 @@ def write_onnx(shipped: Shipped, model: nn.Module, target: Path) -> None:
     write_manifest(target, "onnx", info)
 
 
+def name_answer(graph: Any, task: Task) -> None:
+    """Name the output that answers as readers of the task's files expect it."""
+    for value in graph.graph.outputs:
+        if value.name == "logits":
+            assert task.ships is not None
+            value.name = task.ships
+
+
 def sample_batch(task: Task, encoded: Mapping[str, list[dict[str, Any]]]) -> dict[str, torch.Tensor]:
     """Two padded rows to trace with."""
     rows = next(iter(encoded.values()))[:2]
     rows = rows if len(rows) > 1 else rows * 2
-    inputs = [without_labels(row) for row in rows]
-    if all(len(row["input_ids"]) < 2 for row in inputs):
+    batch = task.inputs(rows)
+    if batch["input_ids"].shape[1] < 2:
         # A dimension of 1 would be taken for a constant.
-        inputs = [{k: v * 2 for k, v in row.items()} for row in inputs]
-    return task.collate(inputs)
+        batch = {name: value.repeat(1, 2) for name, value in batch.items()}
+    return batch
 
 
 def blame(shipped: Shipped, model: nn.Module, folder: Path, check: Check) -> str:

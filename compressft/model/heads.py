@@ -9,9 +9,10 @@ from torch import nn
 
 from compressft.errors import UserError
 from compressft.model.anatomy import Anatomy, anatomy
+from compressft.model.embedder import POOLING
 
 # What a configuration says of a head.
-OF_THE_HEAD = ("id2label", "label2id", "problem_type", "architectures")
+OF_THE_HEAD = ("id2label", "label2id", "problem_type", "architectures", POOLING)
 
 
 @torch.no_grad()
@@ -36,7 +37,8 @@ def with_head(model: nn.Module, donor: nn.Module, who: str) -> nn.Module:
         setattr(backbone, pooler, getattr(theirs, pooler, None))
     config = backbone.config
     for name in OF_THE_HEAD:
-        setattr(config, name, getattr(donor.config, name, None))
+        if hasattr(config, name) or hasattr(donor.config, name):
+            setattr(config, name, getattr(donor.config, name, None))
     device = next(model.parameters()).device
     setattr(donor, new.prefix, backbone)
     donor.config = config  # type: ignore[assignment]

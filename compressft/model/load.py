@@ -11,6 +11,7 @@ from torch import nn
 
 from compressft.errors import UserError
 from compressft.model.anatomy import family_of
+from compressft.model.embedder import AUTO_CLASS, POOLING, embedding_class
 from compressft.model.finite import refuse_broken
 from compressft.model.labels import other_labels, renew_head
 from compressft.model.source import resolve
@@ -27,7 +28,7 @@ def load_model(name: str, auto_class: str = "AutoModel", new_head: bool = False,
 
     Args:
         name: a shipped name, a folder or a hub id.
-        auto_class: the transformers class, such as "AutoModelForSequenceClassification".
+        auto_class: the transformers class, such as "AutoModelForSequenceClassification"; or "AutoModelForEmbedding".
         new_head: draw the head again where it is for other labels than `id2label` or `num_labels` say; else such a
             checkpoint is refused.
         kwargs: passed to `from_pretrained` (`num_labels`, ...); `pad_token_id` is for a model that has none.
@@ -56,8 +57,9 @@ def load_model(name: str, auto_class: str = "AutoModel", new_head: bool = False,
                 setattr(model.config, field, kwargs[field])
         refuse_broken(model, name)
         return model
-    kind, pad = getattr(transformers, auto_class), kwargs.pop("pad_token_id", None)
-    renewed = new_head and answers_others(load_config(source), kwargs)
+    config, pad = load_config(source), kwargs.pop("pad_token_id", None)
+    kind: Any = embedding_class(type(config)) if auto_class == AUTO_CLASS else getattr(transformers, auto_class)
+    renewed = new_head and answers_others(config, kwargs)
     with foreign(f"model: {name!r} could not be loaded"):
         model = kind.from_pretrained(
             source,
@@ -93,10 +95,13 @@ def load_empty(name: str, auto_class: str, **kwargs: Any) -> nn.Module:
     import transformers
 
     register()
-    pad = kwargs.pop("pad_token_id", None)
+    pad, pooling = kwargs.pop("pad_token_id", None), kwargs.pop("pooling", None)
     config = load_config(resolve(name), **kwargs)
     config.pad_token_id = pad if config.pad_token_id is None else config.pad_token_id
     with foreign(f"model: {name!r} could not be built"), torch.device("meta"):
+        if auto_class == AUTO_CLASS:
+            setattr(config, POOLING, pooling)
+            return embedding_class(type(config))._from_config(config, attn_implementation=TRAINING)
         return getattr(transformers, auto_class).from_config(
             config, attn_implementation=TRAINING, trust_remote_code=False
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 from compressft.tasks.causal import CausalLM
 from compressft.tasks.classify import SequenceClassification
+from compressft.tasks.embedding import Embedding
 from compressft.tasks.masked import MaskedLM
 from compressft.tasks.regress import Regression
 from compressft.tasks.tag import TokenClassification
@@ -18,6 +19,7 @@ TASKS: dict[str, type[Task]] = {
     "token-classification": TokenClassification,
     "causal-lm": CausalLM,
     "masked-lm": MaskedLM,
+    "embedding": Embedding,
 }
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from compressft.errors import UserError
 from compressft.model.anatomy import anatomy
+from compressft.model.embedder import class_named
 from compressft.model.saved.folders import MANIFEST
 from compressft.model.shrink import shapes
 from compressft.model.source import content_hash
@@ -74,10 +75,10 @@ def uniform_config(model: nn.Module) -> Any:
 
 
 def _class_of(architecture: str, folder: Path) -> Any:
-    import transformers
+    kind = class_named(architecture)
+    if kind is None:
+        import transformers
 
-    kind = getattr(transformers, architecture, None)
-    if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
         raise UserError(
             f"{folder / MANIFEST}: architecture {architecture!r} is no model class of this transformers "
             f"({transformers.__version__}); restore the file or install the version that has it"
