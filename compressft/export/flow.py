@@ -81,8 +81,8 @@ def export(recipe: Recipe, root: Path, splits: Splits, console: Console) -> dict
     manifest = read_manifest(root / "model", "model", SHIPPED_FIELDS)
     tokenizer = load_tokenizer(str(root / "model"))
     feed = recipe.shipped
-    task = make_task(feed.task, tokenizer, feed.data.max_length, manifest["labels"])
     model = load_compressed(root / "model")
+    task = make_task(feed.task, tokenizer, feed.data.max_length, manifest["labels"], model.config)
     refuse_model(recipe, model)
     baseline = baseline_folder(recipe, root)
     encoded = {name: task.encode(rows) for name, rows in vars(splits).items() if name in EVALUATED and rows}

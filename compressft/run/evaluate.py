@@ -15,6 +15,7 @@ from compressft.model.saved.manifest import require
 from compressft.model.source import load_tokenizer
 from compressft.recipe.program import parse_task
 from compressft.tasks import TASKS, make_task
+from compressft.utils.foreign import load_config
 
 
 def evaluate(source: str | Path, data: str | Path, batch: int = 32) -> dict[str, Any]:
@@ -56,7 +57,8 @@ def evaluate(source: str | Path, data: str | Path, batch: int = 32) -> dict[str,
         raise UserError(f"{folder / MANIFEST}: field 'task_settings': {error}; restore the file") from None
     if settings.type != manifest["task"]:
         raise UserError(f"{folder / MANIFEST}: task {manifest['task']!r} and task_settings differ; restore the file")
-    task = make_task(settings, load_tokenizer(str(folder)), manifest["max_length"], manifest["labels"])
+    config = load_config(folder, str(folder))
+    task = make_task(settings, load_tokenizer(str(folder)), manifest["max_length"], manifest["labels"], config)
     rows = canonical_rows(read_rows(data), manifest["columns"], TASKS[manifest["task"]].fields)
     features = task.encode(rows)
     if manifest["kind"] == "onnx":

@@ -22,6 +22,7 @@ from compressft.run.program import train_stages
 from compressft.run.records import Run, Trained
 from compressft.run.report import load_metrics, write_report
 from compressft.run.stage import SETTLE_ROWS, settled, unchanged
+from compressft.tasks import TASKS
 from compressft.utils import ranks
 from compressft.utils.machine import peak_memory
 from compressft.utils.memory import keep_freed_memory, release
@@ -94,6 +95,11 @@ def refuse_export(recipe: Recipe) -> None:
     Raises:
         UserError: it has none, and the recipe wants one.
     """
+    task = recipe.shipped.task.type
+    if recipe.export.enabled and TASKS[task].ships is None:
+        raise UserError(
+            f"export: models of task {task!r} have no ONNX file; set export.enabled to false to train one and ship model/"
+        )
     for stage in recipe.stages if recipe.export.enabled else ():
         for transform in stage.transforms:
             if not transform.exports:

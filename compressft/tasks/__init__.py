@@ -10,6 +10,7 @@ from compressft.tasks.classify import SequenceClassification
 from compressft.tasks.embedding import Embedding
 from compressft.tasks.masked import MaskedLM
 from compressft.tasks.regress import Regression
+from compressft.tasks.seq2seq import Seq2Seq
 from compressft.tasks.tag import TokenClassification
 from compressft.tasks.task import Task, TaskSettings
 
@@ -20,6 +21,7 @@ TASKS: dict[str, type[Task]] = {
     "causal-lm": CausalLM,
     "masked-lm": MaskedLM,
     "embedding": Embedding,
+    "seq2seq": Seq2Seq,
 }
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from compressft.errors import UserError
 from compressft.model.anatomy import family_of
+from compressft.model.embedder import gives_vectors
 from compressft.modules.attention import Attended
 from compressft.objectives.distillation import layer_map
 from compressft.objectives.distillation.losses import (
@@ -38,7 +39,8 @@ def predicts_next(model: nn.Module, logits: Tensor) -> bool:
 
 
 def logit_term(config: Distill, model: nn.Module, batch: Mapping[str, Tensor], ours: Tensor, theirs: Tensor) -> Tensor:
-    """T^2 * KL of logits (B, C), or (B, T, C) at the positions that count; mean squared error of numbers (B, 1).
+    """T^2 * KL of logits (B, C), or (B, T, C) at the positions that count; mean squared error of numbers (B, 1), mean
+    squared distance of embeddings (B, d).
 
     Raises:
         UserError: the numbers of classes differ.
@@ -49,11 +51,14 @@ def logit_term(config: Distill, model: nn.Module, batch: Mapping[str, Tensor], o
             f"{theirs.shape[-1]}; set it to 0 or take another teacher"
         )
     ours, theirs = ours.float(), theirs.float()
+    if gives_vectors(model):
+        # Reimers & Gurevych 2020 (arXiv:2004.09813, section 2): towards the teacher's vectors.
+        return (ours - theirs).square().sum(-1).mean()
     if ours.shape[-1] == 1:
         return F.mse_loss(ours, theirs)
     if ours.dim() == 3:
         # Per-token logits: only positions that carry a label; all real tokens of a row that carries none.
-        real = batch["attention_mask"].bool()
+        real = batch.get("decoder_attention_mask", batch["attention_mask"]).bool()
         keep = batch["labels"].ne(-100) if "labels" in batch else torch.zeros_like(real)
         keep = keep | (real & ~keep.any(1, keepdim=True))
         if predicts_next(model, ours):
