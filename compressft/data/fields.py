@@ -11,12 +11,18 @@ from compressft.errors import UserError
 
 @dataclass(frozen=True)
 class Fields:
-    """Fields of a task's rows. `label` names the class field that splits are stratified by, `answer` what is asked."""
+    """Fields of a task's rows, by whatever names it gives them; each is a column.
+
+    `label` names the class field that splits are stratified by, `answer` what is asked. A field is a text, unless it is
+    the label or among `numbers` or `words` (lists of strings).
+    """
 
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
     label: str | None = None
     answer: str | None = None
+    numbers: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
 
     @property
     def all(self) -> tuple[str, ...]:
@@ -31,20 +37,22 @@ class Fields:
     @classmethod
     def of_inputs(cls, fields: Fields) -> Fields:
         """The same rows without their answers."""
-        return cls(tuple(name for name in fields.required if name != fields.answer), fields.optional)
+        required = tuple(name for name in fields.required if name != fields.answer)
+        optional = tuple(name for name in fields.optional if name != fields.answer)
+        return cls(required, optional, numbers=fields.numbers, words=fields.words)
 
     def convert(self, name: str, value: Any, place: str) -> Any:
         """Bring a value to its field's type; UserError where it cannot be."""
-        if name == "score":
+        if name in self.numbers:
             try:
                 number = float(value)
             except (TypeError, ValueError, OverflowError):
                 number = math.nan
             if not math.isfinite(number):
                 text = repr(value)
-                raise UserError(f"data: {place}: score {text[:60]}{'...' if len(text) > 60 else ''} is not a number")
+                raise UserError(f"data: {place}: {name} {text[:60]}{'...' if len(text) > 60 else ''} is not a number")
             return number
-        if name in ("tokens", "tags"):
+        if name in self.words:
             if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
                 raise UserError(f"data: {place}: {name} wants a list of strings; got {_shown(value)}")
             return value

@@ -98,7 +98,7 @@ def refuse_export(recipe: Recipe) -> None:
     task = recipe.shipped.task.type
     if recipe.export.enabled and TASKS[task].ships is None:
         raise UserError(
-            f"export: models of task {task!r} have no ONNX file; set export.enabled to false to train one and ship model/"
+            f"export: models of task {task!r} have no ONNX file; set export.enabled to false to ship model/ alone"
         )
     for stage in recipe.stages if recipe.export.enabled else ():
         for transform in stage.transforms:

@@ -19,17 +19,18 @@ class Asked:
     """Whose a batch is.
 
     Attributes:
+        task: says what the model is given and what its loss is; None: the model's own head does.
         forward: what computes the outputs, where distributed training has wrapped the model, or another head has to.
         feed: which of the stage's feeds; objectives that answer a task are for the first one's.
     """
 
-    task: Task
+    task: Task | None = None
     forward: nn.Module | None = None
     feed: int = 0
 
 
 def loss_terms(
-    model: nn.Module, batch: Mapping[str, Tensor], context: Context, asked: Asked
+    model: nn.Module, batch: Mapping[str, Tensor], context: Context, asked: Asked = Asked()
 ) -> tuple[dict[str, Tensor], Any]:
     """The terms of a batch's loss by name, weighted, the task's own first; and the model's outputs.
 
@@ -39,11 +40,11 @@ def loss_terms(
     transforms: Sequence[Transform] = context.transforms
     compute, task = asked.forward or model, asked.task
     acting = [t for t in transforms if not (asked.feed and t.answers)]
-    given: dict[str, Any] = dict(task.asked(batch))
+    given: dict[str, Any] = dict(batch if task is None else task.asked(batch))
     if any(t.needs_hidden_states for t in acting):
         given["output_hidden_states"] = True
     outputs: Any = compute(**given)
-    loss, labels = task.loss(outputs, batch), batch["labels"]
+    loss, labels = outputs["loss"] if task is None else task.loss(outputs, batch), batch["labels"]
     if not labels.is_floating_point() and not labels.ne(IGNORE).any():
         # The mean over no label at all is not a number.
         loss = 0.0 * outputs["logits"].sum()

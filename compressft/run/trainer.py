@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +18,9 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from compressft.errors import UserError
+from compressft.evaluation.scores import Scores
 from compressft.model.finite import broken_term, refuse_update
 from compressft.modules.kinds import Extra
-from compressft.evaluation.scores import Scores
 from compressft.recipe.parts import TrainConfig
 from compressft.run.feed import LengthGroupedSampler, lengths_of, training_rows
 from compressft.run.mixed import FEED, Joined, MixedBatches, Side, collate_by

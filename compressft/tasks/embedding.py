@@ -59,7 +59,7 @@ class Embedding(Task):
     """
 
     type = "embedding"
-    fields = Fields(("text", "text_b"), ("negative", "score"), answer="score")
+    fields = Fields(("text", "text_b"), ("negative", "score"), answer="score", numbers=("score",))
     auto_class = AUTO_CLASS
     settings_class = EmbeddingSettings
     settings: EmbeddingSettings

@@ -18,7 +18,7 @@ class Regression(Task):
     """One number per text or pair of texts; Pearson correlation (0 where the predictions are constant)."""
 
     type = "regression"
-    fields = Fields(("text", "score"), ("text_b",), answer="score")
+    fields = Fields(("text", "score"), ("text_b",), answer="score", numbers=("score",))
     auto_class = "AutoModelForSequenceClassification"
     metric = "pearson"
     answers = False

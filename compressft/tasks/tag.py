@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from compressft.data.fields import Fields
 from compressft.data.rows import ROW_KEY, Row
@@ -24,7 +22,7 @@ class TokenClassification(Task):
     """
 
     type = "token-classification"
-    fields = Fields(("tokens", "tags"), answer="tags")
+    fields = Fields(("tokens", "tags"), answer="tags", words=("tokens", "tags"))
     auto_class = "AutoModelForTokenClassification"
     metric = "f1"
     teachable = True

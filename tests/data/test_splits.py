@@ -150,10 +150,31 @@ def test_scores_become_numbers():
 
 
 def test_every_task_says_its_fields():
-    assert TokenClassification.fields == Fields(("tokens", "tags"), answer="tags")
+    assert TokenClassification.fields == Fields(("tokens", "tags"), answer="tags", words=("tokens", "tags"))
     assert TokenClassification.fields.inputs == ("tokens",)
     assert CausalLM.fields.all == ("text", "prompt")
     assert all(task.fields.label in (None, *task.fields.required) for task in TASKS.values())
+
+
+def test_a_task_names_its_own_columns_and_their_kinds():
+    fields = Fields(("mention", "years"), ("aliases",), answer="years", numbers=("years",), words=("aliases",))
+    rows = [
+        {"mention": "Ann", "years": "3", "aliases": ["A"], "more": 1},
+        {"mention": "Bob", "years": 4.5, "aliases": []},
+    ]
+    found = canonical_rows(placed(*rows), {"mention": "mention"}, fields)
+    assert [{k: v for k, v in row.items() if k != ROW_KEY} for row in found] == [
+        {"mention": "Ann", "years": 3.0, "aliases": ["A"]},
+        {"mention": "Bob", "years": 4.5, "aliases": []},
+    ]
+    for broken, said in (
+        ({"years": "three"}, "years 'three' is not a number"),
+        ({"aliases": "A"}, "aliases wants a list of strings; got str 'A'"),
+        ({"mention": 3}, "mention wants text; got int 3"),
+    ):
+        assert said in refusal(canonical_rows, placed({**rows[0], **broken}), {}, fields)
+    asked = Fields.of_inputs(fields)
+    assert asked.all == ("mention", "aliases") and asked.words == ("aliases",)
 
 
 # Carving.

@@ -17,6 +17,15 @@ from compressft.tasks import TASKS, make_task
 from compressft.tasks.task import IGNORE, Task
 from tests.tiny import tiny
 
+# Tasks of one text a row.
+ARCHITECTURES = {
+    "sequence-classification": ("bert", "BertForSequenceClassification"),
+    "regression": ("bert", "BertForSequenceClassification"),
+    "token-classification": ("bert", "BertForTokenClassification"),
+    "causal-lm": ("llama", "LlamaForCausalLM"),
+    "masked-lm": ("bert", "BertForMaskedLM"),
+}
+
 TEXTS = ["a short one", "where is the card that I ordered two weeks ago?", "hm"]
 
 
@@ -54,7 +63,7 @@ def score(task, logits, labels):
 # All tasks.
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_batches_pad_to_the_longest_row_and_no_further(tokenizer, name):
     task, rows = example(name, tokenizer)
     features = task.encode(rows)
@@ -75,16 +84,7 @@ def test_batches_pad_to_the_longest_row_and_no_further(tokenizer, name):
     assert len(batch["labels"]) == len(features)
 
 
-ARCHITECTURES = {
-    "sequence-classification": ("bert", "BertForSequenceClassification"),
-    "regression": ("bert", "BertForSequenceClassification"),
-    "token-classification": ("bert", "BertForTokenClassification"),
-    "causal-lm": ("llama", "LlamaForCausalLM"),
-    "masked-lm": ("bert", "BertForMaskedLM"),
-}
-
-
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_score_does_not_depend_on_padding(tokenizer, name):
     task, rows = example(name, tokenizer)
     features = task.encode(rows)
@@ -110,7 +110,7 @@ def test_score_does_not_depend_on_padding(tokenizer, name):
             assert score(task, scores, labels) == expected
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_long_rows_are_cut_to_max_length(tokenizer, name):
     words = ["word"] * 50
     rows = {
@@ -381,7 +381,7 @@ def test_entities_behind_the_cut_are_counted(tokenizer):
     assert plain.cut([{"tokens": ["apple"], "tags": ["NN"], ROW_KEY: "1"}]) is None
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_metrics_of_batches_are_those_of_all_rows(tokenizer, name):
     """Bit for bit, in any cut: sums are kept in float64, and everything else is counted."""
     task, _ = example(name, tokenizer)
