@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -123,8 +124,57 @@ class Context:
 REMOVES, METHOD, OBJECTIVE, WEIGHTS, PARTS, QUANTISES = range(-10, 50, 10)
 
 
+class Resource(Enum):
+    """What Transforms of one stage may contend for; each completes "both decide"."""
+
+    # As `order` REMOVES leaves them.
+    STARTING_LAYERS = "which of the model's layers training begins with"
+    STARTING_SHAPES = "how many heads and neurons training begins with"
+    # Of the projections that the model comes with, from the first step on.
+    VALUES = "what values the model's weights have"
+    STORE = "in which form frozen weights are stored"
+    SINGLE_WEIGHTS = "which single weights live"
+    SCORES = "from one gradient which weights to leave out"
+    COLUMNS = "which input columns the projections have"
+    HEADS = "which attention heads live"
+    NEURONS = "which FFN neurons live"
+    LAYERS = "which layers live"
+    HIDDEN = "which hidden dimensions live"
+    ARITHMETIC = "in which arithmetic a layer computes"
+    ATTENTION = "how queries and keys become attention"
+    # Of layers that are frozen.
+    FEATURES = "what the layers give for an example"
+    # Hidden states and attention of each layer.
+    INSIDE = "what the forward pass shows of its layers"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """That a Transform decides or changes a resource.
+
+    Attributes:
+        reason: what it does, as it follows on the Transform's name: "removes layers".
+        field: the field that says so; empty where it always does.
+        fix: what would do instead of leaving the Transform out; empty where nothing would.
+    """
+
+    resource: Resource
+    reason: str
+    field: str = ""
+    fix: str = ""
+
+
+@dataclass(frozen=True)
+class Want(Claim):
+    """That a Transform needs a resource: as it is, or (`given`) one of the stage must tell it (`Transform.gives`)."""
+
+    given: bool = False
+
+
 class Transform(Strict):
-    """Base of every method, objective and pass: its own configuration (the fields a recipe may set) plus five hooks.
+    """Base of every method, objective and pass: its own configuration (the fields a recipe may set) plus hooks.
+
+    What can run beside it follows from what it declares: `takes`, `changes`, `wants` and `gives`.
 
     Instances are frozen: all tensor state lives in the model as parameters and buffers, so the checkpoint is the state
     dict. `after_step` is also called once before the first step (with the starting progress and no gradients), which
@@ -140,6 +190,8 @@ class Transform(Strict):
     # Transforms are prepared, followed and finalised in ascending order: what removes parts before training, the
     # method, what looks at activations, what gates single weights, what gates parts, what quantises.
     order: ClassVar[int] = METHOD
+    # Resources that it can tell others of; STARTING_LAYERS by `kept`.
+    gives: ClassVar[Sequence[Resource]] = ()
 
     def prepare(self, model: nn.Module, context: Context) -> None:
         """Rewrite the model before training. Raises UserError where the model lacks what this needs."""
@@ -175,9 +227,37 @@ class Transform(Strict):
         """Files, folders and hub ids that it reads besides the recipe's model and data; earlier stages may be named."""
         return ()
 
-    def conflict(self, others: Sequence[Transform]) -> str | None:
-        """Why this cannot run with `others` (with the fix), or None."""
+    def kept(self, depth: int, context: Context) -> Sequence[int]:
+        """Indices of the layers, of `depth`, that training begins with."""
+        return range(depth)
+
+    def check(self) -> str | None:
+        """Why its own fields contradict each other (with the fix), or None."""
         return None
+
+    def takes(self) -> Sequence[Claim]:
+        """What it decides alone: nobody else may decide or change it."""
+        return ()
+
+    def changes(self) -> Sequence[Claim]:
+        """What it changes, as others may too; by default what its `order` says."""
+        found = []
+        if self.order == REMOVES:
+            found.append(Claim(Resource.STARTING_LAYERS, "removes layers before training"))
+            found.append(Claim(Resource.STARTING_SHAPES, "cuts the layers before training"))
+        if self.order == PARTS:
+            found.append(Claim(Resource.COLUMNS, "removes input columns"))
+        if self.order >= WEIGHTS:
+            found.append(Claim(Resource.FEATURES, "changes what the layers give"))
+        return found
+
+    def alters(self) -> Sequence[Claim]:
+        """What it takes or changes: what is not as it was for others."""
+        return (*self.takes(), *self.changes())
+
+    def wants(self) -> Sequence[Want]:
+        """What nobody else may take or change, or what another must give."""
+        return ()
 
     def status(self, model: nn.Module, progress: float) -> dict[str, dict[str, float]]:
         """What the progress display shows: {quantity: {"now", "planned", "target"}}."""

@@ -11,13 +11,13 @@ from torch import nn
 
 from compressft.errors import UserError
 from compressft.methods.layers import Layers
-from compressft.methods.places import cut_before
+from compressft.methods.places import as_saved
 from compressft.model.anatomy import Layer, anatomy, linear_shape, refuse_pairs
 from compressft.model.saved.bottlenecks import read_adapters
 from compressft.model.surgery import put_after, put_after_ffn
 from compressft.modules.bottleneck import Bottleneck, Parallel
 from compressft.modules.invertible import INVERTIBLE, Invertible, add_invertible
-from compressft.transform import Context, Transform
+from compressft.transform import Context, Resource, Transform, Want
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "tanh"]
 Init = Literal["houlsby", "bert", "zero"]
@@ -121,11 +121,11 @@ class Adapter(Transform):
             )
         if self.placement == "parallel" and any(hasattr(layer.module, "parallel") for layer in parts.layers):
             raise UserError("method adapter.placement: an earlier stage put parallel adapters there; use pfeiffer")
-        drops = any("layers" in getattr(other, "kinds", ()) for other in context.transforms)
+        drops = [one.type for one in context.transforms for its in one.alters() if its.resource is Resource.LAYERS]
         if present and drops and parts.family.embeddings == parts.family.embedding_tables:
             raise UserError(
-                "method adapter.invertible: sits in front of the first layer, which structured.layers may remove; "
-                "set structured.layers to 0"
+                f"method adapter.invertible: sits in front of the first layer, which {drops[0]!r} may remove; "
+                "remove layers in an earlier stage"
             )
 
     def _bottleneck(self, layer: Layer, generator: torch.Generator) -> Bottleneck:
@@ -155,5 +155,5 @@ class Adapter(Transform):
     def inputs(self) -> Sequence[str]:
         return self.stack
 
-    def conflict(self, others: Sequence[Transform]) -> str | None:
-        return cut_before(others, "method adapter.stack") if self.stack else None
+    def wants(self) -> Sequence[Want]:
+        return as_saved("stack") if self.stack else ()

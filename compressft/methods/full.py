@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from torch import nn
 
 from compressft.model.anatomy import anatomy
 from compressft.model.surgery import freeze
-from compressft.transform import Context, Transform
+from compressft.transform import Claim, Context, Resource, Transform
+
+# What every method changes that trains the layers' own weights.
+TRAINED = (Claim(Resource.VALUES, "trains the weights"),)
 
 
 class Full(Transform):
@@ -24,3 +28,6 @@ class Full(Transform):
         model.requires_grad_(True)
         if self.freeze_embeddings:
             freeze(model, anatomy(model).embedding_paths)
+
+    def changes(self) -> Sequence[Claim]:
+        return TRAINED

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from compressft.errors import UserError
 from compressft.methods.layers import Layers
-from compressft.methods.places import cut_before
+from compressft.methods.places import as_saved
 from compressft.model.anatomy import anatomy, refuse_pairs
 from compressft.model.saved.bottlenecks import read_adapters
 from compressft.model.surgery import adapter_in, put_after_ffn
 from compressft.modules.fusion import Fusion as FusionModule
-from compressft.transform import Context, Transform, ramp
+from compressft.transform import Context, Transform, Want, ramp
 
 # Where configurations state the dropout of attention's probabilities.
 DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
@@ -92,8 +92,8 @@ class Fusion(Transform):
     def inputs(self) -> Sequence[str]:
         return self.adapters
 
-    def conflict(self, others: Sequence[Transform]) -> str | None:
-        return cut_before(others, "method fusion")
+    def wants(self) -> Sequence[Want]:
+        return as_saved("adapters")
 
 
 def fusions(model: nn.Module) -> Iterator[FusionModule]:

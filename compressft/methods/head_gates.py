@@ -19,7 +19,7 @@ from compressft.modules.gate import ColumnGate
 from compressft.modules.head_gate import HeadGate
 from compressft.modules.linear import CompressedLinear
 from compressft.modules.rank import keep_largest
-from compressft.transform import Context, Transform, ramp
+from compressft.transform import Claim, Context, Resource, Transform, ramp
 
 
 class HeadGates(Transform):
@@ -141,22 +141,14 @@ class HeadGates(Transform):
             "heads": {"now": now, "planned": self.heads * ramp(progress, self.start, self.end), "target": self.heads}
         }
 
-    def conflict(self, others: Sequence[Transform]) -> str | None:
-        for other in others:
-            if other.type == "nf4" and self.weights == "trained":
-                return "pass 'nf4': stores frozen weights, and method 'head_gates' trains them; set weights to frozen"
-            if "heads" in getattr(other, "kinds", ()) or other.type == "block":
-                return f"method 'head_gates' and pass {other.type!r} both remove attention heads; keep one of the two"
-            if other.type == "n_m" or getattr(other, "pattern", None) is not None:
-                return (
-                    f"pass {other.type!r}: method 'head_gates' removes input columns and would break up the groups; "
-                    "remove heads in an earlier stage"
-                )
-            if getattr(other, "rounding", None) == "gptq":
-                return (
-                    f"pass {other.type!r}: fixes its blocks before method 'head_gates' removes columns; use 'nearest'"
-                )
-        return None
+    def takes(self) -> Sequence[Claim]:
+        return (Claim(Resource.HEADS, "removes attention heads"),)
+
+    def changes(self) -> Sequence[Claim]:
+        found = [Claim(Resource.COLUMNS, "removes input columns")]
+        if self.weights == "trained":
+            found.append(Claim(Resource.VALUES, "trains the weights", "weights", "set weights to frozen"))
+        return found
 
 
 def add_importance(gate: ColumnGate) -> None:

@@ -10,11 +10,11 @@ from pydantic import Field, field_validator
 from torch import nn
 
 from compressft.errors import UserError
-from compressft.methods.full import Full
+from compressft.methods.full import TRAINED, Full
 from compressft.model.anatomy import anatomy, refuse_pairs
 from compressft.modules.attention import TRAINING, prefix_of
 from compressft.modules.lsh import Lsh, without_cache
-from compressft.transform import Context, Transform
+from compressft.transform import Claim, Context, Resource, Transform
 
 
 class LshAttention(Transform):
@@ -80,14 +80,5 @@ class LshAttention(Transform):
         longest = config.max_position_embeddings if context.data is None else context.data.longest
         return 2 * max(round(longest / self.chunk), 1)
 
-    def conflict(self, others: Sequence[Transform]) -> str | None:
-        for other in others:
-            if other.type == "nf4":
-                return "pass 'nf4': stores frozen weights, and method 'lsh_attention' trains them; leave one out"
-            for term in ("attention", "relations"):
-                if getattr(other, term, 0.0):
-                    return (
-                        f"objective {other.type!r}: method 'lsh_attention' has no scores of keys and of all pairs to "
-                        f"compare; set {other.type}.{term} to 0"
-                    )
-        return None
+    def changes(self) -> Sequence[Claim]:
+        return (*TRAINED, Claim(Resource.ATTENTION, "has no scores of keys and of all pairs"))

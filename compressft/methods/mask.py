@@ -16,7 +16,7 @@ from compressft.model.surgery import compress_linear
 from compressft.modules.gate import MaskGate, ScoreGate
 from compressft.modules.linear import CompressedLinear
 from compressft.modules.rank import keep_largest
-from compressft.transform import Context, Transform
+from compressft.transform import Claim, Context, Resource, Transform
 
 # A weight acts while its score is above this; new uniform scores start from -LOWEST (maskbert's constants).
 THRESHOLD = 1e-2
@@ -134,18 +134,15 @@ class Mask(Transform):
         # Nothing is planned: what to leave out is what is learned.
         return {"masked": {"now": now, "planned": now, "target": now}}
 
-    def conflict(self, others: Sequence[Transform]) -> str | None:
+    def check(self) -> str | None:
         if self._set("init") == "uniform" and self._set("initial_sparsity") == 0:
             return (
                 "method.initial_sparsity: uniform scores need a share below the threshold; use magnitude or more than 0"
             )
-        for other in others:
-            if other.type in ("movement", "block", "l0"):
-                return (
-                    f"method 'mask' and pass {other.type!r} both learn which weights to leave out, from one gradient; "
-                    "keep one, or prune in an earlier stage"
-                )
         return None
+
+    def takes(self) -> Sequence[Claim]:
+        return (Claim(Resource.SCORES, "learns which weights to leave out", fix="prune in an earlier stage"),)
 
 
 def initial_scores(weight: Tensor, init: Init, sparsity: float, generator: torch.Generator) -> Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 
 from compressft.model.anatomy import Layer, anatomy
 from compressft.model.surgery import head_parameters
-from compressft.transform import REMOVES, Transform
+from compressft.transform import Resource, Want
 
 Part = Literal["q", "k", "v", "o", "up", "down", "pooler"]
 PROJECTIONS: tuple[Part, ...] = ("q", "k", "v", "o", "up", "down")
@@ -63,13 +63,7 @@ def _linears(model: nn.Module, root: str) -> list[str]:
     ]
 
 
-def cut_before(others: Sequence[Transform], who: str) -> str | None:
-    """Why saved adapters do not fit into what `others` leave of the layers before a method begins, or None."""
-    for other in others:
-        # A vocabulary is no layer.
-        if other.order == REMOVES and other.type != "vocabulary":
-            return (
-                f"{who}: saved adapters want the layers that they were trained on, and pass {other.type!r} cuts them "
-                "first; do it in a stage after this one"
-            )
-    return None
+def as_saved(field: str) -> tuple[Want, ...]:
+    """What saved adapters, which this field names, want of the model that they are put into."""
+    reason, fix = "saved adapters want the layers that they were trained on", "do it in a stage after this one"
+    return tuple(Want(one, reason, field, fix) for one in (Resource.STARTING_LAYERS, Resource.STARTING_SHAPES))

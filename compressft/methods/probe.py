@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from compressft.errors import UserError
 from compressft.methods.layers import Layers
-from compressft.methods.scalar_mix import add_mix, keeps_layers, mix_of
+from compressft.methods.scalar_mix import EVERY_LAYER, add_mix, mix_of
 from compressft.model.anatomy import anatomy, refuse_pairs
 from compressft.modules.dtypes import like
 from compressft.modules.gate import Gate
 from compressft.modules.head import Body, Pooling, ProbeHead, mean_of_tokens
 from compressft.modules.linear import CompressedLinear
 from compressft.modules.quantizer import Quantizer
-from compressft.transform import WEIGHTS, Context, Transform, without_labels
+from compressft.transform import WEIGHTS, Claim, Context, Resource, Transform, Want, without_labels
 from compressft.utils.phases import steps
 
 NAME = "probe_head"
@@ -151,16 +151,15 @@ class Probe(Transform):
         if hasattr(backbone, NAME):
             getattr(backbone, NAME).enabled = True
 
-    def conflict(self, others: Sequence[Transform]) -> str | None:
-        for other in others:
-            if self.caches and other.order >= WEIGHTS:
-                return (
-                    f"method 'probe' caches features that pass {other.type!r} would change; "
-                    "set method.cache to false, or compress in a stage of its own"
-                )
-        if self._adds_head or self.features != "last":
-            return keeps_layers("probe", others)
-        return None
+    def changes(self) -> Sequence[Claim]:
+        return (Claim(Resource.INSIDE, "keeps no hidden states"),)
+
+    def wants(self) -> Sequence[Want]:
+        found = list(EVERY_LAYER) if self._adds_head or self.features != "last" else []
+        if self.caches:
+            fix = "set method.cache to false, or compress in a stage of its own"
+            found.append(Want(Resource.FEATURES, "computes features once", "cache", fix))
+        return found
 
 
 def _classifies_rows(model: nn.Module) -> bool:

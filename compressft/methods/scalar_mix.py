@@ -13,9 +13,13 @@ from compressft.methods.layers import Layers
 from compressft.model.anatomy import anatomy, refuse_pairs
 from compressft.modules.scalar_mix import Normalise
 from compressft.modules.scalar_mix import ScalarMix as Mix
-from compressft.transform import Context, Transform
+from compressft.transform import Context, Resource, Transform, Want
 
 NAME = "scalar_mix"
+# What everything wants that looks at each layer's output.
+EVERY_LAYER = tuple(
+    Want(one, "reads every layer's output", fix="do it in a stage before") for one in (Resource.LAYERS, Resource.HIDDEN)
+)
 
 
 class ScalarMix(Transform):
@@ -47,8 +51,8 @@ class ScalarMix(Transform):
             return {}
         return {"scalar_mix.penalty": self.penalty * mix_of(model).weights.square().sum()}
 
-    def conflict(self, others: Sequence[Transform]) -> str | None:
-        return keeps_layers("scalar_mix", others)
+    def wants(self) -> Sequence[Want]:
+        return EVERY_LAYER
 
 
 def add_mix(model: nn.Module, embeddings: bool, normalise: Normalise) -> Mix:
@@ -75,15 +79,3 @@ def add_mix(model: nn.Module, embeddings: bool, normalise: Normalise) -> Mix:
 def mix_of(model: nn.Module) -> Mix:
     """The model's scalar mix."""
     return getattr(anatomy(model).backbone, NAME)
-
-
-def keeps_layers(method: str, others: Sequence[Transform]) -> str | None:
-    """Why what looks at every layer's output cannot run with `others`, or None."""
-    for other in others:
-        for kind in ("layers", "hidden"):
-            if kind in getattr(other, "kinds", ()):
-                return (
-                    f"method {method!r} reads every layer's output, and pass {other.type!r} removes {kind}; "
-                    f"leave {kind} out, or do it in a stage before"
-                )
-    return None

@@ -13,14 +13,14 @@ from torch import nn
 
 from compressft.errors import UserError
 from compressft.methods.layers import Layers
-from compressft.methods.scalar_mix import keeps_layers
+from compressft.methods.scalar_mix import EVERY_LAYER
 from compressft.model.anatomy import anatomy, positions, refuse_pairs
 from compressft.model.load import load_model
 from compressft.modules.kinds import KINDS
 from compressft.modules.ladder import SideLadder
 from compressft.modules.side import Side as SideModule
 from compressft.modules.side import SideNetwork, build
-from compressft.transform import REMOVES, Context, Transform
+from compressft.transform import Context, Resource, Transform, Want
 
 NAME = "side"
 
@@ -120,12 +120,9 @@ class Side(Transform):
     def inputs(self) -> Sequence[str]:
         return () if self.network in ("copy", "ladder") else (self.network,)
 
-    def conflict(self, others: Sequence[Transform]) -> str | None:
-        for other in others:
-            # Fewer layers or rows a configuration can state.
-            if self.network == "copy" and other.order == REMOVES and other.type not in ("depth", "vocabulary"):
-                return (
-                    f"method side.network: pass {other.type!r} cuts the model before it is copied; "
-                    "set it to 'ladder', or cut in a stage after this one"
-                )
-        return keeps_layers("side", others)
+    def wants(self) -> Sequence[Want]:
+        if self.network != "copy":
+            return EVERY_LAYER
+        reason = "'copy' wants shapes that a configuration states"
+        fix = "set it to 'ladder', or cut in a stage after this one"
+        return (*EVERY_LAYER, Want(Resource.STARTING_SHAPES, reason, "network", fix))

@@ -9,12 +9,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from compressft.methods.full import Full
+from compressft.methods.full import TRAINED, Full
 from compressft.model.anatomy import anatomy
 from compressft.model.saved.codes import Code, Kind, decode, encode
 from compressft.model.surgery import head_parameters
 from compressft.modules.linear import CompressedLinear
-from compressft.transform import Context, Transform, trainable
+from compressft.transform import Claim, Context, Transform, trainable
 
 # Submodule of the backbone that holds the starting weights while training runs.
 ORIGIN = "task_vector_origin"
@@ -94,10 +94,8 @@ class TaskVector(Transform):
                 self._settle(model, origin)
             delattr(backbone, ORIGIN)
 
-    def conflict(self, others: Sequence[Transform]) -> str | None:
-        if any(other.type == "nf4" for other in others):
-            return "pass 'nf4': stores frozen weights, and method 'task_vector' trains them; take one that freezes them"
-        return None
+    def changes(self) -> Sequence[Claim]:
+        return TRAINED
 
 
 class Origin(nn.Module):

@@ -14,11 +14,11 @@ from compressft.model.source import content_hash
 from compressft.objectives.distillation.cache import AnswerCache
 from compressft.objectives.distillation.compare import compare, recorded, wanted
 from compressft.objectives.distillation.layer_map import Rule
-from compressft.objectives.distillation.refuse import reason
+from compressft.objectives.distillation.refuse import contradiction, wants
 from compressft.objectives.distillation.state import NAME, Distillation
 from compressft.objectives.distillation.teacher import OWN, Answer, ask, attention_modules, base_tensors, check_base
 from compressft.objectives.distillation.terms import intermediate_terms, logit_term
-from compressft.transform import OBJECTIVE, Context, Transform, without_labels
+from compressft.transform import OBJECTIVE, Context, Transform, Want, without_labels
 
 
 class Distill(Transform):
@@ -107,8 +107,11 @@ class Distill(Transform):
     def inputs(self) -> Sequence[str]:
         return () if self.teacher in OWN else (self.teacher,)
 
-    def conflict(self, others: Sequence[Transform]) -> str | None:
-        return reason(self, others)
+    def check(self) -> str | None:
+        return contradiction(self)
+
+    def wants(self) -> Sequence[Want]:
+        return wants(self)
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor], outputs: Any, context: Context) -> dict[str, Tensor]:
         state = Distillation.of(model)

@@ -17,7 +17,7 @@ from compressft.modules.gate import ScoreGate
 from compressft.modules.linear import CompressedLinear, gate_of
 from compressft.passes.shared.scored import Scored
 from compressft.passes.shared.select import check_exclude, layer_linears
-from compressft.transform import PARTS, Context, Transform
+from compressft.transform import PARTS, Claim, Context, Resource, Want
 
 
 class Block(Scored):
@@ -91,11 +91,12 @@ class Block(Scored):
             keep.append({name: torch.nonzero(mask).flatten() for name, mask in live.items() if not mask.all()})
         shrink(model, keep)
 
-    def conflict(self, others: Sequence[Transform]) -> str | None:
-        for other in others:
-            if other.order == PARTS:
-                return f"passes 'block' and {other.type!r} both remove heads and neurons at the end; keep one"
-        return super().conflict(others)
+    def takes(self) -> Sequence[Claim]:
+        heads = Claim(Resource.HEADS, "removes attention heads")
+        return (*super().takes(), heads, Claim(Resource.NEURONS, "removes FFN neurons"))
+
+    def wants(self) -> Sequence[Want]:
+        return (Want(Resource.COLUMNS, "counts tiles of input columns"),)
 
 
 def live_groups(layer: Layer) -> Tensor:

@@ -11,7 +11,7 @@ from torch import nn
 from compressft.errors import UserError
 from compressft.model.anatomy import anatomy
 from compressft.model.shrink import drop_layers
-from compressft.transform import REMOVES, Context, Transform
+from compressft.transform import REMOVES, Claim, Context, Resource, Transform
 
 
 class Depth(Transform):
@@ -27,6 +27,7 @@ class Depth(Transform):
 
     type: Literal["depth"] = "depth"
     order: ClassVar[int] = REMOVES
+    gives: ClassVar[Sequence[Resource]] = (Resource.STARTING_LAYERS,)
     keep: int | tuple[NonNegativeInt, ...] = Field()
 
     def kept(self, depth: int, context: Context | None = None) -> list[int]:
@@ -49,7 +50,10 @@ class Depth(Transform):
         except UserError as error:
             raise UserError(f"pass depth.keep: {error}") from None
 
-    def conflict(self, others: Sequence[Transform]) -> str | None:
+    def changes(self) -> Sequence[Claim]:
+        return (Claim(Resource.STARTING_LAYERS, "removes layers before training"),)
+
+    def check(self) -> str | None:
         if self.keep in (0, ()):
             return "pass depth.keep: no layer; keep at least one"
         return None

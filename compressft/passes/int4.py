@@ -17,6 +17,7 @@ from compressft.modules.quantizer import Int4Quantizer
 from compressft.passes.shared.calibrate import second_moments
 from compressft.passes.shared.quantised import (
     PARTS,
+    ROUNDS,
     TableBlock,
     Tables,
     compress_tables,
@@ -26,8 +27,7 @@ from compressft.passes.shared.quantised import (
     settle,
 )
 from compressft.passes.shared.select import check_exclude
-from compressft.transform import PARTS as REMOVES_PARTS
-from compressft.transform import QUANTISES, Context, Transform, without_labels
+from compressft.transform import QUANTISES, Claim, Context, Resource, Transform, Want, without_labels
 from compressft.utils.phases import steps
 
 
@@ -107,20 +107,23 @@ class Int4(Transform):
         on = progress >= self.start
         return {"bits": {"now": 4.0 if on else 32.0, "planned": 4.0 if on else 32.0, "target": 4.0}}
 
-    def conflict(self, others: Sequence[Transform]) -> str | None:
+    def check(self) -> str | None:
         if 0 < self.noise <= self.start:
             return f"pass int4.noise: {self.noise} is not after int4.start {self.start}; set 0 for no noise"
-        if any(other.type == "int8" for other in others):
-            return "pass int4: a layer is quantised by int8 or by int4; keep one of the two passes"
-        if self.rounding == "gptq":
-            if self.start > 0 or self.noise > 0:
-                return "pass int4.rounding: 'gptq' rounds before training; leave int4.start and int4.noise at 0"
-            for other in others:
-                if other.type in ("full", "nf4") or other.order == REMOVES_PARTS:
-                    why = {"full": "trains the weights", "nf4": "stores the weights itself"}
-                    reason = f"{other.type} {why.get(other.type, 'removes columns that the blocks are cut from')}"
-                    return f"pass int4.rounding: 'gptq' fixes the weights before training, {reason}; use 'nearest'"
+        if self.rounding == "gptq" and (self.start > 0 or self.noise > 0):
+            return "pass int4.rounding: 'gptq' rounds before training; leave int4.start and int4.noise at 0"
         return None
+
+    def takes(self) -> Sequence[Claim]:
+        return (ROUNDS,)
+
+    def wants(self) -> Sequence[Want]:
+        if self.rounding == "nearest":
+            return ()
+        # Blocks are cut from the input columns.
+        fixed = (Resource.VALUES, Resource.STORE, Resource.COLUMNS)
+        reason = "'gptq' fixes the weights before training"
+        return [Want(one, reason, "rounding", "use 'nearest'") for one in fixed]
 
 
 def _by_layer(model: nn.Module, paths: list[str]) -> list[list[str]]:

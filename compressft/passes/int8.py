@@ -12,6 +12,7 @@ from compressft.model.surgery import compress_linear
 from compressft.modules.quantizer import Format, Int8Quantizer, Processors, Ranges
 from compressft.passes.shared.quantised import (
     PARTS,
+    ROUNDS,
     TableBlock,
     Tables,
     compress_tables,
@@ -22,7 +23,7 @@ from compressft.passes.shared.quantised import (
     settle,
 )
 from compressft.passes.shared.select import check_exclude
-from compressft.transform import QUANTISES, Context, Transform
+from compressft.transform import QUANTISES, Claim, Context, Transform
 
 
 class Int8(Transform):
@@ -97,7 +98,10 @@ class Int8(Transform):
         on = progress >= self.start
         return {"bits": {"now": 8.0 if on else 32.0, "planned": 8.0 if on else 32.0, "target": 8.0}}
 
-    def conflict(self, others: Sequence[Transform]) -> str | None:
+    def takes(self) -> Sequence[Claim]:
+        return (ROUNDS,)
+
+    def check(self) -> str | None:
         if self.freeze <= self.start:
             return f"pass int8.freeze: {self.freeze} is not after int8.start {self.start}; ranges would not be learned"
         if 0 < self.noise <= self.start:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from compressft.modules.gate import Gate
 from compressft.modules.l0 import L0Gate
 from compressft.modules.linear import CompressedLinear
-from compressft.passes.shared.unstructured import Gradual
-from compressft.transform import Context, Transform
+from compressft.passes.shared.unstructured import LEARNED, Gradual
+from compressft.transform import Claim, Context
 
 
 class L0(Gradual):
@@ -69,7 +69,10 @@ class L0(Gradual):
             "penalty": {"now": share, "planned": share, "target": 1.0},
         }
 
-    def conflict(self, others: Sequence[Transform]) -> str | None:
+    def takes(self) -> Sequence[Claim]:
+        return (*super().takes(), LEARNED)
+
+    def check(self) -> str | None:
         if self.freeze < self.end:
             return f"pass l0.freeze: {self.freeze} is before l0.end {self.end}; the penalty would not be reached"
-        return super().conflict(others)
+        return super().check()

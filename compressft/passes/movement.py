@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -12,7 +11,7 @@ from compressft.modules.gate import Gate, ScoreGate
 from compressft.modules.linear import CompressedLinear
 from compressft.passes.shared.scored import Scored
 from compressft.passes.shared.unstructured import present
-from compressft.transform import Context, Transform
+from compressft.transform import Context
 
 
 class Movement(Scored):
@@ -57,7 +56,7 @@ class Movement(Scored):
         scope = self.scope or ("global" if self.variant == "hard" else "layer")
         return [[gate for gates in pools for gate in gates]] if scope == "global" else pools
 
-    def conflict(self, others: Sequence[Transform]) -> str | None:
+    def check(self) -> str | None:
         if self.scope == "global" and self.variant == "soft":
             return "pass movement.scope: variant soft has one threshold for all layers and none to share; remove it"
-        return super().conflict(others)
+        return super().check()

@@ -13,7 +13,10 @@ from compressft.modules.gate import Gate
 from compressft.modules.linear import CompressedLinear
 from compressft.modules.rank import keep_largest, keep_pattern
 from compressft.passes.shared.unstructured import Masked
-from compressft.transform import PARTS, Transform
+from compressft.transform import Resource, Want
+
+# What an N:M pattern wants.
+GROUPS = Want(Resource.COLUMNS, "wants its groups of input columns whole", fix="remove parts in an earlier stage")
 
 
 class NM(Masked):
@@ -52,8 +55,8 @@ class NM(Masked):
         now, planned = self.sparsity_now(model), target * self.planned(progress)
         return {"sparsity": {"now": now, "planned": planned, "target": target}}
 
-    def conflict(self, others: Sequence[Transform]) -> str | None:
-        return super().conflict(others) or cuts_groups(self.type, others)
+    def wants(self) -> Sequence[Want]:
+        return (GROUPS,)
 
 
 def check_divides(field: str, m: int, path: str, linear: CompressedLinear) -> None:
@@ -67,14 +70,3 @@ def check_divides(field: str, m: int, path: str, linear: CompressedLinear) -> No
             f"{field}: groups of {m} do not divide the {linear.in_features} input columns of {path!r}; "
             f"choose another size or exclude that module"
         )
-
-
-def cuts_groups(name: str, others: Sequence[Transform]) -> str | None:
-    """Why an N:M pattern cannot be kept next to `others`: passes that remove columns at the end."""
-    for other in others:
-        if other.order == PARTS:
-            return (
-                f"pass {name!r}: pass {other.type!r} removes input columns and would break up the groups; "
-                "remove parts in an earlier stage"
-            )
-    return None

@@ -12,7 +12,7 @@ from compressft.model.surgery import compress_linear
 from compressft.modules.linear import CompressedLinear
 from compressft.modules.store import NF4Store
 from compressft.passes.shared.select import check_exclude, layer_linears
-from compressft.transform import OBJECTIVE, Context, Transform
+from compressft.transform import OBJECTIVE, Claim, Context, Resource, Transform, Want
 
 
 class Nf4(Transform):
@@ -51,10 +51,11 @@ class Nf4(Transform):
             if isinstance(module, CompressedLinear):
                 module.unpack()
 
-    def conflict(self, others: Sequence[Transform]) -> str | None:
-        if any(other.type == "full" for other in others):
-            return "pass nf4: stores frozen weights and method full trains them; take a method that freezes them"
-        return None
+    def changes(self) -> Sequence[Claim]:
+        return (Claim(Resource.STORE, "stores the weights in four bits"),)
+
+    def wants(self) -> Sequence[Want]:
+        return (Want(Resource.VALUES, "stores frozen weights", fix="take a method that freezes them"),)
 
 
 def _trained(layer: nn.Module) -> bool:

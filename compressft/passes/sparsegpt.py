@@ -13,7 +13,7 @@ from compressft.modules.linear import CompressedLinear
 from compressft.modules.sparsegpt import sparsegpt
 from compressft.passes.shared.one_shot import OneShot
 from compressft.passes.shared.unstructured import present
-from compressft.transform import Transform
+from compressft.transform import Resource, Want
 
 
 class SparseGPT(OneShot):
@@ -34,10 +34,6 @@ class SparseGPT(OneShot):
         linear.weight += new - old
         return mask
 
-    def conflict(self, others: Sequence[Transform]) -> str | None:
-        for other in others:
-            if other.type == "nf4":
-                return (
-                    "pass sparsegpt: pass 'nf4' packs the weights before they can be changed; prune in an earlier stage"
-                )
-        return super().conflict(others)
+    def wants(self) -> Sequence[Want]:
+        reason = "changes weights before training"
+        return (*super().wants(), Want(Resource.STORE, reason, fix="prune in an earlier stage"))

@@ -23,10 +23,16 @@ from compressft.passes.shared.parts import STATE, Budget, Parts
 from compressft.passes.shared.select_parts import aligned, keep_equally, keep_globally, keep_hidden, keep_layers, top
 from compressft.passes.shared.sparsity import expected_sparsity, settle
 from compressft.passes.shared.target import Target, cost_table
-from compressft.transform import PARTS, SHAPES, Context, Transform, ramp
+from compressft.transform import PARTS, SHAPES, Claim, Context, Resource, Transform, ramp
 
 Kind = Literal["heads", "ffn", "layers", "hidden"]
 KINDS: tuple[Kind, ...] = ("heads", "ffn", "layers", "hidden")
+REMOVED: dict[Kind, tuple[Resource, str]] = {
+    "heads": (Resource.HEADS, "removes attention heads"),
+    "ffn": (Resource.NEURONS, "removes FFN neurons"),
+    "layers": (Resource.LAYERS, "removes layers"),
+    "hidden": (Resource.HIDDEN, "removes hidden dimensions"),
+}
 
 # The linear multiplier's share of `gate_lr`. The penalty pulls towards t - linear / (2 * quadratic); were both learned
 # at one rate (Adam's steps are as long whatever the gradient) it would settle far beyond the target.
@@ -273,7 +279,15 @@ class Structured(Transform):
             for name, (value, target) in now.items()
         }
 
-    def conflict(self, others: Sequence[Transform]) -> str | None:
+    def takes(self) -> Sequence[Claim]:
+        def claim(kind: Kind) -> Claim:
+            if self.decide == "importance" and getattr(self, kind) == 0:
+                return Claim(*REMOVED[kind], "target")
+            return Claim(*REMOVED[kind], "gates" if self.decide == "learned" else kind, f"leave {kind} out")
+
+        return [claim(kind) for kind in self.kinds]
+
+    def check(self) -> str | None:
         fractions = [kind for kind in KINDS if getattr(self, kind) > 0]
         if self.end <= self.start:
             return f"pass structured.end: {self.end} is not after structured.start {self.start}"

@@ -14,7 +14,7 @@ from torch import nn
 from compressft.errors import UserError
 from compressft.model.shrink import keep_vocabulary
 from compressft.passes.shared.trim import trim
-from compressft.transform import REMOVES, Context, Transform
+from compressft.transform import REMOVES, Claim, Context, Transform
 
 
 class Vocabulary(Transform):
@@ -64,6 +64,10 @@ class Vocabulary(Transform):
 
         context.fit_teacher.append(fit)
         context.data.retokenise(tokenizer)
+
+    def changes(self) -> Sequence[Claim]:
+        # Rows of the embeddings are no part of a layer.
+        return ()
 
     def inputs(self) -> Sequence[str]:
         return () if self.reserve_file is None else (self.reserve_file,)

@@ -17,7 +17,7 @@ from compressft.passes.shared.calibrate import moments
 from compressft.passes.shared.choice import Trial, best, choose, sizes_allowed, tried
 from compressft.passes.shared.prunable import Prunable, Shift, model_losses, skipped
 from compressft.passes.shared.target import Target, cost_table
-from compressft.transform import REMOVES, Context, Transform
+from compressft.transform import REMOVES, Claim, Context, Resource, Transform
 from compressft.utils.phases import steps
 
 # For `measure` "model": one in four of the calibration set's batches, two at most.
@@ -56,6 +56,7 @@ class ZipLM(Transform):
 
     type: Literal["ziplm"] = "ziplm"
     order: ClassVar[int] = REMOVES
+    gives: ClassVar[Sequence[Resource]] = (Resource.STARTING_LAYERS,)
     target: Target
     rows: int = Field(default=512, ge=1)
     align: int = Field(default=32, ge=1)
@@ -174,10 +175,13 @@ class ZipLM(Transform):
             return {size: errors[len(order) - size] for size in sizes}
         return model_losses(part, order, errors, sizes, shift)
 
-    def conflict(self, others: Sequence[Transform]) -> str | None:
-        if any(other.type == "distill" and getattr(other, "teacher", None) == "self" for other in others):
-            return "pass ziplm: objective distill.teacher 'self' would be the pruned model; name an earlier stage"
-        return None
+    def changes(self) -> Sequence[Claim]:
+        found = [Claim(Resource.STARTING_SHAPES, "removes heads and neurons before training")]
+        if self.layers:
+            found.append(
+                Claim(Resource.STARTING_LAYERS, "removes layers before training", "layers", "leave layers out")
+            )
+        return found
 
 
 def _stays(kept: dict[str, list[int]]) -> bool:

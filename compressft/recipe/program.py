@@ -20,6 +20,7 @@ from compressft.methods import METHODS
 from compressft.methods.full import Full
 from compressft.objectives import OBJECTIVES
 from compressft.passes import PASSES
+from compressft.recipe.conflict import conflict
 from compressft.recipe.explain import explain
 from compressft.recipe.parts import TrainConfig
 from compressft.recipe.steps import NAME, Select
@@ -122,10 +123,9 @@ class Stage(Strict):
             raise ValueError("feeds: each has its own task and data; remove the stage's, or its feeds")
         if len(self.feeds) == 1:
             raise ValueError("feeds: one feed is the stage's task and data; write them so")
-        for one in self.transforms:
-            reason = one.conflict([other for other in self.transforms if other is not one])
-            if reason:
-                raise ValueError(reason)
+        reason = next(filter(None, (one.check() for one in self.transforms)), None) or conflict(self.transforms)
+        if reason:
+            raise ValueError(reason)
         return self
 
 

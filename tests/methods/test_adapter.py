@@ -19,6 +19,7 @@ from compressft.modules.linear import bare
 from compressft.passes.depth import Depth
 from compressft.passes.int8 import Int8
 from compressft.passes.structured import Structured
+from compressft.recipe.conflict import conflict
 from compressft.transform import Context, trainable
 from tests.methods.added import (
     CASES,
@@ -524,8 +525,8 @@ def test_stacks_that_are_refused(languages, tmp_path):
     other = save_adapter(tmp_path / "other", partial(headed, seed=9))
     with pytest.raises(UserError, match="was trained on another base"):
         stacked([other])
-    assert "cuts them first" in Adapter(placement="pfeiffer", stack=("a",)).conflict([Depth(keep=[0])])
-    assert Adapter().conflict([Depth(keep=[0])]) is None
+    assert "removes layers" in conflict([Adapter(placement="pfeiffer", stack=("a",)), Depth(keep=[0])])
+    assert conflict([Adapter(), Depth(keep=[0])]) is None
 
 
 def test_places_that_are_refused():

@@ -18,6 +18,7 @@ from compressft.passes.depth import Depth
 from compressft.passes.structured import Structured
 from compressft.passes.vocabulary import Vocabulary
 from compressft.passes.ziplm import ZipLM
+from compressft.recipe.conflict import conflict
 from compressft.transform import Context, trainable
 from tests.methods.added import (
     CASES,
@@ -381,9 +382,10 @@ def test_fields_and_partners(saved):
     with pytest.raises(ValidationError):
         Fusion(adapters=("a",), dropout=1.0)
     for cuts in (Depth(keep=[1]), ZipLM(target={"sparsity": 0.4})):
-        assert f"pass '{cuts.type}' cuts them first" in Fusion(adapters=("a",)).conflict([cuts])
-    assert Fusion(adapters=("a",)).conflict([Vocabulary()]) is None
-    assert Fusion(adapters=("a",)).conflict([Structured(ffn=0.5)]) is None
+        reason = conflict([Fusion(adapters=("a",)), cuts])
+        assert f"pass '{cuts.type}' removes" in reason and "in a stage after this one" in reason
+    for beside in (Vocabulary(), Structured(ffn=0.5)):
+        assert conflict([Fusion(adapters=("a",)), beside]) is None
     model = prepared(Fusion(adapters=saved()), headed())
     with pytest.raises(UserError, match="an earlier stage left adapters"):
         Fusion(adapters=saved()).prepare(model, Context())

@@ -19,6 +19,7 @@ from compressft.passes.movement import Movement
 from compressft.passes.n_m import NM
 from compressft.passes.nf4 import Nf4
 from compressft.passes.structured import Structured
+from compressft.recipe.conflict import conflict
 from compressft.transform import Context, trainable
 from tests.methods.added import check_autocast
 from tests.methods.universal import check_checkpointing, check_folders, check_resume
@@ -290,7 +291,7 @@ def test_resumed_is_the_same(method):
 )
 @pytest.mark.parametrize("method", [GATES, HALF], ids=["gates", "importance"])
 def test_beside_passes(method, others):
-    assert method.conflict(others) is None
+    assert conflict([method, *others]) is None
     run = Run(tiny(), [method, *others], 10).train()
     before, batch = logits(run.model, labelled()), labelled()
     run.finalize()
@@ -322,12 +323,14 @@ def test_refused():
     ):
         with pytest.raises(ValidationError):
             HeadGates(**wrong)
-    assert "set weights to frozen" in GATES.conflict([Nf4()])
-    assert FROZEN.conflict([Nf4()]) is None
-    assert "both remove attention heads" in GATES.conflict([Structured(heads=0.5)])
-    assert "break up the groups" in GATES.conflict([NM()])
-    assert "use 'nearest'" in FROZEN.conflict([Int4(rounding="gptq")])
-    assert FROZEN.conflict([Int4()]) is None
+    assert "set weights to frozen" in conflict([GATES, Nf4()])
+    assert conflict([FROZEN, Nf4()]) is None
+    assert "both decide which attention heads live" in conflict([GATES, Structured(heads=0.5)])
+    assert "groups of input columns whole" in conflict([GATES, NM()])
+    assert "use 'nearest'" in conflict([FROZEN, Int4(rounding="gptq")])
+    # To freeze the weights would not help: columns go all the same.
+    assert "frozen" not in conflict([GATES, Int4(rounding="gptq")])
+    assert conflict([FROZEN, Int4()]) is None
 
 
 def test_delta_of_frozen_weights_names_heads(tmp_path):

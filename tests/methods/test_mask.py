@@ -16,6 +16,7 @@ from compressft.modules.linear import CompressedLinear
 from compressft.passes.magnitude import Magnitude
 from compressft.passes.movement import Movement
 from compressft.passes.nf4 import Nf4
+from compressft.recipe.conflict import conflict
 from compressft.transform import Context, trainable
 from tests.methods.added import check_autocast
 from tests.methods.universal import check_checkpointing, check_folders, check_resume
@@ -80,7 +81,7 @@ def test_places_that_are_not_there_are_refused():
     for wrong in ({"parts": ("query",)}, {"parts": ()}, {"initial_sparsity": 1.0}, {"learning_rate": 0}):
         with pytest.raises(ValidationError):
             Mask(**wrong)
-    assert "initial_sparsity" in (Mask(initial_sparsity=0).conflict([]) or "")
+    assert "initial_sparsity" in (Mask(initial_sparsity=0).check() or "")
 
 
 def test_the_head_is_trained_or_masked():
@@ -221,8 +222,8 @@ def test_gates_of_a_pass_multiply():
 
 
 def test_two_learned_masks_are_refused():
-    assert "from one gradient" in Mask().conflict([Movement(sparsity=0.5)])
-    assert Mask().conflict([Magnitude(sparsity=0.5), Nf4()]) is None
+    assert "from one gradient" in conflict([Mask(), Movement(sparsity=0.5)])
+    assert conflict([Mask(), Magnitude(sparsity=0.5), Nf4()]) is None
 
 
 def test_on_a_base_of_four_bits():

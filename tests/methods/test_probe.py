@@ -14,6 +14,7 @@ from compressft.passes.int8 import Int8
 from compressft.passes.shared.parts import Parts
 from compressft.passes.shared.quantised import quantizers
 from compressft.passes.structured import Structured
+from compressft.recipe.conflict import conflict
 from compressft.transform import Context, TrainingData, trainable
 from tests.methods.added import (
     CASES,
@@ -123,9 +124,9 @@ def test_finalize_gives_the_model_back():
 
 def test_caching_conflicts_with_passes():
     for other in (Structured(ffn=0.5), Int8()):
-        assert "set method.cache to false" in Probe().conflict([other])
-        assert Probe(cache=False).conflict([other]) is None
-    assert Probe().conflict([]) is None
+        assert "set method.cache to false" in conflict([Probe(), other])
+        assert conflict([Probe(cache=False), other]) is None
+    assert conflict([Probe()]) is None
 
 
 # Heads in front of the model's own, and features.
@@ -363,9 +364,9 @@ def test_fields_that_are_refused():
     for other in (headed(head="token"), tiny("llama")):
         with pytest.raises(UserError, match="leave it out for this task"):
             Probe(pooling="mean").prepare(other, Context())
-    assert "removes hidden" in Probe(cache=False, pooling="mean").conflict([Structured(hidden=0.5)])
-    assert "removes hidden" in Probe(cache=False, head="mlp").conflict([Structured(hidden=0.5)])
-    assert Probe(cache=False).conflict([Structured(hidden=0.5)]) is None
+    assert "removes hidden" in conflict([Probe(cache=False, pooling="mean"), Structured(hidden=0.5)])
+    assert "removes hidden" in conflict([Probe(cache=False, head="mlp"), Structured(hidden=0.5)])
+    assert conflict([Probe(cache=False), Structured(hidden=0.5)]) is None
 
 
 def test_the_mix_learns_without_weight_decay():

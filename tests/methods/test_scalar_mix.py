@@ -10,6 +10,7 @@ from compressft.modules.linear import bare
 from compressft.modules.scalar_mix import ScalarMix as Mix
 from compressft.passes.depth import Depth
 from compressft.passes.structured import Structured
+from compressft.recipe.conflict import conflict
 from compressft.transform import Context
 from tests.methods.added import (
     CASES,
@@ -204,8 +205,8 @@ def test_what_is_refused():
     with pytest.raises(UserError, match="'batch' lets tokens see later ones"):
         ScalarMix(normalise="batch").prepare(headed("gpt2"), Context())
     for fields, kind in (({"layers": 0.5}, "layers"), ({"hidden": 0.5}, "hidden")):
-        assert f"removes {kind}" in ScalarMix().conflict([Structured(**fields)])
-    assert ScalarMix().conflict([Structured(ffn=0.5), Depth(keep=[0])]) is None
+        assert f"removes {kind}" in conflict([ScalarMix(), Structured(**fields)])
+    assert conflict([ScalarMix(), Structured(ffn=0.5), Depth(keep=[0])]) is None
     # In a later stage the mix may be forgotten by the recipe: a final norm that is replaced is noticed.
     model = prepared(ScalarMix(), headed("llama"))
     Structured(hidden=0.5, align_hidden=8).prepare(model, Context())

@@ -13,6 +13,7 @@ from compressft.modules.linear import bare
 from compressft.passes.depth import Depth
 from compressft.passes.structured import Structured
 from compressft.passes.ziplm import ZipLM
+from compressft.recipe.conflict import conflict
 from compressft.transform import Context, trainable
 from tests.methods.added import (
     CASES,
@@ -318,10 +319,10 @@ def test_what_is_refused(tmp_path, smaller):
     adapted = prepared(Adapter(placement="pfeiffer", size=4), headed())
     with pytest.raises(UserError, match="'copy' is a compressed model"):
         Side().prepare(adapted, Context())
-    assert "removes hidden" in Side().conflict([Structured(hidden=0.5)])
-    assert Side().conflict([Structured(ffn=0.5)]) is None and Side().conflict([Depth(keep=[0])]) is None
-    assert "cuts the model before it is copied" in Side().conflict([ZipLM(target={"sparsity": 0.4})])
-    assert KINDS["ladder"].conflict([ZipLM(target={"sparsity": 0.4})]) is None
+    assert "removes hidden" in conflict([Side(), Structured(hidden=0.5)])
+    assert conflict([Side(), Structured(ffn=0.5)]) is None and conflict([Side(), Depth(keep=[0])]) is None
+    assert "set it to 'ladder', or cut in a stage after" in conflict([Side(), ZipLM(target={"sparsity": 0.4})])
+    assert conflict([KINDS["ladder"], ZipLM(target={"sparsity": 0.4})]) is None
 
 
 def test_draws_from_its_own_generator(smaller):

@@ -10,12 +10,15 @@ from compressft.methods.adapter import Adapter
 from compressft.methods.full import Full
 from compressft.methods.layers import Layers
 from compressft.methods.probe import Probe
+from compressft.methods.task_vector import TaskVector
 from compressft.modules.linear import bare, dense, is_bare, is_dense
 from compressft.objectives.distill import Distill
 from compressft.objectives.distillation.teacher import base_modules, base_tensors
 from compressft.passes.depth import Depth
 from compressft.passes.int8 import Int8
 from compressft.passes.structured import Structured
+from compressft.passes.ziplm import ZipLM
+from compressft.recipe.conflict import conflict
 from compressft.recipe.recipe import parse_recipe
 from compressft.transform import Context
 from tests.objectives.pair import prepared, terms
@@ -23,6 +26,7 @@ from tests.tiny import TINY, batch_for, fit, labelled, logits, padded, tiny
 
 PFEIFFER = Adapter(placement="pfeiffer", size=4)
 INSIDE = {"hidden": 1.0, "attention": 1.0, "relations": 1.0, "cosine": 1.0}
+ZIPLM = ZipLM(target={"sparsity": 0.4}, layers=True)
 BASE = Distill(teacher="base", logits=0.0, **INSIDE)
 
 
@@ -188,13 +192,27 @@ def test_other_numbers_of_classes_are_refused():
 @pytest.mark.parametrize(
     ("fields", "others", "said"),
     [
-        ({"hidden": 1.0}, [Probe()], "distill.hidden: method 'probe' keeps no hidden states"),
-        ({"cosine": 1.0}, [Probe()], "distill.cosine: method 'probe'"),
-        ({"relations": 1.0}, [Probe()], "distill.relations: method 'probe'"),
-        ({"teacher": "base"}, [Full()], "distill.teacher: method 'full' trains the base"),
-        ({"teacher": "base"}, [Depth(keep=1)], "distill.teacher: pass 'depth' takes layers of the base away"),
+        ({"hidden": 1.0}, [Probe()], "distill.hidden: compares what is inside the models, and method 'probe' keeps no"),
+        ({"cosine": 1.0}, [Probe()], "and method 'probe' keeps no hidden states; set cosine to 0"),
+        ({"relations": 1.0}, [Probe()], "and method 'probe' keeps no hidden states; set relations to 0"),
+        (
+            {"teacher": "base"},
+            [Full()],
+            "distill.teacher: 'base' is the model as it was loaded, and method 'full' trains",
+        ),
+        ({"teacher": "base"}, [TaskVector()], "and method 'task_vector' trains the weights; take an earlier stage"),
+        (
+            {"teacher": "base"},
+            [Depth(keep=1)],
+            "and pass 'depth' removes layers before training; take an",
+        ),
+        (
+            {"teacher": "base"},
+            [ZIPLM],
+            "and pass ziplm.layers removes layers before training; leave layers out",
+        ),
         ({"layer_map": "learned"}, [], "distill.layer_map: 'learned' goes by the distances of hidden states"),
-        ({"layer_map": "origin"}, [], "distill.layer_map: 'origin' wants pass 'depth' or 'ziplm'"),
+        ({"layer_map": "origin"}, [], "add pass 'ziplm' or pass 'depth', or use uniform or pairs"),
         ({"layer_map": []}, [], "distill.layer_map: has no pairs"),
         ({"layer_map": [[0, 0]], "attention": 1.0}, [], "distill.layer_map: pairs no layers"),
         ({"relation_heads": 4}, [], "distill.relation_heads: relations is 0"),
@@ -215,7 +233,8 @@ def test_other_numbers_of_classes_are_refused():
     ],
 )
 def test_refused(fields, others, said):
-    reason = Distill(**{"teacher": "t", **fields}).conflict(others)
+    objective = Distill(**{"teacher": "t", **fields})
+    reason = objective.check() or conflict([*others, objective])
     assert reason is not None and said in reason and "\n" not in reason
 
 
@@ -237,4 +256,5 @@ def test_a_stage_cannot_be_named_as_the_students_own_teachers():
     ],
 )
 def test_not_refused(fields, others):
-    assert Distill(**{"teacher": "t", **fields}).conflict(others) is None
+    objective = Distill(**{"teacher": "t", **fields})
+    assert objective.check() is None and conflict([*others, objective]) is None

@@ -70,8 +70,8 @@ def test_layers_that_are_not_there(keep, said):
 
 @pytest.mark.parametrize("keep", [0, ()])
 def test_no_layer_is_refused(keep):
-    assert "keep at least one" in Depth(keep=keep).conflict([])
-    assert Depth(keep=1).conflict([]) is None
+    assert "keep at least one" in Depth(keep=keep).check()
+    assert Depth(keep=1).check() is None
 
 
 def test_attention_that_depends_on_a_layers_number_is_refused():

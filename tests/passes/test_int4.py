@@ -17,6 +17,7 @@ from compressft.passes.int8 import Int8
 from compressft.passes.nf4 import Nf4
 from compressft.passes.shared.calibrate import second_moments
 from compressft.passes.structured import Structured
+from compressft.recipe.conflict import conflict
 from compressft.transform import Context, TrainingData
 from tests.tiny import TINY, batch_for, fit, labelled, logits, tiny
 
@@ -174,15 +175,15 @@ def test_gptq_refuses_trained_weights_and_missing_rows():
 
 
 def test_conflicts():
-    assert Int4().conflict([Full(), Structured(ffn=0.5)]) is None
-    assert "keep one of the two" in Int4().conflict([Int8()])
-    assert "noise" in Int4(start=0.5, noise=0.3).conflict([])
+    assert conflict([Full(), Structured(ffn=0.5), Int4()]) is None
+    assert "keep one of the two" in conflict([Int4(), Int8()])
+    assert "noise" in Int4(start=0.5, noise=0.3).check()
     gptq = Int4(rounding="gptq")
-    assert gptq.conflict([Adapter()]) is None
-    assert "trains the weights" in gptq.conflict([Full()])
-    assert "removes columns" in gptq.conflict([Structured(ffn=0.5)])
-    assert "stores the weights" in gptq.conflict([Nf4()])
-    assert "leave int4.start" in Int4(rounding="gptq", start=0.1).conflict([])
+    assert conflict([Adapter(), gptq]) is None
+    assert "trains the weights" in conflict([Full(), gptq])
+    assert "removes input columns" in conflict([Structured(ffn=0.5), gptq])
+    assert "stores the weights" in conflict([Nf4(), gptq])
+    assert "leave int4.start" in Int4(rounding="gptq", start=0.1).check()
 
 
 @pytest.mark.dear

@@ -182,11 +182,11 @@ def test_finalize_ships_int8():
     assert not any(m.observing for m in model.modules() if isinstance(m, Int8Quantizer))
 
 
-def test_conflict_when_ranges_would_never_be_learned():
-    assert "is not after int8.start 0.5" in Int8(start=0.5, freeze=0.5).conflict([])
-    assert Int8().conflict([]) is None
-    assert "'qdq' needs fixed ranges" in Int8(format="qdq", ranges="dynamic").conflict([])
-    assert "noise" in Int8(start=0.5, noise=0.2).conflict([])
+def test_refused_when_ranges_would_never_be_learned():
+    assert "is not after int8.start 0.5" in Int8(start=0.5, freeze=0.5).check()
+    assert Int8().check() is None
+    assert "'qdq' needs fixed ranges" in Int8(format="qdq", ranges="dynamic").check()
+    assert "noise" in Int8(start=0.5, noise=0.2).check()
 
 
 @pytest.mark.parametrize("family", ["bert", "distilbert", "electra", "gpt2", "qwen3"])

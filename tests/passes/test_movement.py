@@ -56,7 +56,7 @@ def test_global_keeps_the_exact_number_of_all_layers_together():
     masks = [gate.mask for _, gate in one.gated(model)]
     assert sum(int(m.sum()) for m in masks) == round(0.17 * sum(m.numel() for m in masks))
     assert len({round(float(m.float().mean()), 3) for m in masks}) > 1
-    refused = Movement(variant="soft", scope="global").conflict([])
+    refused = Movement(variant="soft", scope="global").check()
     assert refused is not None and "movement.scope" in refused
 
 

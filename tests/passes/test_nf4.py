@@ -17,6 +17,7 @@ from compressft.objectives.distill import Distill
 from compressft.passes.int8 import Int8
 from compressft.passes.nf4 import Nf4
 from compressft.passes.structured import Structured
+from compressft.recipe.conflict import conflict
 from compressft.transform import Context
 from tests.tiny import TINY, batch_for, fit, labelled, logits, tiny
 
@@ -82,8 +83,8 @@ def test_excluded_parts():
 
 
 def test_trained_weights_are_refused():
-    assert "method full trains them" in Nf4().conflict([Full()])
-    assert Nf4().conflict([METHOD, Int8()]) is None
+    assert "method 'full' trains the weights" in conflict([Full(), Nf4()])
+    assert conflict([METHOD, Nf4(), Int8()]) is None
     with pytest.raises(UserError, match="every projection is trained or excluded"):
         prepared(Layers(top=2), Nf4())
     # Layer 1 is trained, layer 0 is frozen.

@@ -26,6 +26,7 @@ from compressft.passes.shared.unstructured import Unstructured
 from compressft.passes.sparsegpt import SparseGPT
 from compressft.passes.structured import Structured
 from compressft.passes.wanda import Wanda
+from compressft.recipe.conflict import conflict
 from compressft.transform import Context
 from tests.passes.sparse import Run, classifier, linears, nonzero, sparsity, weight
 from tests.settings import FAST, made
@@ -194,25 +195,26 @@ def test_status_starts_at_zero_and_ends_at_its_target(name):
 @pytest.mark.parametrize("other", ["magnitude", "movement", "l0", "block", "n_m", "wanda", "sparsegpt"])
 def test_two_deciders_are_refused(name, other):
     if PASS[name].type != PASS[other].type:
-        assert "keep one" in PASS[name].conflict([Full(), PASS[other]])
-    assert PASS[name].conflict([Full(), Int8(), Adapter()]) is None
+        assert "keep one" in conflict([Full(), PASS[name], PASS[other]])
+    for method in (Full(), Adapter()):
+        assert conflict([method, PASS[name], Int8()]) is None
 
 
 def test_other_conflicts_name_the_fix():
     parts = Structured(ffn=0.5)
     for one in (NM(), Wanda(pattern="2:4"), SparseGPT(pattern="1:4")):
-        assert "earlier stage" in one.conflict([parts])
+        assert "earlier stage" in conflict([one, parts])
     for one in (Magnitude(sparsity=0.5), Wanda(sparsity=0.5), Movement(sparsity=0.5)):
-        assert one.conflict([parts]) is None
-    assert "keep one" in Block(sparsity=0.5).conflict([parts])
-    assert "not after magnitude.start 0.5" in Magnitude(sparsity=0.5, start=0.5, end=0.5).conflict([])
-    assert "movement.sparsity" in Movement().conflict([])
-    assert "gets its sparsity from movement.penalty" in Movement(variant="soft", sparsity=0.5).conflict([])
-    assert "before movement.end" in Movement(sparsity=0.5, freeze=0.5).conflict([])
-    assert "before l0.end" in L0(freeze=0.5).conflict([])
+        assert conflict([one, parts]) is None
+    assert "keep one" in conflict([Block(sparsity=0.5), parts])
+    assert "not after magnitude.start 0.5" in Magnitude(sparsity=0.5, start=0.5, end=0.5).check()
+    assert "movement.sparsity" in Movement().check()
+    assert "gets its sparsity from movement.penalty" in Movement(variant="soft", sparsity=0.5).check()
+    assert "before movement.end" in Movement(sparsity=0.5, freeze=0.5).check()
+    assert "before l0.end" in L0(freeze=0.5).check()
     for one in PASS.values():
-        assert "set method.cache to false" in Probe().conflict([one])
-        assert Probe(cache=False).conflict([one]) is None
+        assert "set method.cache to false" in conflict([Probe(), one])
+        assert conflict([Probe(cache=False), one]) is None
 
 
 @pytest.mark.parametrize("name", PASS)

@@ -211,7 +211,7 @@ def test_only_what_is_asked_for_gets_a_gate():
     assert set(Structured(heads=0.5).status(model, 0.0)) == {"heads"}
 
 
-def test_conflicts_name_the_fix():
-    assert "set one of them" in Structured().conflict([])
-    assert "is not after structured.start 0.5" in Structured(ffn=0.5, start=0.5, end=0.5).conflict([])
-    assert Structured(ffn=0.5).conflict([]) is None
+def test_contradictions_name_the_fix():
+    assert "set one of them" in Structured().check()
+    assert "is not after structured.start 0.5" in Structured(ffn=0.5, start=0.5, end=0.5).check()
+    assert Structured(ffn=0.5).check() is None

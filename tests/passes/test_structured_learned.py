@@ -286,6 +286,6 @@ def test_own_groups_hold_gates_and_multipliers_without_decay():
         ({"layers": 0.5}, None),
     ],
 )
-def test_conflicts_name_the_fix(fields, message):
-    found = Structured(**fields).conflict([])
+def test_contradictions_name_the_fix(fields, message):
+    found = Structured(**fields).check()
     assert found is None if message is None else message in found

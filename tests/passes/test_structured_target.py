@@ -116,10 +116,10 @@ def test_a_target_beyond_the_floors_is_refused_before_training():
         Structured(target={"speedup": 2}).prepare(tiny(), Context())
 
 
-def test_conflicts():
-    assert "leave out heads" in Structured(target={"speedup": 2}, heads=0.5).conflict([])
-    assert "learned gates take sparsity" in Structured(target={"speedup": 2}, decide="learned").conflict([])
-    assert Structured(target={"speedup": 2}, layers=0.5).conflict([]) is None
+def test_contradictions():
+    assert "leave out heads" in Structured(target={"speedup": 2}, heads=0.5).check()
+    assert "learned gates take sparsity" in Structured(target={"speedup": 2}, decide="learned").check()
+    assert Structured(target={"speedup": 2}, layers=0.5).check() is None
 
 
 def test_whole_layers_beside_a_target():

@@ -20,6 +20,7 @@ from compressft.passes.int8 import Int8
 from compressft.passes.shared.prunable import Shift
 from compressft.passes.structured import Structured
 from compressft.passes.ziplm import ZipLM
+from compressft.recipe.conflict import conflict
 from compressft.recipe.recipe import load_recipe, parse_recipe
 from compressft.run.flow import run
 from compressft.transform import Context, TrainingData
@@ -253,8 +254,8 @@ def test_needs_rows():
 
 
 def test_conflicts_name_the_fix():
-    assert "name an earlier stage" in one({"sparsity": 0.5}).conflict([Distill(teacher="self")])
-    assert one({"sparsity": 0.5}).conflict([Distill(teacher="dense"), Int8()]) is None
+    assert "name an earlier stage" in conflict([one({"sparsity": 0.5}), Distill(teacher="self")])
+    assert conflict([one({"sparsity": 0.5}), Distill(teacher="dense"), Int8()]) is None
 
 
 # In a recipe.

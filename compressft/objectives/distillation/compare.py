@@ -72,8 +72,8 @@ def _pairs(config: Distill, depths: tuple[int, int], context: Context) -> layer_
         return (depths,)
     if rule == "origin":
         kept = list(range(depths[1]))
-        for leaving in sorted((t for t in context.transforms if t.type in layer_map.LEAVING), key=lambda t: t.order):
-            kept = [kept[i] for i in leaving.kept(len(kept), context)]  # type: ignore[attr-defined]
+        for one in sorted(context.transforms, key=lambda one: one.order):
+            kept = [kept[i] for i in one.kept(len(kept), context)]
         return layer_map.origin(kept, *depths)
     if rule is None or rule == "uniform":
         return layer_map.uniform(*depths)

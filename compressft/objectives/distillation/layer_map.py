@@ -12,8 +12,6 @@ from compressft.errors import UserError
 
 Rule = Literal["uniform", "last", "origin", "learned"]
 Pairs = tuple[tuple[int, int], ...]
-# Passes after which layers are missing from the first step on; each says which ones with `kept(depth, context)`.
-LEAVING = ("depth", "ziplm")
 
 
 def uniform(depth: int, teacher_depth: int) -> Pairs:

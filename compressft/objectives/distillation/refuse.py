@@ -1,49 +1,53 @@
-"""Which settings of distillation make no sense, alone or with other Transforms."""
+"""Which settings of distillation make no sense together, and what they want of other Transforms."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from compressft.objectives.distillation.layer_map import LEAVING
-from compressft.transform import Transform
+from compressft.transform import Resource, Want
 
 if TYPE_CHECKING:
     from compressft.objectives.distill import Distill
 
 # Terms on what is inside the models, as against the task's loss and the logits.
 INTERMEDIATE = ("hidden", "cosine", "attention", "relations")
+# Those of them on what attention computes with.
+RECORDED = ("attention", "relations")
 
 
-def reason(config: Distill, others: Sequence[Transform]) -> str | None:
-    """Why this cannot run so, field and fix in one line, or None."""
-    types = {other.type for other in others}
-    used = [name for name in INTERMEDIATE if getattr(config, name) > 0]
-    found = (
-        _beside(config, types, used)
-        or _layers(config, types)
-        or _left_over(config)
-        or _phases(config, used)
-        or _cached(config)
-    )
+def contradiction(config: Distill) -> str | None:
+    """Why these fields make no sense, field and fix in one line, or None."""
+    found = _layers(config) or _left_over(config) or _phases(config) or _cached(config)
     return found and f"objective distill.{found}"
 
 
-def _beside(config: Distill, types: set[str], used: list[str]) -> str | None:
-    if used and "probe" in types:
-        return f"{used[0]}: method 'probe' keeps no hidden states to distil; set it to 0"
-    if config.teacher == "base" and "full" in types:
-        return "teacher: method 'full' trains the base itself; take an earlier stage or a folder as the teacher"
-    if config.teacher == "base" and "depth" in types:
-        return "teacher: pass 'depth' takes layers of the base away; take a folder or hub id as the teacher"
-    return None
+def wants(config: Distill) -> list[Want]:
+    """What the two models must still have, or others of the stage must say, for what is compared."""
+    found = []
+    for term in _used(config):
+        reason, fix = "compares what is inside the models", f"set {term} to 0"
+        found.append(Want(Resource.INSIDE, reason, term, fix))
+        if term in RECORDED:
+            found.append(Want(Resource.ATTENTION, "compares attention between all pairs of tokens", term, fix))
+    if config.teacher == "base":
+        reason, fix = "'base' is the model as it was loaded", "take an earlier stage or a folder as the teacher"
+        found += [Want(one, reason, "teacher", fix) for one in (Resource.VALUES, Resource.STARTING_LAYERS)]
+    if config.teacher == "self":
+        reason, fix = "'self' is to be the model before it was pruned", "name an earlier stage"
+        found.append(Want(Resource.STARTING_SHAPES, reason, "teacher", fix))
+    if config.layer_map == "origin":
+        reason, fix = "'origin' follows the layers that were kept", "use uniform or pairs"
+        found.append(Want(Resource.STARTING_LAYERS, reason, "layer_map", fix, given=True))
+    return found
 
 
-def _layers(config: Distill, types: set[str]) -> str | None:
+def _used(config: Distill) -> list[str]:
+    return [name for name in INTERMEDIATE if getattr(config, name) > 0]
+
+
+def _layers(config: Distill) -> str | None:
     if config.layer_map == "learned" and config.hidden == 0:
         return "layer_map: 'learned' goes by the distances of hidden states; set hidden above 0"
-    if config.layer_map == "origin" and not types & set(LEAVING):
-        return "layer_map: 'origin' wants pass 'depth' or 'ziplm' in the same stage; use uniform or pairs"
     if config.layer_map == ():
         return "layer_map: has no pairs; give some, or leave it out"
     if isinstance(config.layer_map, tuple) and config.attention > 0 and not any(min(p) > 0 for p in config.layer_map):
@@ -66,10 +70,10 @@ def _left_over(config: Distill) -> str | None:
     return None
 
 
-def _phases(config: Distill, used: list[str]) -> str | None:
+def _phases(config: Distill) -> str | None:
     if config.intermediate_until is None:
         return None
-    if not used:
+    if not _used(config):
         return f"intermediate_until: no term for the first phase; set one of {', '.join(INTERMEDIATE)}"
     if config.task == 0 and config.logits == 0:
         return "intermediate_until: no term for the second phase; set task or logits"

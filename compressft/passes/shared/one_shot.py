@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from compressft.model.anatomy import anatomy
 from compressft.modules.gate import Gate, MaskGate
 from compressft.modules.linear import CompressedLinear, gate_of
-from compressft.passes.n_m import check_divides, cuts_groups
+from compressft.passes.n_m import GROUPS, check_divides
 from compressft.passes.shared.calibrate import second_moments
 from compressft.passes.shared.unstructured import Unstructured
-from compressft.transform import Context, Transform
+from compressft.transform import Context, Want
 from compressft.utils.phases import steps
 
 
@@ -88,6 +88,5 @@ class OneShot(Unstructured):
     def status(self, model: nn.Module, progress: float) -> dict[str, dict[str, float]]:
         return {"sparsity": {"now": self.sparsity_now(model), "planned": self.target, "target": self.target}}
 
-    def conflict(self, others: Sequence[Transform]) -> str | None:
-        cut = cuts_groups(self.type, others) if self.groups else None
-        return super().conflict(others) or cut
+    def wants(self) -> Sequence[Want]:
+        return (GROUPS,) if self.groups else ()

@@ -13,10 +13,12 @@ from compressft.modules.embedding import CompressedEmbedding
 from compressft.modules.linear import CompressedLinear
 from compressft.modules.quantizer import Quantizer, TableQuantizer
 from compressft.passes.shared.select import LINEARS, layer_linears
+from compressft.transform import Claim, Resource
 
 PARTS = (*LINEARS, "pooler", "embeddings")
 Tables = Literal["int8", "int4", "none"]
 TableBlock = Literal[32, 64, 128]
+ROUNDS = Claim(Resource.ARITHMETIC, "quantises the layers")
 BITS: dict[str, int] = {"int8": 8, "int4": 4}
 
 

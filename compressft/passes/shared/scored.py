@@ -11,8 +11,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from compressft.modules.gate import ScoreGate, keep_top_each
-from compressft.passes.shared.unstructured import Gradual
-from compressft.transform import Context, Transform
+from compressft.passes.shared.unstructured import LEARNED, Gradual
+from compressft.transform import Claim, Context
 
 # The soft variant never leaves less of a tensor (Sanh, Wolf & Rush's code).
 LEAST_KEPT = 0.005
@@ -87,7 +87,10 @@ class Scored(Gradual):
         """What `status` shows as gone."""
         return {"sparsity": self.sparsity_now(model)}
 
-    def conflict(self, others: Sequence[Transform]) -> str | None:
+    def takes(self) -> Sequence[Claim]:
+        return (*super().takes(), LEARNED)
+
+    def check(self) -> str | None:
         name = f"pass {self.type}"
         if self.variant == "hard" and self.sparsity is None:
             return f"{name}.sparsity: variant hard wants the fraction of weights to remove, such as 0.8"
@@ -95,7 +98,7 @@ class Scored(Gradual):
             return f"{name}.sparsity: variant soft gets its sparsity from {self.type}.penalty; remove it or use hard"
         if self.freeze < self.end:
             return f"{name}.freeze: {self.freeze} is before {self.type}.end {self.end}; the target would be missed"
-        return super().conflict(others)
+        return super().check()
 
 
 @torch.no_grad()

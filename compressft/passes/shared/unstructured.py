@@ -14,7 +14,10 @@ from compressft.model.surgery import compress_linear
 from compressft.modules.gate import Gate, MaskGate
 from compressft.modules.linear import CompressedLinear, gate_of
 from compressft.passes.shared.select import check_exclude, layer_linears
-from compressft.transform import SHAPES, WEIGHTS, Context, Transform, ramp
+from compressft.transform import SHAPES, WEIGHTS, Claim, Context, Resource, Transform, ramp
+
+# What passes take besides that learn which weights go.
+LEARNED = Claim(Resource.SCORES, "learns which weights to leave out", fix="prune in an earlier stage")
 
 
 class Unstructured(Transform):
@@ -54,14 +57,9 @@ class Unstructured(Transform):
         masks = [gate.mask for _, gate in self.gated(model)]
         return 1.0 - sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks)
 
-    def conflict(self, others: Sequence[Transform]) -> str | None:
-        for other in others:
-            if isinstance(other, Unstructured):
-                return (
-                    f"passes {self.type!r} and {other.type!r} both decide which single weights go, and neither would "
-                    "keep its sparsity; keep one, or give each a stage of its own"
-                )
-        return None
+    def takes(self) -> Sequence[Claim]:
+        # Of two, neither would keep its sparsity.
+        return (Claim(Resource.SINGLE_WEIGHTS, "removes single weights", fix="give each a stage of its own"),)
 
 
 class Gradual(Unstructured):
@@ -78,10 +76,10 @@ class Gradual(Unstructured):
         """Fraction in [0, 1] of the full extent that the schedule asks for."""
         return SHAPES[self.schedule](ramp(progress, self.start, self.end))
 
-    def conflict(self, others: Sequence[Transform]) -> str | None:
+    def check(self) -> str | None:
         if self.end <= self.start:
             return f"pass {self.type}.end: {self.end} is not after {self.type}.start {self.start}"
-        return super().conflict(others)
+        return None
 
 
 class Masked(Gradual):
