@@ -17,6 +17,7 @@ from compressft.model.saved.bottlenecks import read_adapters
 from compressft.model.surgery import put_after, put_after_ffn
 from compressft.modules.bottleneck import Bottleneck, Parallel
 from compressft.modules.invertible import INVERTIBLE, Invertible, add_invertible
+from compressft.modules.pretrained import pretrained
 from compressft.transform import Context, Transform
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "tanh"]
@@ -107,9 +108,9 @@ class Adapter(Transform):
                         parameter.requires_grad_(True)
         for one in couplings:
             assert one.invertible is not None
-            add_invertible(model, one.invertible.to(next(model.parameters()).device))
+            add_invertible(pretrained(model), one.invertible.to(next(model.parameters()).device))
         if self.invertible:
-            add_invertible(model, self._coupling(model, generator))
+            add_invertible(pretrained(model), self._coupling(model, generator))
 
     def _check_invertible(self, model: nn.Module, saved: int, context: Context) -> None:
         parts = anatomy(model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -49,15 +49,17 @@ class Diff(Transform):
     def _diffs(self, model: nn.Module) -> list[DiffModule]:
         return [m.delta for m in model.modules() if isinstance(m, CompressedLinear) and isinstance(m.delta, DiffModule)]
 
-    def param_groups(self, model: nn.Module, context: Context) -> list[dict[str, Any]]:
+    def param_groups(self, model: nn.Module, context: Context) -> list[dict[str, object]]:
         diffs = self._diffs(model)
-        values: dict[str, Any] = {"params": [diff.values for diff in diffs], "weight_decay": 0.0}
+        values: dict[str, object] = {"params": [diff.values for diff in diffs], "weight_decay": 0.0}
         if self.learning_rate is not None:
             values["lr"] = self.learning_rate
         gates = [parameter for diff in diffs for parameter in diff.gate_parameters]
         return [values, {"params": gates, "lr": self.gate_lr, "weight_decay": 0.0}]
 
-    def loss(self, model: nn.Module, batch: Mapping[str, Tensor], outputs: Any, context: Context) -> dict[str, Tensor]:
+    def loss(
+        self, model: nn.Module, batch: Mapping[str, Tensor], outputs: object, context: Context
+    ) -> dict[str, Tensor]:
         diffs = self._diffs(model)
         if diffs[0].fixed or self.penalty == 0:
             return {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -74,7 +74,9 @@ class Fusion(Transform):
         found = [getattr(model.config, name, None) for name in DROPOUTS]
         return float(next((value for value in found if value is not None), 0.0))
 
-    def loss(self, model: nn.Module, batch: Mapping[str, Tensor], outputs: Any, context: Context) -> dict[str, Tensor]:
+    def loss(
+        self, model: nn.Module, batch: Mapping[str, Tensor], outputs: object, context: Context
+    ) -> dict[str, Tensor]:
         if self.regularisation == 0:
             return {}
         penalties = torch.stack([fusion.penalty() for fusion in fusions(model)])

@@ -84,13 +84,15 @@ class HeadGates(Transform):
         """One per layer."""
         return [layer.part(layer.family.o).gates[self.type] for layer in anatomy(model).layers]  # type: ignore[index]
 
-    def param_groups(self, model: nn.Module, context: Context) -> list[dict[str, Any]]:
+    def param_groups(self, model: nn.Module, context: Context) -> list[dict[str, object]]:
         if self.decide == "importance":
             return []
         learned = [gate.log_alpha for gate in self._gates(model)]
         return [{"params": learned, "lr": self.gate_lr, "weight_decay": 0.0}]
 
-    def loss(self, model: nn.Module, batch: Mapping[str, Tensor], outputs: Any, context: Context) -> dict[str, Tensor]:
+    def loss(
+        self, model: nn.Module, batch: Mapping[str, Tensor], outputs: object, context: Context
+    ) -> dict[str, Tensor]:
         gates = self._gates(model)
         if self.decide == "importance" or not gates[0].sampling:
             return {}

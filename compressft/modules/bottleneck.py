@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from compressft_kernels import adapter as adapter_kernel
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from compressft.errors import UserError
 from compressft.modules.dtypes import like
 from compressft.modules.families import Family
-from compressft.modules.kinds import Extra, known
+from compressft.modules.kinds import Extra, built, known
 from compressft.modules.linear import is_bare
+from compressft.utils.texts import JSON
 
 
 @known
@@ -48,14 +50,14 @@ class Bottleneck(Extra):
             else:
                 nn.init.normal_(weight, std=0.02, generator=generator)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, JSON]:
         size, width = self.down_weight.shape
-        scale = {} if self.scale == 1.0 else {"scale": self.scale}
+        scale: dict[str, JSON] = {} if self.scale == 1.0 else {"scale": self.scale}
         return {"width": width, "size": size, "activation": self.activation, **scale}
 
     @classmethod
-    def rebuild(cls, old: nn.Module | None, entry: dict[str, Any]) -> Bottleneck:
-        return cls(**entry, init="bert", generator=torch.Generator().manual_seed(0))
+    def rebuild(cls, old: nn.Module | None, entry: Mapping[str, JSON]) -> Bottleneck:
+        return built(cls, entry, init="bert", generator=torch.Generator().manual_seed(0))
 
     def forward(self, x: Tensor, residual: Tensor | None = None, norm: Norm | None = None) -> Tensor:
         """`residual` defaults to x; `norm`: gamma, beta and eps of a LayerNorm between x and the first projection."""
@@ -93,14 +95,16 @@ class Parallel(Bottleneck):
             raise UserError("method adapter.placement: 'parallel' wants an FFN that is a module; take 'pfeiffer' here")
         return self
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, JSON]:
         return {**super().describe(), "reads": self.reads, "writes": self.writes}
 
     @classmethod
-    def rebuild(cls, old: nn.Module | None, entry: dict[str, Any]) -> Parallel:
-        entry = dict(entry)
-        reads, writes = entry.pop("reads"), entry.pop("writes")
-        new = cls(**entry, init="zero", generator=torch.Generator().manual_seed(0))
+    def rebuild(cls, old: nn.Module | None, entry: Mapping[str, JSON]) -> Parallel:
+        return built(cls._again, entry)
+
+    @classmethod
+    def _again(cls, reads: str, writes: str, **arguments: JSON) -> Parallel:
+        new = built(cls, arguments, init="zero", generator=torch.Generator().manual_seed(0))
         new.reads, new.writes = reads, writes
         return new
 
@@ -112,10 +116,10 @@ class Parallel(Bottleneck):
             # BERT's second half is given x as its residual, and adds the two before its LayerNorm.
             owner.get_submodule(self.writes).register_forward_pre_hook(self._on_residual)
 
-    def _on_ffn(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    def _on_ffn(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         return None if is_bare() else self(args[0], residual=output)
 
-    def _on_residual(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def _on_residual(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         return None if is_bare() else (args[0], self(args[1]), *args[2:])
 
 
@@ -160,12 +164,12 @@ class AdaptedOutput(nn.Module):
         if adapter is not None:
             self.adapter = adapter
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, JSON]:
         """Nothing: what it wraps and its adapter speak for themselves."""
         return {}
 
     @classmethod
-    def rebuild(cls, old: nn.Module | None, entry: dict[str, Any]) -> AdaptedOutput:
+    def rebuild(cls, old: nn.Module | None, entry: Mapping[str, JSON]) -> AdaptedOutput:
         """Around what stands there; the adapter follows."""
         assert old is not None
         return cls(old, None)
@@ -196,12 +200,12 @@ class AdaptedNorm(nn.LayerNorm):
             new.adapter = adapter
         return new
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, JSON]:
         """Nothing: its adapter speaks for itself."""
         return {}
 
     @classmethod
-    def rebuild(cls, old: nn.Module | None, entry: dict[str, Any]) -> AdaptedNorm:
+    def rebuild(cls, old: nn.Module | None, entry: Mapping[str, JSON]) -> AdaptedNorm:
         """In place of the LayerNorm; the adapter follows."""
         assert isinstance(old, nn.LayerNorm)
         return cls.of(old, None)

@@ -6,7 +6,7 @@ score and multiplies in fp32. On GPUs and without gradients nothing beats the fu
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -14,28 +14,48 @@ from torch import Tensor, nn
 from compressft.modules.dropout import drop
 from compressft.modules.last_input import LastInput
 
+if TYPE_CHECKING:
+    from transformers.generation.continuous_batching.cache import PagedAttentionCache
+
 # Scores (B, H, T, S) of one layer beyond which the fused kernel's memory, linear in T, counts for more.
 MOST_SCORES = 2**23
 
 _masks = LastInput()
 
 
+class Options(TypedDict, total=False):
+    """What of a call's keyword arguments is read here; transformers gives more."""
+
+    dropout: float
+    scaling: float | None
+    is_causal: bool | None
+    position_bias: Tensor | None
+    cache: PagedAttentionCache | None
+    softcap: float | None
+    sliding_window: int | None
+
+
 def attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Unpack[Options],
 ) -> tuple[Tensor, None]:
     """transformers' `sdpa_attention_forward`: the same arguments, the same result (B, T, Hq, D) but for rounding.
 
     Only a query that nothing may be seen by gets the mean of all values instead of 0.
     """
-    if _pays(query, key, **kwargs):
-        return _dense(module, query, key, value, attention_mask, **kwargs), None
+    if _pays(query, key, **options):
+        return _dense(module, query, key, value, attention_mask, **options), None
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
 
 
 def _pays(
-    query: Tensor, key: Tensor, dropout: float = 0.0, cache: Any = None, softcap: float | None = None, **_: Any
+    query: Tensor, key: Tensor, dropout: float = 0.0, cache: object = None, softcap: float | None = None, **_: object
 ) -> bool:
     if query.device.type != "cpu" or torch.compiler.is_compiling() or cache is not None or softcap is not None:
         return False
@@ -60,7 +80,7 @@ def _dense(
     scaling: float | None = None,
     is_causal: bool | None = None,
     position_bias: Tensor | None = None,
-    **_: Any,
+    **_: object,
 ) -> Tensor:
     """Scores and softmax in fp32, shares and values in the compute dtype, as the fused kernels have it."""
     dtype = _dtype(query)

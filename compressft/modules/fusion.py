@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from compressft_kernels.reference.bottleneck import ACTIVATIONS
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from compressft.modules.bottleneck import Bottleneck
 from compressft.modules.dropout import drop
 from compressft.modules.kinds import Extra, known
+from compressft.utils.texts import JSON
 
 
 @known
@@ -80,10 +81,10 @@ class Fusion(Extra):
             new.up_bias.copy_(torch.stack([adapter.up_bias for adapter in adapters]))
         return new
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, JSON]:
         return {
             "width": len(self.query_bias),
-            "sizes": self.sizes,
+            "sizes": [*self.sizes],
             "activation": self.activation,
             "dropout": self.dropout,
         }

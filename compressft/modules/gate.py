@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Sequence, ValuesView
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from compressft_kernels import masked_linear, pack_mask, packed_linear, unpack_mask
+from compressft_kernels.kept import Kept
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,6 +17,9 @@ from compressft.modules.rank import flatten, keep_largest, nth_largest, nth_larg
 
 class Gate(nn.Module):
     """Base: maps a weight (out, in) to the gated weight, differentiably."""
+
+    # What lives: by weight, by tile or by group.
+    mask: Tensor
 
     def forward(self, weight: Tensor) -> Tensor:
         """(out, in) -> (out, in)."""
@@ -33,6 +37,12 @@ class Gate(nn.Module):
 class Gates(nn.ModuleDict):
     """All gates of one weight by the type of the pass that put them there; their factors multiply."""
 
+    if TYPE_CHECKING:
+
+        def __getitem__(self, key: str) -> Gate: ...
+
+        def values(self) -> ValuesView[Gate]: ...
+
     def forward(self, weight: Tensor) -> Tensor:
         for gate in self.values():
             weight = gate(weight)
@@ -40,7 +50,7 @@ class Gates(nn.ModuleDict):
 
     def columns(self) -> Tensor | None:
         """Product of the gates' column factors, without a graph."""
-        known = [c.detach() for gate in self.values() if (c := gate.columns()) is not None]  # type: ignore[operator]
+        known = [c.detach() for gate in self.values() if (c := gate.columns()) is not None]
         product = None
         for columns in known:
             product = columns if product is None else product * columns
@@ -129,6 +139,11 @@ class MaskGate(Gate):
         return packed_linear(x, weight, self.bits, bias=bias)
 
 
+class _Context(Kept, Protocol):
+    saved_tensors: tuple[Tensor, Tensor, Tensor]
+    tile: tuple[int, int]
+
+
 class _Thresholded(torch.autograd.Function):
     """W * 1[scores > threshold], straight-through: dL/dscores = dL/dW' * W, summed over each score's tile.
 
@@ -136,13 +151,13 @@ class _Thresholded(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, scores: Tensor, threshold: Tensor, tile: tuple[int, int]) -> Tensor:
+    def forward(ctx: _Context, weight: Tensor, scores: Tensor, threshold: Tensor, tile: tuple[int, int]) -> Tensor:
         ctx.save_for_backward(weight, scores, threshold)
         ctx.tile = tile
         return _where_alive(weight, scores, threshold, tile)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         weight, scores, threshold = ctx.saved_tensors
         d_weight = _where_alive(grad, scores, threshold, ctx.tile) if ctx.needs_input_grad[0] else None
         d_scores = pool(grad * weight, ctx.tile) if ctx.needs_input_grad[1] else None
@@ -191,6 +206,8 @@ class ScoreGate(Gate):
     """
 
     threshold: Tensor
+    # What the pass that has put it there says, of no matter here.
+    weight_of_penalty: float = 0.0
 
     def __init__(
         self,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from compressft.modules.dtypes import like
 from compressft.modules.kinds import known
 from compressft.modules.tap import Tap
+from compressft.utils.texts import JSON
 
 Body = Literal["linear", "mlp", "bilstm"]
 Pooling = Literal["own", "mean"]
@@ -80,8 +82,9 @@ def _gather(x: Tensor, places: Tensor) -> Tensor:
     return torch.gather(x, 1, places[..., None].expand(-1, -1, x.shape[2]))
 
 
-def _gates(parameter: Any) -> Tensor:
+def _gates(parameter: Tensor | nn.Module) -> Tensor:
     """torch's order of an LSTM's gates, input, forget, cell, output, as ONNX's: input, output, forget, cell."""
+    assert isinstance(parameter, Tensor)
     return parameter.unflatten(0, (4, -1))[[0, 3, 1, 2]].flatten(0, 1)
 
 
@@ -121,7 +124,7 @@ class ProbeHead(Tap):
             self.lstm = BiLSTM(width, size, generator)
             self.outer = None if 2 * size == width else _linear(2 * size, width, generator)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, JSON]:
         return {name: getattr(self, name) for name in ("width", "body", "size", "standardise", "pooling")}
 
     @property
@@ -129,7 +132,7 @@ class ProbeHead(Tap):
         """Whether the mean is taken before anything else."""
         return self.pooling == "mean" and self.body != "bilstm"
 
-    def top(self, states: list[Tensor], last: Tensor, inputs: dict[str, Any]) -> Tensor:
+    def top(self, states: list[Tensor], last: Tensor, inputs: Mapping[str, object]) -> Tensor:
         return self(last, inputs["attention_mask"])
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:

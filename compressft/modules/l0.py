@@ -16,6 +16,8 @@ class L0Gate(Gate):
     function of progress, no state. Louizos, Welling & Kingma (2018) with the constants of Sanh, Wolf & Rush (2020).
     """
 
+    weight_of_penalty: float = 0.0
+
     def __init__(self, rows: int, columns: int, initial: float) -> None:
         super().__init__()
         self.scores = nn.Parameter(torch.full((rows, columns), initial))

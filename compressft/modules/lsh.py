@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from compressft.modules.dropout import drop
 from compressft.modules.kinds import Extra, known
+from compressft.utils.texts import JSON
 
 # Added to nothing: these stand in place of a product. A query sees itself only where it sees nobody else.
 MASKED, ITSELF = -1e9, -1e5
@@ -51,7 +52,7 @@ class Lsh(Extra):
         generator = generator or torch.Generator().manual_seed(0)
         self.register_buffer("rotations", torch.randn(1, rounds, head_dim, buckets // 2, generator=generator))
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, JSON]:
         _, rounds, head_dim, half = self.rotations.shape
         return {
             "head_dim": head_dim,
@@ -70,7 +71,7 @@ class Lsh(Extra):
         attention_mask: Tensor | None,
         dropout: float = 0.0,
         is_causal: bool | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> tuple[Tensor, None]:
         """Arguments and result are those of `compressft.modules.attention.attention`; `key` is not used."""
         if key.shape[2] != query.shape[2]:

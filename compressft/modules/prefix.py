@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any, ClassVar
+from typing import ClassVar, Unpack
 
 import torch
 from compressft_kernels import dispatch, prefix_attention
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from compressft.modules.dense_attention import attend
+from compressft.modules.dense_attention import Options, attend
 from compressft.modules.dropout import drop
 from compressft.modules.kinds import Extra, known
+from compressft.utils.texts import JSON
 
 
 class Front(Extra):
@@ -62,7 +63,7 @@ class Prefix(Front):
         new.key, new.value = nn.Parameter(key.detach().clone()), nn.Parameter(value.detach().clone())
         return new
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, JSON]:
         heads, length, size = self.key.shape
         return {"heads": heads, "length": length, "size": size}
 
@@ -106,7 +107,7 @@ class ReparameterisedPrefix(Front):
         self.table = (table,)
         self.weight, self.bias = _linear(table.weight.shape[0], 2 * heads * size, generator)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, JSON]:
         """Folders hold settled prefixes alone."""
         raise ValueError("prefix: is still reparameterised; call the transforms' finalize first")
 
@@ -139,11 +140,7 @@ def attention_with_prefix(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    position_bias: Tensor | None = None,
-    **kwargs: Any,
+    **options: Unpack[Options],
 ) -> tuple[Tensor, None]:
     """softmax over the prefix's and the row's own keys; every query sees the whole prefix.
 
@@ -154,16 +151,16 @@ def attention_with_prefix(
     Raises:
         ValueError: a paged cache, whose keys are not here.
     """
-    if kwargs.get("cache") is not None:
+    if options.get("cache") is not None:
         raise ValueError("prefix: attention over a paged cache does not know it; generate without continuous batching")
-    queries = query.shape[2]
+    queries, position_bias, is_causal = query.shape[2], options.get("position_bias"), options.get("is_causal")
     causal = (getattr(module, "is_causal", True) if is_causal is None else is_causal) and queries > 1
     by_position = attention_mask is None and causal
     if by_position:
         # Without a mask the first query is at the first key: what follows are empty places of a static cache.
         key, value = key[:, :, :queries], value[:, :, :queries]
-    if dropout == 0.0 and position_bias is None and not prefix.drops and kernel_runs(query):
-        o = _by_kernel(prefix, query, key, value, attention_mask, causal, scaling)
+    if options.get("dropout", 0.0) == 0.0 and position_bias is None and not prefix.drops and kernel_runs(query):
+        o = _by_kernel(prefix, query, key, value, attention_mask, causal, options.get("scaling"))
         if o is not None:
             return o.transpose(1, 2).contiguous(), None
     own = key.shape[2]
@@ -176,18 +173,8 @@ def attention_with_prefix(
         attention_mask = _in_front(attention_mask, length, float(attention_mask.dtype == torch.bool))
     if position_bias is not None:
         position_bias = _in_front(position_bias, length, 0.0)
-    return attend(
-        module,
-        query,
-        key,
-        value,
-        attention_mask,
-        dropout=dropout,
-        scaling=scaling,
-        is_causal=False,
-        position_bias=position_bias,
-        **kwargs,
-    )
+    options["is_causal"], options["position_bias"] = False, position_bias
+    return attend(module, query, key, value, attention_mask, **options)
 
 
 def _by_kernel(

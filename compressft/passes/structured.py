@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -16,6 +16,7 @@ from compressft.model.surgery import compress_linear
 from compressft.modules.concrete_gate import ConcreteGate
 from compressft.modules.gate import ColumnGate
 from compressft.modules.lagrange import Lagrange
+from compressft.modules.linear import CompressedLinear
 from compressft.modules.part_gate import LayerGate
 from compressft.passes.shared.choice import choose_by_importance
 from compressft.passes.shared.hidden import check_narrow, gate_stream, gate_tables, ungate_stream
@@ -133,7 +134,7 @@ class Structured(Transform):
             model, "pass structured.hidden" if self.decide == "importance" else "pass structured.gates: hidden"
         )
 
-    def param_groups(self, model: nn.Module, context: Context) -> list[dict[str, Any]]:
+    def param_groups(self, model: nn.Module, context: Context) -> list[dict[str, object]]:
         if self.decide == "importance":
             return []
         parts = Parts.of(model, self.type)
@@ -144,7 +145,9 @@ class Structured(Transform):
             {"params": [constraint.linear], "lr": LINEAR_LR * self.gate_lr, "weight_decay": 0.0},
         ]
 
-    def loss(self, model: nn.Module, batch: Mapping[str, Tensor], outputs: Any, context: Context) -> dict[str, Tensor]:
+    def loss(
+        self, model: nn.Module, batch: Mapping[str, Tensor], outputs: object, context: Context
+    ) -> dict[str, Tensor]:
         if self.decide == "importance":
             return {}
         parts = Parts.of(model, self.type)
@@ -251,7 +254,8 @@ class Structured(Transform):
             kept: dict[str, Tensor] = {}
             for name, path in (("heads", layer.family.o), ("ffn", layer.family.down)):
                 if name in self.kinds:
-                    linear: Any = layer.part(path)
+                    linear = layer.part(path)
+                    assert isinstance(linear, CompressedLinear)
                     kept[name] = torch.nonzero(linear.gates[self.type].mask).flatten()
                     linear.fold(self.type)
             keep.append(kept)

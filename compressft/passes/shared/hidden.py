@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from compressft.errors import UserError
 from compressft.model.anatomy import anatomy, stream
@@ -75,20 +74,21 @@ def ungate_stream(model: nn.Module, gate: ColumnGate, name: str) -> None:
 
 
 @torch.no_grad()
-def _scale_rows(linear: Any, gate: ColumnGate) -> None:
+def _scale_rows(linear: nn.Module, gate: ColumnGate) -> None:
+    assert isinstance(linear, nn.Linear)
     factor = gate.columns()
     linear.weight.data = linear.weight * factor[:, None]
     if linear.bias is not None:
         linear.bias.data = linear.bias * factor
 
 
-def check_narrow(model: Any, who: str) -> None:
+def check_narrow(model: nn.Module, who: str) -> None:
     """Cut one dimension from a copy without values and run it: what would fail at the end fails now.
 
     Raises:
         UserError: something in the model needs the full width and is not known to read or write the stream.
     """
-    memo: dict[int, Any] = {}
+    memo: dict[int, Tensor] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         moved = tensor.detach().to("meta")
         memo[id(tensor)] = nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,11 +46,11 @@ class Parts:
     def of(cls, model: nn.Module, name: str) -> Parts:
         """Look for the gates of the pass `name`."""
         parts = anatomy(model)
-        state: Any = getattr(parts.backbone, STATE, {})
+        state = getattr(parts.backbone, STATE, {})
         gates: dict[str, list[ColumnGate]] = {"heads": [], "ffn": [], "layers": []}
         for layer in parts.layers:
             for kind, path in (("heads", layer.family.o), ("ffn", layer.family.down)):
-                gate = gate_of(layer.part(path), name)
+                gate = gate_of(layer.part(path), name, ColumnGate)
                 if gate is not None:
                     gates[kind].append(gate)
             gate = getattr(layer.module, "layer_gate", None)
