@@ -9,6 +9,20 @@ from torch import nn
 from compressft.errors import UserError
 
 # Importing them makes them known.
+from compressft.modules import (  # noqa: F401
+    bottleneck,
+    embedding,
+    fusion,
+    head,
+    invertible,
+    ladder,
+    lsh,
+    prefix,
+    quantizer,
+    scalar_mix,
+    side,
+    tuner,
+)
 from compressft.modules.kinds import KINDS
 from compressft.modules.linear import CompressedLinear
 from compressft.utils.texts import JSON
