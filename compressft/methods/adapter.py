@@ -15,7 +15,7 @@ from compressft.methods.places import cut_before
 from compressft.model.anatomy import Layer, anatomy, linear_shape, refuse_pairs
 from compressft.model.saved.bottlenecks import read_adapters
 from compressft.model.surgery import put_after, put_after_ffn
-from compressft.modules.bottleneck import Bottleneck, Parallel
+from compressft.modules.bottleneck import Bottleneck, BottleneckDesign, Parallel
 from compressft.modules.invertible import INVERTIBLE, Invertible, add_invertible
 from compressft.modules.pretrained import pretrained
 from compressft.transform import Context, Transform
@@ -134,14 +134,13 @@ class Adapter(Transform):
         width = linear_shape(down)[1]
         activation, init, scale, *_ = DEFAULTS[self.placement]
         kind = Parallel if self.placement == "parallel" else Bottleneck
-        new = kind(
+        design = BottleneckDesign(
             width,
             self.bottleneck_size(width),
             self.activation or activation,
-            self.init or init,
-            generator,
             scale if self.scale is None else self.scale,
         )
+        new = kind(design, self.init or init, generator)
         return new.to(down.weight.device)  # type: ignore[arg-type]
 
     def _coupling(self, model: nn.Module, generator: torch.Generator) -> Invertible:

@@ -13,7 +13,7 @@ from compressft.errors import UserError
 from compressft.methods.full import Full
 from compressft.model.anatomy import anatomy, refuse_pairs
 from compressft.modules.attention import TRAINING, prefix_of
-from compressft.modules.lsh import Lsh, without_cache
+from compressft.modules.lsh import Hashing, Lsh, without_cache
 from compressft.modules.pretrained import pretrained
 from compressft.transform import Context, Transform
 
@@ -65,7 +65,7 @@ class LshAttention(Transform):
         buckets = self.buckets or self._buckets(model, context)
         for layer in layers:
             site = layer.part(layer.family.attention)
-            new = Lsh(layer.head_dim, buckets, self.rounds, self.chunk, self.look_back, generator)
+            new = Lsh(Hashing(layer.head_dim, buckets, self.rounds, self.chunk, self.look_back), generator)
             old = getattr(site, "lsh", None)
             if old is not None and old.describe() != new.describe():
                 raise UserError("method lsh_attention: an earlier stage hashes otherwise; give it the same fields")

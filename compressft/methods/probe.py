@@ -15,7 +15,7 @@ from compressft.methods.scalar_mix import add_mix, keeps_layers, mix_of
 from compressft.model.anatomy import anatomy, refuse_pairs
 from compressft.modules.dtypes import like
 from compressft.modules.gate import Gate
-from compressft.modules.head import Body, Pooling, ProbeHead, mean_of_tokens
+from compressft.modules.head import Body, HeadDesign, Pooling, ProbeHead, mean_of_tokens
 from compressft.modules.linear import CompressedLinear
 from compressft.modules.pretrained import pretrained
 from compressft.modules.quantizer import Quantizer
@@ -108,7 +108,7 @@ class Probe(Transform):
         parts = anatomy(model)
         generator = torch.Generator().manual_seed(context.seed)
         size = self.size or (max(parts.width // 2, 1) if self.head == "bilstm" else parts.width)
-        head = ProbeHead(parts.width, self.head, size, self.standardise, self.pooling, generator)
+        head = ProbeHead(HeadDesign(parts.width, self.head, size, self.standardise, self.pooling), generator)
         head.to(next(model.parameters()).device)
         # A plan's tensors have no values.
         if self.standardise and head.mean.device.type != "meta":

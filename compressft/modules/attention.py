@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from compressft.errors import UserError
 from compressft.modules.current import Current
-from compressft.modules.dense_attention import Options, attend
+from compressft.modules.dense_attention import Call, Options, attend
 from compressft.modules.linear import is_bare
 from compressft.modules.lsh import Lsh
 from compressft.modules.prefix import Front, attention_with_prefix
@@ -48,13 +48,12 @@ class Recorder:
         self.modules = modules
         self.taken: dict[int, Attended] = {}
 
-    def take(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Options
-    ) -> None:
+    def take(self, module: nn.Module, call: Call) -> None:
         """Called by `attention`; other modules' calls are passed over."""
         number = self.modules.get(module)
         if number is None:
             return
+        query, key, value, mask, options = call
         length = query.shape[2]
         causal = options.get("is_causal")
         scaling = options.get("scaling")
@@ -104,15 +103,16 @@ def attention(
     and no weights. What distillation wants of the scores it computes from what a `recording` kept. A module's child
     `prefix` puts its keys and values in front; a child `lsh` takes SDPA's place.
     """
+    call = Call(query, key, value, attention_mask, options)
     recorder = _recorder.get()
     if recorder is not None:
-        recorder.take(module, query, key, value, attention_mask, options)
+        recorder.take(module, call)
     lsh = getattr(module, "lsh", None)
     if isinstance(lsh, Lsh) and not is_bare():
-        return lsh(module, query, key, value, attention_mask, **options)
+        return lsh(module, call)
     prefix = prefix_of(module)
     if prefix is not None and not is_bare():
-        return attention_with_prefix(prefix, module, query, key, value, attention_mask, **options)
+        return attention_with_prefix(prefix, module, call)
     return attend(module, query, key, value, attention_mask, **options)
 
 
@@ -122,11 +122,7 @@ def onnx_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    position_bias: Tensor | None = None,
-    sliding_window: int | None = None,
-    **kwargs: object,
+    **options: Unpack[Options],
 ) -> tuple[Tensor, None]:
     """The same as one `com.microsoft::MultiHeadAttention` node; only meaningful while exporting.
 
@@ -144,8 +140,9 @@ def onnx_attention(
     if isinstance(getattr(module, "lsh", None), Lsh):
         raise UserError("export: attention over hashed buckets (method lsh_attention) has no ONNX form; ship model/")
     batch, heads, length, head_dim = query.shape
+    is_causal, scaling = options.get("is_causal"), options.get("scaling")
     causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
-    bias, prefix, window = position_bias, prefix_of(module), sliding_window
+    bias, prefix, window = options.get("position_bias"), prefix_of(module), options.get("sliding_window")
     own, size = key.shape[2], 0
     cached = not statically_known_true(own == length)
     if cached and attention_mask is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -18,6 +19,16 @@ from compressft.modules.linear import is_bare
 from compressft.utils.texts import JSON
 
 
+@dataclass(frozen=True)
+class BottleneckDesign:
+    """What a bottleneck is made of: d, the `size` inside, the activation's name, and the factor on what it adds."""
+
+    width: int
+    size: int
+    activation: str
+    scale: float = 1.0
+
+
 @known
 class Bottleneck(Extra):
     """y = residual + scale * up(act(down(x))); x (..., d), `down_weight` (r, d), `up_weight` (d, r).
@@ -29,12 +40,11 @@ class Bottleneck(Extra):
 
     kind: ClassVar[str] = "bottleneck"
 
-    def __init__(
-        self, width: int, size: int, activation: str, init: str, generator: torch.Generator, scale: float = 1.0
-    ) -> None:
+    def __init__(self, design: BottleneckDesign, init: str, generator: torch.Generator) -> None:
         super().__init__()
-        self.activation = activation
-        self.scale = scale
+        self.activation = design.activation
+        self.scale = design.scale
+        width, size = design.width, design.size
         self.down_weight = nn.Parameter(torch.empty(size, width))
         self.down_bias = nn.Parameter(torch.zeros(size))
         self.up_weight = nn.Parameter(torch.empty(width, size))
@@ -57,7 +67,7 @@ class Bottleneck(Extra):
 
     @classmethod
     def rebuild(cls, old: nn.Module | None, entry: Mapping[str, JSON]) -> Bottleneck:
-        return built(cls, entry, init="bert", generator=torch.Generator().manual_seed(0))
+        return cls(built(BottleneckDesign, entry), "bert", torch.Generator().manual_seed(0))
 
     def forward(self, x: Tensor, residual: Tensor | None = None, norm: Norm | None = None) -> Tensor:
         """`residual` defaults to x; `norm`: gamma, beta and eps of a LayerNorm between x and the first projection."""
@@ -104,7 +114,7 @@ class Parallel(Bottleneck):
 
     @classmethod
     def _again(cls, reads: str, writes: str, **arguments: JSON) -> Parallel:
-        new = built(cls, arguments, init="zero", generator=torch.Generator().manual_seed(0))
+        new = cls(built(BottleneckDesign, arguments), "zero", torch.Generator().manual_seed(0))
         new.reads, new.writes = reads, writes
         return new
 

@@ -6,7 +6,7 @@ score and multiplies in fp32. On GPUs and without gradients nothing beats the fu
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypedDict, Unpack
+from typing import TYPE_CHECKING, NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,19 @@ class Options(TypedDict, total=False):
     sliding_window: int | None
 
 
+class Call(NamedTuple):
+    """What an attention function is called with besides its module.
+
+    query (B, Hq, T, D), key and value (B, Hkv, S, D), mask boolean (B or 1, 1, T, S) or added, or None.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    options: Options
+
+
 def attend(
     module: nn.Module,
     query: Tensor,
@@ -48,7 +61,7 @@ def attend(
     Only a query that nothing may be seen by gets the mean of all values instead of 0.
     """
     if _pays(query, key, **options):
-        return _dense(module, query, key, value, attention_mask, **options), None
+        return _dense(module, Call(query, key, value, attention_mask, options)), None
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
@@ -70,19 +83,10 @@ def _dtype(query: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
 
 
-def _dense(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    position_bias: Tensor | None = None,
-    **_: object,
-) -> Tensor:
+def _dense(module: nn.Module, call: Call) -> Tensor:
     """Scores and softmax in fp32, shares and values in the compute dtype, as the fused kernels have it."""
+    query, key, value, attention_mask, options = call
+    position_bias, is_causal, scaling = options.get("position_bias"), options.get("is_causal"), options.get("scaling")
     dtype = _dtype(query)
     exact = torch.promote_types(dtype, torch.float32)
     length, groups = query.shape[2], query.shape[1] // key.shape[1]
@@ -101,7 +105,7 @@ def _dense(
             scores = scores + position_bias
         if attention_mask is not None:
             scores += _added(attention_mask, exact)
-        shares = drop(scores.softmax(-1).to(dtype), dropout)
+        shares = drop(scores.softmax(-1).to(dtype), options.get("dropout", 0.0))
         return torch.matmul(shares, value.to(dtype)).to(query.dtype).transpose(1, 2).contiguous()
 
 

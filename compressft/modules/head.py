@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressft.modules.dtypes import like
-from compressft.modules.kinds import known
+from compressft.modules.kinds import built, known
 from compressft.modules.tap import Tap
 from compressft.utils.texts import JSON
 
@@ -88,6 +89,17 @@ def _gates(parameter: Tensor | nn.Module) -> Tensor:
     return parameter.unflatten(0, (4, -1))[[0, 3, 1, 2]].flatten(0, 1)
 
 
+@dataclass(frozen=True)
+class HeadDesign:
+    """What a `ProbeHead` is made of: d, `body` with its `size`, and how features are read."""
+
+    width: int
+    body: Body
+    size: int
+    standardise: bool
+    pooling: Pooling = "own"
+
+
 @known
 class ProbeHead(Tap):
     """Features (B, T, d) -> (B, T, d) for the model's own head: standardised, then through `body`.
@@ -103,29 +115,27 @@ class ProbeHead(Tap):
     mean: Tensor
     deviation: Tensor
 
-    def __init__(
-        self,
-        width: int,
-        body: Body,
-        size: int,
-        standardise: bool,
-        pooling: Pooling = "own",
-        generator: torch.Generator | None = None,
-    ) -> None:
+    def __init__(self, design: HeadDesign, generator: torch.Generator | None = None) -> None:
         super().__init__()
-        self.width, self.body, self.size, self.standardise, self.pooling = width, body, size, standardise, pooling
+        self.design = design
+        self.body, self.standardise, self.pooling = design.body, design.standardise, design.pooling
+        width, size = design.width, design.size
         generator = generator or torch.Generator().manual_seed(0)
-        if standardise:
+        if design.standardise:
             self.register_buffer("mean", torch.zeros(width))
             self.register_buffer("deviation", torch.ones(width))
-        if body == "mlp":
+        if design.body == "mlp":
             self.inner, self.outer = _linear(width, size, generator), _linear(size, width, generator)
-        elif body == "bilstm":
+        elif design.body == "bilstm":
             self.lstm = BiLSTM(width, size, generator)
             self.outer = None if 2 * size == width else _linear(2 * size, width, generator)
 
     def describe(self) -> dict[str, JSON]:
-        return {name: getattr(self, name) for name in ("width", "body", "size", "standardise", "pooling")}
+        return asdict(self.design)
+
+    @classmethod
+    def rebuild(cls, old: nn.Module | None, entry: Mapping[str, JSON]) -> ProbeHead:
+        return cls(built(HeadDesign, entry))
 
     @property
     def pools_features(self) -> bool:

@@ -29,7 +29,7 @@ class Kind(Protocol):
 
 KINDS: dict[str, type[Kind]] = {}
 Class = TypeVar("Class", bound=type)
-Built = TypeVar("Built", bound=nn.Module)
+Built = TypeVar("Built")
 
 
 def known(cls: Class) -> Class:

@@ -19,7 +19,15 @@ from compressft.modules.int4 import (
     round_inputs,
     straight_through,
 )
-from compressft.modules.int8 import activation_scale, portable_scale, quantise_weight, quantised_linear, weight_scale
+from compressft.modules.int8 import (
+    InputGrid,
+    Rounding,
+    activation_scale,
+    portable_scale,
+    quantise_weight,
+    quantised_linear,
+    weight_scale,
+)
 from compressft.modules.kinds import Extra, built, known
 from compressft.modules.last_input import last_input
 from compressft.utils import ranks
@@ -130,11 +138,11 @@ class Int8Quantizer(Quantizer):
         self.batches += 1
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor | None) -> Tensor:
-        scale, zero_point = self.scale(x, columns)
         rate = self.rate if self.training else 1.0
         learns = self.ranges == "learned" and self.training and self.observing and int(self.batches) > FIRST_BATCHES
-        ends = (self.low, self.high) if learns else None
-        return quantised_linear(x, weight, bias, scale, zero_point, self.weight_scale(weight, columns), rate, ends)
+        grid, ends = self.scale(x, columns), (self.low, self.high) if learns else None
+        rounding = Rounding(self.weight_scale(weight, columns), rate, ends)
+        return quantised_linear(x, weight, bias, grid, rounding)
 
     @torch.no_grad()
     def weight_scale(self, weight: Tensor, columns: Tensor | None = None) -> Tensor:
@@ -144,7 +152,7 @@ class Int8Quantizer(Quantizer):
         return weight_scale(weight, self.weight_bits)
 
     @torch.no_grad()
-    def scale(self, x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def scale(self, x: Tensor, columns: Tensor | None = None) -> InputGrid:
         """Scale and zero point for the input x; `columns` as in `observe`."""
         low, high = _range(x, columns) if self.ranges == "dynamic" else (self.low.detach(), self.high.detach())
         return activation_scale(low, high)

@@ -18,7 +18,7 @@ from compressft.modules.gate import ColumnGate
 from compressft.modules.lagrange import Lagrange
 from compressft.modules.linear import CompressedLinear
 from compressft.modules.part_gate import LayerGate
-from compressft.passes.shared.choice import choose_by_importance
+from compressft.passes.shared.choice import Floors, choose_by_importance
 from compressft.passes.shared.hidden import check_narrow, gate_stream, gate_tables, ungate_stream
 from compressft.passes.shared.parts import STATE, Budget, Parts
 from compressft.passes.shared.select_parts import aligned, keep_equally, keep_globally, keep_hidden, keep_layers, top
@@ -216,9 +216,7 @@ class Structured(Transform):
             full - self.planned(max(full - budget.limit, 0.0), progress),
             [parts.heads[i].importance.square() for i in parts.live_layers],
             [parts.ffn[i].importance.square() for i in parts.live_layers],
-            self.align,
-            self.floor_heads,
-            self.floor_ffn,
+            Floors(self.align, self.floor_heads, self.floor_ffn),
         )
 
     def _follow_gates(self, parts: Parts, progress: float) -> None:

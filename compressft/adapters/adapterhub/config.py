@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from compressft.errors import UserError, nearest
+from compressft.modules.bottleneck import BottleneckDesign
 from compressft.utils.texts import JSON
 
 # Names of activations there -> here; the first of several is the one that is written.
@@ -133,21 +134,20 @@ def _placement(values: Mapping[str, JSON], post_norm: bool, who: str) -> str:
 
 
 def config_of(
-    placement: str, activation: str, scale: float, width: int, size: int, post_norm: bool, inner: tuple[int, int] | None
+    placement: str, design: BottleneckDesign, post_norm: bool, inner: tuple[int, int] | None
 ) -> dict[str, JSON]:
     """The `config` object for a bottleneck of ours; the inverse of `fields_of`.
 
     Args:
-        width, size: of the bottleneck.
-        inner: the same of the invertible adapter's networks, None where there is none.
+        inner: width and size of the invertible adapter's networks, None where there is none.
     """
     names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
     inits = {"houlsby": "houlsby", "pfeiffer": "bert", "parallel": "mam_adapter"}
     return {
         "mh_adapter": placement == "houlsby",
         "output_adapter": True,
-        "reduction_factor": _factor(width, size),
-        "non_linearity": names[activation],
+        "reduction_factor": _factor(design.width, design.size),
+        "non_linearity": names[design.activation],
         "original_ln_before": placement == "pfeiffer" and post_norm,
         "original_ln_after": True,
         "ln_before": False,
@@ -155,7 +155,7 @@ def config_of(
         "residual_before_ln": True,
         "adapter_residual_before_ln": False,
         "is_parallel": placement == "parallel",
-        "scaling": float(scale),
+        "scaling": float(design.scale),
         "init_weights": inits[placement],
         "use_gating": False,
         "cross_adapter": False,

@@ -31,6 +31,7 @@ from compressft.adapters.adapterhub.names import (
 from compressft.adapters.files import CONFIG, write_json, write_tensors
 from compressft.adapters.settled import Settled
 from compressft.model.anatomy import anatomy
+from compressft.modules.bottleneck import BottleneckDesign
 from compressft.modules.fusion import Fusion
 from compressft.modules.pretrained import pretrained
 from compressft.utils.texts import JSON
@@ -94,7 +95,8 @@ def _bottlenecks(model: nn.Module, found: Arrangement, name: str) -> tuple[dict[
         # Embeddings may be narrower than the layers.
         inner = found.invertible.first, found.invertible.size
         tensors |= _named(found.invertible, INVERTIBLE, in_invertible(model, name))
-    config = config_of(found.placement, output.activation, output.scale, width, size, post_norm(model), inner)
+    design = BottleneckDesign(width, size, output.activation, output.scale)
+    config = config_of(found.placement, design, post_norm(model), inner)
     return config, tensors
 
 
@@ -135,7 +137,8 @@ def _write_fusion(settled: Settled, folder: Path, layers: tuple[Fusion, ...]) ->
             prefix = in_output(layer, places, name)
             tensors |= {prefix + theirs: parts[ours] for ours, theirs in BOTTLENECK.items()}
         size, width = _part(layers[0], number)["down_weight"].shape
-        config = config_of("pfeiffer", layers[0].activation, 1.0, width, size, post_norm(model), None)
+        design = BottleneckDesign(width, size, layers[0].activation)
+        config = config_of("pfeiffer", design, post_norm(model), None)
         _write(model, folder / name, name, config, tensors)
     joined = ",".join(names)
     tensors = {}

@@ -71,6 +71,13 @@ class Distillation(nn.Module):
             return hidden
         return self.projections[SHARED if SHARED in self.projections else str(layer)](hidden)
 
+    def widen(self, kind: str, layers: Iterable[int], widths: tuple[int, int], seed: int, device: torch.device) -> None:
+        """Add the projections: "shared" one for all layers, "pair" one for each of `layers`, "none" nothing."""
+        names = {"shared": [SHARED], "pair": [str(layer) for layer in layers], "none": []}[kind]
+        generator = torch.Generator().manual_seed(seed)
+        for name in names:
+            self.projections[name] = Projection(*widths, generator).to(device)
+
     def record(self, model: nn.Module, modules: Mapping[nn.Module, int]) -> None:
         """From now on a forward of the student that keeps a graph puts what attention was given into its outputs.
 
@@ -103,13 +110,3 @@ class Distillation(nn.Module):
         for hook in self._hooks:
             hook.remove()
         delattr(model, NAME)
-
-
-def widen(
-    state: Distillation, kind: str, layers: Iterable[int], widths: tuple[int, int], seed: int, device: torch.device
-) -> None:
-    """Add the projections: "shared" one for all layers, "pair" one for each of `layers`, "none" nothing."""
-    names = {"shared": [SHARED], "pair": [str(layer) for layer in layers], "none": []}[kind]
-    generator = torch.Generator().manual_seed(seed)
-    for name in names:
-        state.projections[name] = Projection(*widths, generator).to(device)

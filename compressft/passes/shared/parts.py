@@ -15,7 +15,7 @@ from compressft.modules.gate import ColumnGate
 from compressft.modules.lagrange import Lagrange
 from compressft.modules.linear import gate_of
 from compressft.modules.part_gate import LayerGate
-from compressft.passes.shared.select_parts import encoder_sparsity
+from compressft.passes.shared.select_parts import Alive, encoder_sparsity
 
 # Submodule of the backbone that holds what belongs to no layer.
 STATE = "structured_state"
@@ -135,4 +135,4 @@ class Parts:
         ffn = [next(rest) if self.ffn else torch.ones(x.ffn, device=device) for x in self.anatomy]
         layers = [next(rest) if self.layers else torch.ones(1, device=device) for _ in self.anatomy]
         hidden = torch.ones(self.width, device=device) if self.hidden is None else next(rest)
-        return encoder_sparsity(heads, ffn, torch.cat(layers), hidden, *self.costs())
+        return encoder_sparsity(Alive(heads, ffn, torch.cat(layers), hidden), *self.costs())
