@@ -129,7 +129,7 @@ class Adapter(Transform):
                 "set structured.layers to 0"
             )
 
-    def _bottleneck(self, layer: Layer, generator: torch.Generator) -> Bottleneck:
+    def _bottleneck(self, layer: Layer, generator: torch.Generator) -> Bottleneck | Parallel:
         down = layer.part(layer.family.down)
         width = linear_shape(down)[1]
         activation, init, scale, *_ = DEFAULTS[self.placement]

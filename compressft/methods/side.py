@@ -19,7 +19,6 @@ from compressft.model.load import load_model
 from compressft.modules.kinds import KINDS
 from compressft.modules.ladder import SideLadder
 from compressft.modules.pretrained import pretrained
-from compressft.modules.side import Side as SideModule
 from compressft.modules.side import SideNetwork, build
 from compressft.transform import REMOVES, Context, Transform
 from compressft.utils.texts import JSON
@@ -57,7 +56,7 @@ class Side(Transform):
         if hasattr(parts.backbone, NAME):
             raise UserError("method side: an earlier stage left a side network in the model; use another method here")
         generator = torch.Generator().manual_seed(context.seed)
-        new: SideModule
+        new: SideLadder | SideNetwork
         if self.network == "ladder":
             new = SideLadder(len(parts.layers), parts.width, self.size or max(parts.width // 8, 1), generator)
         else:
@@ -120,7 +119,7 @@ class Side(Transform):
             )
 
     def param_groups(self, model: nn.Module, context: Context) -> list[dict[str, object]]:
-        side: SideModule = getattr(anatomy(model).backbone, NAME)
+        side: SideLadder | SideNetwork = getattr(anatomy(model).backbone, NAME)
         return [{"params": [side.blend], "weight_decay": 0.0}]
 
     def inputs(self) -> Sequence[str]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from compressft.errors import UserError
 from compressft.model.anatomy import Layer, anatomy, refuse_pairs, stream
-from compressft.modules.bottleneck import Bottleneck
+from compressft.modules.bottleneck import BottleneckLayers
 from compressft.modules.linear import CompressedLinear
 from compressft.modules.prefix import Prefix
 from compressft.modules.pretrained import pretrained
@@ -117,7 +117,7 @@ def narrow(model: nn.Module, dims: Tensor) -> None:
             norm.normalized_shape = (len(dims),)
     for module in model.modules():
         # Adapters sit on the stream wherever a method puts them.
-        if isinstance(module, Bottleneck) and module.up_bias.shape[0] == size:
+        if isinstance(module, BottleneckLayers) and module.up_bias.shape[0] == size:
             module.down_weight = _keep(module.down_weight, 1, dims)
             module.up_weight = _keep(module.up_weight, 0, dims)
             module.up_bias = _keep(module.up_bias, 0, dims)

@@ -29,16 +29,13 @@ class BottleneckDesign:
     scale: float = 1.0
 
 
-@known
-class Bottleneck(Extra):
-    """y = residual + scale * up(act(down(x))); x (..., d), `down_weight` (r, d), `up_weight` (d, r).
+class BottleneckLayers(Extra):
+    """Base: y = residual + scale * up(act(down(x))); x (..., d), `down_weight` (r, d), `up_weight` (d, r).
 
     Houlsby et al. (2019), section 2.1. `init` "houlsby" draws both matrices from a normal of std 1e-3 truncated at two
     standard deviations (near-identity); "bert" from N(0, 0.02) (Pfeiffer et al. 2021); "zero" draws `down_weight` from
     U(-1/sqrt(d), 1/sqrt(d)) and leaves `up_weight` 0, which is the identity (He et al. 2022); biases start at 0.
     """
-
-    kind: ClassVar[str] = "bottleneck"
 
     def __init__(self, design: BottleneckDesign, init: str, generator: torch.Generator) -> None:
         super().__init__()
@@ -65,10 +62,6 @@ class Bottleneck(Extra):
         scale: dict[str, JSON] = {} if self.scale == 1.0 else {"scale": self.scale}
         return {"width": width, "size": size, "activation": self.activation, **scale}
 
-    @classmethod
-    def rebuild(cls, old: nn.Module | None, entry: Mapping[str, JSON]) -> Bottleneck:
-        return cls(built(BottleneckDesign, entry), "bert", torch.Generator().manual_seed(0))
-
     def forward(self, x: Tensor, residual: Tensor | None = None, norm: Norm | None = None) -> Tensor:
         """`residual` defaults to x; `norm`: gamma, beta and eps of a LayerNorm between x and the first projection."""
         return adapter_kernel(
@@ -82,7 +75,18 @@ class Bottleneck(Extra):
 
 
 @known
-class Parallel(Bottleneck):
+class Bottleneck(BottleneckLayers):
+    """A bottleneck on the output of a module, or inside a norm."""
+
+    kind: ClassVar[str] = "bottleneck"
+
+    @classmethod
+    def rebuild(cls, old: nn.Module | None, entry: Mapping[str, JSON]) -> Bottleneck:
+        return cls(built(BottleneckDesign, entry), "bert", torch.Generator().manual_seed(0))
+
+
+@known
+class Parallel(BottleneckLayers):
     """A bottleneck next to an FFN: ffn(x) + scale * up(act(down(x))), x what the FFN reads (He et al. 2022, table 3).
 
     A child of its layer, made for it by `beside`; `attach` puts it to work. In post-norm layers x is also the

@@ -16,7 +16,7 @@ from compressft.modules.rank import flatten, keep_largest, nth_largest, nth_larg
 
 
 class Gate(nn.Module):
-    """Base: maps a weight (out, in) to the gated weight, differentiably."""
+    """What any gate does: it maps a weight (out, in) to the gated weight, differentiably."""
 
     # What lives: by weight, by tile or by group.
     mask: Tensor
@@ -27,11 +27,11 @@ class Gate(nn.Module):
 
     def columns(self) -> Tensor | None:
         """Factor per input column (in,), 0 for columns that are gone; None where the gate knows no whole columns."""
-        return None
+        raise NotImplementedError
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x (..., in) times the gated weight; gates with a kernel of their own override it."""
-        return F.linear(x, *like(x, self(weight), bias))
+        """x (..., in) times the gated weight."""
+        raise NotImplementedError
 
 
 class Gates(nn.ModuleDict):
@@ -57,13 +57,11 @@ class Gates(nn.ModuleDict):
         return product
 
 
-class ColumnGate(Gate):
-    """Groups of `size` adjacent input columns that are kept (1) or dropped (0) together: a head's, or one neuron's.
+class GroupGate(Gate):
+    """Base of gates of groups of `size` adjacent input columns that stay or go together: a head's, or one neuron's.
 
-    Buffers: `mask` (groups,) fp32 0/1 and `importance` (groups,) fp32. While `measure()` is on, `mask` collects the
-    gradient of the loss with respect to itself: the first-order importance of Michel et al. (2019), equation 2, which
-    is also the movement score of Sanh et al. (2020) summed over the group. A dropped group still gets a gradient, so it
-    may return. `mask` is a buffer, not a parameter: no optimiser and no gradient clipping sees it.
+    Buffers: `mask` (groups,) fp32, 0 for a group that is dropped, and `importance` (groups,) fp32. `mask` is a buffer,
+    not a parameter: no optimiser and no gradient clipping sees it.
     """
 
     mask: Tensor
@@ -78,15 +76,37 @@ class ColumnGate(Gate):
     def forward(self, weight: Tensor) -> Tensor:
         return weight * self.columns()
 
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, *like(x, self(weight), bias))
+
+    def columns(self) -> Tensor:
+        """The mask per input column, (groups * size,)."""
+        return self.by_column(self.mask)
+
+    def by_column(self, values: Tensor) -> Tensor:
+        """(groups,) -> (groups * size,)."""
+        return values if self.size == 1 else values.repeat_interleave(self.size)
+
+    @torch.no_grad()
+    def keep(self, groups: Tensor) -> None:
+        """Keep exactly these group indices."""
+        self.mask.zero_()
+        self.mask[groups] = 1.0
+
+
+class ColumnGate(GroupGate):
+    """Groups that are kept (1) or dropped (0) by what training shows of their importance.
+
+    While `measure()` is on, `mask` collects the gradient of the loss with respect to itself: the first-order importance
+    of Michel et al. (2019), equation 2, which is also the movement score of Sanh et al. (2020) summed over the group. A
+    dropped group still gets a gradient, so it may return.
+    """
+
     def measure(self, on: bool) -> None:
         """Collect (or stop collecting) gradients of the mask."""
         self.mask.requires_grad_(on)
         if not on:
             self.mask.grad = None
-
-    def columns(self) -> Tensor:
-        """The mask per input column, (groups * size,)."""
-        return self.mask if self.size == 1 else self.mask.repeat_interleave(self.size)
 
     @torch.no_grad()
     def accumulate(self, momentum: float) -> None:
@@ -97,12 +117,6 @@ class ColumnGate(Gate):
             if torch.isfinite(score).all():
                 self.importance.mul_(momentum).add_(score * (1.0 - momentum))
             self.mask.grad = None
-
-    @torch.no_grad()
-    def keep(self, groups: Tensor) -> None:
-        """Keep exactly these group indices."""
-        self.mask.zero_()
-        self.mask[groups] = 1.0
 
 
 class MaskGate(Gate):
@@ -134,6 +148,9 @@ class MaskGate(Gate):
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight * self.mask
+
+    def columns(self) -> None:
+        """It knows no whole columns."""
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return packed_linear(x, weight, self.bits, bias=bias)

@@ -13,7 +13,8 @@ from compressft.errors import UserError
 from compressft.modules.dtypes import like
 from compressft.modules.families import FAMILIES
 from compressft.modules.kinds import known
-from compressft.modules.side import Side, own_layers
+from compressft.modules.side import blended, own_layers
+from compressft.modules.tap import Tap
 from compressft.utils.texts import JSON
 
 if TYPE_CHECKING:
@@ -54,12 +55,13 @@ class Rung(nn.Module):
 
 
 @known
-class SideLadder(Side):
+class SideLadder(Tap):
     """S climbs along B: one small block per layer reads B's states there (Sung et al. 2022, ladder side-tuning).
 
     s_0 = D_0 h_0, s_i = rung_i(mu_i s_(i-1) + (1 - mu_i) D_i h_i), S = B + U s_L, where h_i is what layer i hands on,
     D_i maps it to the ladder's `size` and mu_i = sigmoid(`mix[i]`), from 0. Rungs attend among the tokens that B
-    attends to, without positions of their own: B's states hold them. U starts at 0: S is B at first.
+    attends to, without positions of their own: B's states hold them. U starts at 0: S is B at first. Parameter `blend`
+    (), from 0, for `blended`.
 
     Args:
         layers: of B.
@@ -68,11 +70,15 @@ class SideLadder(Side):
     """
 
     kind: ClassVar[str] = "side_ladder"
+    above_norm = True
     wants = ("attention_mask",)
+    # A backbone may make the cache itself.
+    wants_of_layer = ("past_key_values",)
     causal: bool
 
     def __init__(self, layers: int, width: int, size: int, generator: torch.Generator | None = None) -> None:
         super().__init__()
+        self.blend = nn.Parameter(torch.zeros(()))
         self.size = size
         with torch.device("meta"):
             self.down = nn.ModuleList([nn.Linear(width, size) for _ in range(layers + 1)])
@@ -109,7 +115,7 @@ class SideLadder(Side):
             layers = own = own_layers(cache, len(states), new, self._new_layers)
             past = own[0].get_seq_length()
         seen = visible(mask, new, past, self.causal, last.device)
-        return self.blended(last, last + like(last, self(list(like(self.mix, *states, last)), seen, layers))[0])
+        return blended(self.blend, last, last + like(last, self(list(like(self.mix, *states, last)), seen, layers))[0])
 
     def _new_layers(self) -> list[CacheLayerMixin]:
         from transformers.cache_utils import DynamicLayer

@@ -9,7 +9,7 @@ from compressft_kernels.kept import Kept
 from torch import Tensor, nn
 
 from compressft.modules.bottleneck import links
-from compressft.modules.gate import ColumnGate
+from compressft.modules.gate import GroupGate
 from compressft.modules.linear import is_dense
 
 
@@ -75,12 +75,12 @@ class GatedNorm(nn.LayerNorm):
 
     adapter: nn.Module | None
     # In tuples, so that neither is registered a second time.
-    gate: tuple[ColumnGate]
+    gate: tuple[GroupGate]
     original: tuple[nn.Module]
     centred: bool
 
     @classmethod
-    def of(cls, norm: nn.Module, gate: ColumnGate) -> GatedNorm:
+    def of(cls, norm: nn.Module, gate: GroupGate) -> GatedNorm:
         """Take over a LayerNorm, an AdaptedNorm, or an RMSNorm of any model."""
         weight = norm.get_parameter("weight")
         eps = getattr(norm, "eps", None) or getattr(norm, "variance_epsilon", None)

@@ -6,7 +6,7 @@ from typing import TypeAlias
 
 from torch import Tensor, nn
 
-from compressft.modules.gate import ColumnGate, Gate
+from compressft.modules.gate import Gate, GroupGate
 from compressft.modules.linear import is_dense
 from compressft.modules.tap import states_in
 
@@ -20,9 +20,9 @@ class LayerGate(nn.Module):
     `gate` holds g as its only group. `attach` registers it inside the layer as `layer_gate`.
     """
 
-    gate: ColumnGate
+    gate: GroupGate
 
-    def __init__(self, gate: ColumnGate) -> None:
+    def __init__(self, gate: GroupGate) -> None:
         super().__init__()
         self.gate = gate
 
@@ -62,7 +62,7 @@ class StreamMask(Gate):
     (a quantizer's scales) must not see them. A fractional factor stays with the norms.
     """
 
-    def __init__(self, gate: ColumnGate) -> None:
+    def __init__(self, gate: GroupGate) -> None:
         super().__init__()
         # In a tuple: it is registered elsewhere, once.
         self.gate = (gate,)

@@ -23,29 +23,17 @@ if TYPE_CHECKING:
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
 
 
-class Side(Tap):
-    """alpha B(x) + (1 - alpha) S(x), alpha = sigmoid(`blend`), B(x) the final hidden states (Zhang et al. 2020).
-
-    Parameter `blend` (), from 0. B needs no gradient: a frozen B keeps no graph.
-    """
-
-    above_norm = True
-    # A backbone may make the cache itself.
-    wants_of_layer = ("past_key_values",)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blend = nn.Parameter(torch.zeros(()))
-
-    def blended(self, last: Tensor, side: Tensor) -> Tensor:
-        """Both (B, T, d)."""
-        alpha = torch.sigmoid(self.blend)
-        return alpha * last + (1.0 - alpha) * side
+def blended(blend: Tensor, last: Tensor, side: Tensor) -> Tensor:
+    """alpha B(x) + (1 - alpha) S(x), alpha = sigmoid(`blend`); both (B, T, d) (Zhang et al. 2020)."""
+    alpha = torch.sigmoid(blend)
+    return alpha * last + (1.0 - alpha) * side
 
 
 @known
-class SideNetwork(Side):
+class SideNetwork(Tap):
     """S is a whole model without head, `network`; `project` brings its states to B's width where they are narrower.
+
+    Parameter `blend` (), from 0, for `blended`. B needs no gradient: a frozen B keeps no graph.
 
     Args:
         config: of the network, as JSON values with `model_type`.
@@ -53,12 +41,16 @@ class SideNetwork(Side):
     """
 
     kind: ClassVar[str] = "side_network"
+    above_norm = True
     # B's configuration.
     owner: tuple[PretrainedConfig]
     wants = INPUTS
+    # A backbone may make the cache itself.
+    wants_of_layer = ("past_key_values",)
 
     def __init__(self, config: dict[str, JSON], width: int, network: PreTrainedModel | None = None) -> None:
         super().__init__()
+        self.blend = nn.Parameter(torch.zeros(()))
         self.config = config
         self.network = build(config) if network is None else network
         own = self.network.config.hidden_size
@@ -86,7 +78,7 @@ class SideNetwork(Side):
                 own = own_layers(cache, len(states), last.shape[1], self._new_layers)
                 given["past_key_values"] = Cache(layers=[*own])
         side = self.network(**given).last_hidden_state
-        return self.blended(last, side if self.project is None else self.project(side))
+        return blended(self.blend, last, side if self.project is None else self.project(side))
 
     def _new_layers(self) -> list[CacheLayerMixin]:
         from transformers import DynamicCache

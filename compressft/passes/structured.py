@@ -14,7 +14,7 @@ from compressft.model.anatomy import anatomy
 from compressft.model.shrink import drop_layers, narrow, shrink
 from compressft.model.surgery import compress_linear
 from compressft.modules.concrete_gate import ConcreteGate
-from compressft.modules.gate import ColumnGate
+from compressft.modules.gate import ColumnGate, GroupGate
 from compressft.modules.lagrange import Lagrange
 from compressft.modules.linear import CompressedLinear
 from compressft.modules.part_gate import LayerGate
@@ -92,7 +92,7 @@ class Structured(Transform):
         parts = anatomy(model)
         device = next(model.parameters()).device
 
-        def gate(groups: int, size: int = 1) -> ColumnGate:
+        def gate(groups: int, size: int = 1) -> GroupGate:
             new = ConcreteGate(groups, size, generator) if self.decide == "learned" else ColumnGate(groups, size)
             return new.to(device)
 
@@ -170,7 +170,7 @@ class Structured(Transform):
             self._follow_importance(parts, progress)
 
     def _follow_importance(self, parts: Parts, progress: float) -> None:
-        for gate in parts.gates():
+        for gate in parts.chosen():
             gate.accumulate(self.momentum)
             gate.measure(progress < self.end)
         if progress <= self.start:
@@ -233,10 +233,10 @@ class Structured(Transform):
     @torch.no_grad()
     def finalize(self, model: nn.Module) -> None:
         parts = Parts.of(model, self.type)
-        for gate in parts.gates():
+        for gate in parts.chosen():
             gate.measure(False)
-            if isinstance(gate, ConcreteGate):
-                gate.sampling = False
+        for gate in parts.concrete():
+            gate.sampling = False
         dims = None
         if parts.hidden is not None:
             dims = torch.nonzero(parts.hidden.mask).flatten()

@@ -15,7 +15,7 @@ from compressft.methods.prefix import sites
 from compressft.model.anatomy import Layer, anatomy
 from compressft.model.surgery import adapter_in
 from compressft.modules.attention import prefix_of
-from compressft.modules.bottleneck import AdaptedNorm, AdaptedOutput, Bottleneck, Parallel
+from compressft.modules.bottleneck import AdaptedNorm, AdaptedOutput, Bottleneck, BottleneckLayers, Parallel
 from compressft.modules.embedding import CompressedEmbedding
 from compressft.modules.fusion import Fusion
 from compressft.modules.invertible import INVERTIBLE, Inverse, Invertible
@@ -38,7 +38,7 @@ class Arrangement:
     """
 
     placement: Placement | None
-    bottlenecks: tuple[tuple[Bottleneck, ...], ...] = ()
+    bottlenecks: tuple[tuple[BottleneckLayers, ...], ...] = ()
     fusions: tuple[Fusion, ...] = ()
     prefixes: tuple[Prefix, ...] = ()
     invertible: Invertible | None = None
@@ -95,7 +95,7 @@ def refusal(settled: Settled) -> str | None:
     reason = _alike(found) or _of_size(settled, found)
     if reason is not None:
         return reason
-    kinds = (AdaptedNorm, AdaptedOutput, Bottleneck, Fusion, Invertible, Inverse, Prefix)
+    kinds = (AdaptedNorm, AdaptedOutput, BottleneckLayers, Fusion, Invertible, Inverse, Prefix)
     other = next((module for module in settled.ours.values() if not isinstance(module, kinds)), None)
     if isinstance(other, CompressedEmbedding) and other.first:
         return "AdapterHub leaves a row's positions where they are, and this prefix moves them; shift_positions: false"

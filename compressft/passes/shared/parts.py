@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from compressft.model.anatomy import Layer, anatomy
 from compressft.model.costs import CostTable
 from compressft.modules.concrete_gate import ConcreteGate
-from compressft.modules.gate import ColumnGate
+from compressft.modules.gate import ColumnGate, GroupGate
 from compressft.modules.lagrange import Lagrange
 from compressft.modules.linear import gate_of
 from compressft.modules.part_gate import LayerGate
@@ -37,20 +37,20 @@ class Parts:
     backbone: nn.Module
     anatomy: tuple[Layer, ...]
     width: int
-    heads: list[ColumnGate]
-    ffn: list[ColumnGate]
-    layers: list[ColumnGate]
-    hidden: ColumnGate | None
+    heads: list[GroupGate]
+    ffn: list[GroupGate]
+    layers: list[GroupGate]
+    hidden: GroupGate | None
 
     @classmethod
     def of(cls, model: nn.Module, name: str) -> Parts:
         """Look for the gates of the pass `name`."""
         parts = anatomy(model)
         state = getattr(parts.backbone, STATE, {})
-        gates: dict[str, list[ColumnGate]] = {"heads": [], "ffn": [], "layers": []}
+        gates: dict[str, list[GroupGate]] = {"heads": [], "ffn": [], "layers": []}
         for layer in parts.layers:
             for kind, path in (("heads", layer.family.o), ("ffn", layer.family.down)):
-                gate = gate_of(layer.part(path), name, ColumnGate)
+                gate = gate_of(layer.part(path), name, GroupGate)
                 if gate is not None:
                     gates[kind].append(gate)
             gate = getattr(layer.module, "layer_gate", None)
@@ -96,11 +96,15 @@ class Parts:
         """Whether learned gates are being learned now."""
         return any(gate.sampling for gate in self.concrete())
 
-    def gates(self) -> Iterator[ColumnGate]:
+    def gates(self) -> Iterator[GroupGate]:
         """All of them."""
         yield from (*self.heads, *self.ffn, *self.layers)
         if self.hidden is not None:
             yield self.hidden
+
+    def chosen(self) -> Iterator[ColumnGate]:
+        """All of them, where importance decides."""
+        return (gate for gate in self.gates() if isinstance(gate, ColumnGate))
 
     def concrete(self) -> Iterator[ConcreteGate]:
         """All of them, where they are learned."""
