@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import nn
 
-from compressft.adapters import own, peft
+from compressft.adapters import our_format, peft_format
 from compressft.adapters.adapterhub import arrange, head
 from compressft.adapters.adapterhub.names import FUSION_CONFIG
 from compressft.adapters.adapterhub.write import write as write_adapterhub
@@ -26,8 +26,8 @@ from compressft.utils.foreign import load_config
 
 Target = Literal["compressft", "peft", "adapterhub"]
 TARGETS: tuple[Target, ...] = ("compressft", "peft", "adapterhub")
-REFUSALS = {"peft": peft.refusal, "adapterhub": arrange.refusal, "compressft": own.refusal}
-WRITERS = {"compressft": own.write, "peft": peft.write, "adapterhub": write_adapterhub}
+REFUSALS = {"peft": peft_format.refusal, "adapterhub": arrange.refusal, "compressft": our_format.refusal}
+WRITERS = {"compressft": our_format.write, "peft": peft_format.write, "adapterhub": write_adapterhub}
 # PEFT's task -> the class of transformers that has its head.
 AUTO = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -138,7 +138,7 @@ def _refuse_family(name: str, architecture: str) -> None:
 
 def _needs(kind: Kind, folder: Path) -> Needs:
     if kind == "compressft":
-        entry = own.manifest(folder)
+        entry = our_format.manifest(folder)
         return Needs(entry["base"], entry["architecture"], _labels(entry["labels"]))
     if kind == "delta":
         entry = read_manifest(folder, "delta")
@@ -177,7 +177,7 @@ def _needs_of_peft(folder: Path) -> Needs:
             f"{folder / CONFIG}: neither task_type nor auto_mapping says the model's class; set task_type to one of "
             f"{', '.join(AUTO)}"
         )
-    stored = read_tensors(folder, [TENSORS, peft.BINARY])
+    stored = read_tensors(folder, [TENSORS, peft_format.BINARY])
     rows = next((tensor.shape[0] for name, tensor in stored.items() if name.endswith(OUTPUTS)), None)
     return Needs(entry.get("base_model_name_or_path") or "", architecture, {} if rows is None else {"num_labels": rows})
 

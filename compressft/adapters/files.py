@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from compressft.errors import UserError
-from compressft.model.saved.bottlenecks import ADAPTER_CONFIG as CONFIG
-from compressft.model.saved.bottlenecks import ADAPTER_KEY as KEY
-from compressft.model.saved.bottlenecks import ADAPTER_TENSORS as TENSORS
+from compressft.model.saved.adapters import ADAPTER_CONFIG as CONFIG
+from compressft.model.saved.adapters import ADAPTER_KEY as KEY
+from compressft.model.saved.adapters import ADAPTER_TENSORS as TENSORS
 from compressft.utils.files import share
 from compressft.utils.foreign import foreign, load_tensors
 from compressft.utils.texts import parse_json, read_object

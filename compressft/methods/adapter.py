@@ -13,7 +13,7 @@ from compressft.errors import UserError
 from compressft.methods.layers import Layers
 from compressft.methods.places import cut_before
 from compressft.model.anatomy import Layer, anatomy, linear_shape, refuse_pairs
-from compressft.model.saved.bottlenecks import read_adapters
+from compressft.model.saved.adapters import read_adapters
 from compressft.model.surgery import put_after, put_after_ffn
 from compressft.modules.bottleneck import Bottleneck, BottleneckDesign, Parallel
 from compressft.modules.invertible import INVERTIBLE, Invertible, add_invertible

@@ -31,7 +31,7 @@ class InputGrid(NamedTuple):
     zero_point: Tensor
 
 
-class Rounding(NamedTuple):
+class LayerRounding(NamedTuple):
     """How a layer is rounded besides.
 
     Attributes:
@@ -46,7 +46,7 @@ class Rounding(NamedTuple):
     ends: tuple[Tensor, Tensor] | None = None
 
 
-WHOLE = Rounding()
+WHOLE = LayerRounding()
 
 
 def activation_scale(low: Tensor, high: Tensor) -> InputGrid:
@@ -203,7 +203,7 @@ def _range_gradient(
 
 
 def quantised_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, grid: InputGrid, rounding: Rounding = WHOLE
+    x: Tensor, weight: Tensor, bias: Tensor | None, grid: InputGrid, rounding: LayerRounding = WHOLE
 ) -> Tensor:
     """Linear layer in int8 arithmetic.
 

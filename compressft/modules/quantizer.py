@@ -21,7 +21,7 @@ from compressft.modules.int4 import (
 )
 from compressft.modules.int8 import (
     InputGrid,
-    Rounding,
+    LayerRounding,
     activation_scale,
     portable_scale,
     quantise_weight,
@@ -141,7 +141,7 @@ class Int8Quantizer(Quantizer):
         rate = self.rate if self.training else 1.0
         learns = self.ranges == "learned" and self.training and self.observing and int(self.batches) > FIRST_BATCHES
         grid, ends = self.scale(x, columns), (self.low, self.high) if learns else None
-        rounding = Rounding(self.weight_scale(weight, columns), rate, ends)
+        rounding = LayerRounding(self.weight_scale(weight, columns), rate, ends)
         return quantised_linear(x, weight, bias, grid, rounding)
 
     @torch.no_grad()

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compressft.adapters.adapted import Adapted
 from compressft.adapters.adapterhub.arrange import refusal
 from compressft.adapters.adapterhub.config import ABSENT, MATTERS, config_of, fields_of
 from compressft.adapters.adapterhub.write import write
 from compressft.adapters.folders import read
+from compressft.adapters.named_adapters import Adapted
 from compressft.errors import UserError
 from compressft.modules.bottleneck import BottleneckDesign
 from tests.adapters.saved import adapted_on, batch_of, loaded, rewrite, same

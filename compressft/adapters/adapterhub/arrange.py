@@ -17,7 +17,7 @@ from compressft.model.surgery import adapter_in
 from compressft.modules.attention import prefix_of
 from compressft.modules.bottleneck import AdaptedNorm, AdaptedOutput, Bottleneck, BottleneckLayers, Parallel
 from compressft.modules.embedding import CompressedEmbedding
-from compressft.modules.fusion import Fusion
+from compressft.modules.fusion import AdapterFusion
 from compressft.modules.invertible import INVERTIBLE, Inverse, Invertible
 from compressft.modules.prefix import Prefix
 from compressft.modules.pretrained import pretrained
@@ -39,7 +39,7 @@ class Arrangement:
 
     placement: Placement | None
     bottlenecks: tuple[tuple[BottleneckLayers, ...], ...] = ()
-    fusions: tuple[Fusion, ...] = ()
+    fusions: tuple[AdapterFusion, ...] = ()
     prefixes: tuple[Prefix, ...] = ()
     invertible: Invertible | None = None
 
@@ -57,7 +57,7 @@ def arrangement(model: nn.Module) -> Arrangement | None:
     attention = [held(model, layer, layer.family.attention_out) for layer in layers]
     output = [held(model, layer, layer.family.ffn_out) for layer in layers]
     coupling: Invertible | None = getattr(anatomy(model).backbone, INVERTIBLE, None)
-    if fusions := _all(after, Fusion):
+    if fusions := _all(after, AdapterFusion):
         return Arrangement("pfeiffer", fusions=fusions)
     if parallel := _all(beside, Parallel):
         return Arrangement("parallel", tuple((one,) for one in parallel), invertible=coupling)
@@ -95,7 +95,7 @@ def refusal(settled: Settled) -> str | None:
     reason = _alike(found) or _of_size(settled, found)
     if reason is not None:
         return reason
-    kinds = (AdaptedNorm, AdaptedOutput, BottleneckLayers, Fusion, Invertible, Inverse, Prefix)
+    kinds = (AdaptedNorm, AdaptedOutput, BottleneckLayers, AdapterFusion, Invertible, Inverse, Prefix)
     other = next((module for module in settled.ours.values() if not isinstance(module, kinds)), None)
     if isinstance(other, CompressedEmbedding) and other.first:
         return "AdapterHub leaves a row's positions where they are, and this prefix moves them; shift_positions: false"

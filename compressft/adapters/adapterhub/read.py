@@ -40,7 +40,7 @@ from compressft.model.anatomy import anatomy
 from compressft.model.surgery import adapter_in, put_after_ffn
 from compressft.modules.attention import prefix_of
 from compressft.modules.bottleneck import Bottleneck
-from compressft.modules.fusion import Fusion as FusionModule
+from compressft.modules.fusion import AdapterFusion
 from compressft.modules.invertible import Invertible, add_invertible
 from compressft.modules.prefix import Prefix
 from compressft.modules.pretrained import pretrained
@@ -197,7 +197,7 @@ def read_fusion(base: nn.Module, folder: Path) -> Settled:
     tree = shared_copy(base)
     tree.requires_grad_(False)
     for layer in anatomy(tree).layers:
-        new = FusionModule.of([part[layer.index] for part in parts], 0.0, torch.Generator().manual_seed(0))
+        new = AdapterFusion.of([part[layer.index] for part in parts], 0.0, torch.Generator().manual_seed(0))
         _fill(new, ATTENTION, tensors, in_fusion(layer, places, name), folder)
         put_after_ffn(tree, layer, new)
     _nothing_left(tensors, folder)

@@ -32,7 +32,7 @@ from compressft.adapters.files import CONFIG, write_json, write_tensors
 from compressft.adapters.settled import Settled
 from compressft.model.anatomy import anatomy
 from compressft.modules.bottleneck import BottleneckDesign
-from compressft.modules.fusion import Fusion
+from compressft.modules.fusion import AdapterFusion
 from compressft.modules.pretrained import pretrained
 from compressft.utils.texts import JSON
 
@@ -125,7 +125,7 @@ def _prefix(model: nn.Module, found: Arrangement, name: str) -> tuple[dict[str, 
     return config, {f"{root}control_trans": pairs.permute(2, 0, 1, 3).reshape(-1)}
 
 
-def _write_fusion(settled: Settled, folder: Path, layers: tuple[Fusion, ...]) -> None:
+def _write_fusion(settled: Settled, folder: Path, layers: tuple[AdapterFusion, ...]) -> None:
     """The fusion's own tensors, and one folder for each adapter, named by its number."""
     model = settled.plain
     places = known_family(model, "")[0]
@@ -161,7 +161,7 @@ def _write_fusion(settled: Settled, folder: Path, layers: tuple[Fusion, ...]) ->
     write_head(settled, folder, joined)
 
 
-def _part(fusion: Fusion, number: int) -> dict[str, Tensor]:
+def _part(fusion: AdapterFusion, number: int) -> dict[str, Tensor]:
     """The tensors of one of a fusion's adapters."""
     rows = slice(sum(fusion.sizes[:number]), sum(fusion.sizes[: number + 1]))
     return {

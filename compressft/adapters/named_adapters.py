@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from compressft.adapters.by_row import mixed_forward, mixed_generate
 from compressft.adapters.folders import DEFAULT, named, read, save
-from compressft.adapters.mixed import mixed_forward, mixed_generate
 from compressft.adapters.settled import Settled, continue_from, own_head, own_what_is_trained, shared_copy
 from compressft.errors import UserError, nearest
 from compressft.methods import METHODS
