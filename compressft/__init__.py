@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from compressft.utils.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from compressft.adapters.adapted import Adapted, get_model
+    from compressft.adapters.named_adapters import Adapted, get_model
     from compressft.errors import UserError
     from compressft.model.load import load_model
     from compressft.model.saved.compressed import load_compressed
@@ -32,12 +32,12 @@ __all__ = [
 
 # Names load on first use, so that `import compressft` stays fast: public name -> (module, name there).
 _HOMES = {
-    "Adapted": ("compressft.adapters.adapted", "Adapted"),
+    "Adapted": ("compressft.adapters.named_adapters", "Adapted"),
     "Recipe": ("compressft.recipe.recipe", "Recipe"),
     "TaskVector": ("compressft.model.saved.vectors", "TaskVector"),
     "Transform": ("compressft.transform", "Transform"),
     "UserError": ("compressft.errors", "UserError"),
-    "get_model": ("compressft.adapters.adapted", "get_model"),
+    "get_model": ("compressft.adapters.named_adapters", "get_model"),
     "load_compressed": ("compressft.model.saved.compressed", "load_compressed"),
     "load_delta": ("compressft.model.saved.delta", "load_delta"),
     "load_model": ("compressft.model.load", "load_model"),

@@ -68,7 +68,7 @@ def test_public_names_are_few_and_resolve():
 def test_public_names_mean_the_same_after_their_modules_are_imported():
     """A public name that is also a module's would be replaced by it on import."""
     before = {name: getattr(compressft, name) for name in compressft.__all__}
-    for module in ("adapters.adapted", "errors", "model.load", "recipe.recipe", "run.flow", "transform"):
+    for module in ("adapters.named_adapters", "errors", "model.load", "recipe.recipe", "run.flow", "transform"):
         importlib.import_module(f"compressft.{module}")
     assert all(getattr(compressft, name) is value for name, value in before.items())
 

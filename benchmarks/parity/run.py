@@ -22,8 +22,8 @@ from torch import Tensor
 
 from benchmarks.parity.bases import write_bases
 from benchmarks.parity.environment import HOME, environment
-from compressft.adapters.adapted import Adapted, get_model
 from compressft.adapters.convert import convert
+from compressft.adapters.named_adapters import Adapted, get_model
 from compressft.model.load import load_model
 from compressft.utils.machine import hardware, versions
 from compressft.utils.quiet import quiet_libraries

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
-from compressft.adapters import own, peft
+from compressft.adapters import our_format, peft_format
 from compressft.adapters.adapterhub import arrange, head
 from compressft.adapters.adapterhub.names import FUSION_CONFIG
 from compressft.adapters.adapterhub.write import write as write_adapterhub
@@ -25,8 +26,8 @@ from compressft.utils.foreign import load_config
 
 Target = Literal["compressft", "peft", "adapterhub"]
 TARGETS: tuple[Target, ...] = ("compressft", "peft", "adapterhub")
-REFUSALS = {"peft": peft.refusal, "adapterhub": arrange.refusal, "compressft": own.refusal}
-WRITERS = {"compressft": own.write, "peft": peft.write, "adapterhub": write_adapterhub}
+REFUSALS = {"peft": peft_format.refusal, "adapterhub": arrange.refusal, "compressft": our_format.refusal}
+WRITERS = {"compressft": our_format.write, "peft": peft_format.write, "adapterhub": write_adapterhub}
 # PEFT's task -> the class of transformers that has its head.
 AUTO = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -52,7 +53,7 @@ class Needs:
 
     base: str
     architecture: str
-    arguments: dict[str, Any]
+    arguments: dict[str, object]
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def convert(source: Path, target: Path, to: str | None = None, base: str | None 
     if not name:
         raise UserError(f"--base: {folder} does not say which model it was trained on; give its name or folder")
     settled = READERS[kind](_load(name, needs, folder), folder)
-    chosen: Any = to or _choose(kind, settled, folder)
+    chosen = to or _choose(kind, settled, folder)
     reason = REFUSALS[chosen](settled)
     if reason is not None:
         raise UserError(
@@ -111,7 +112,7 @@ def _choose(kind: Kind, settled: Settled, folder: Path) -> Target:
 def _load(name: str, needs: Needs, folder: Path) -> nn.Module:
     try:
         _refuse_family(name, needs.architecture)
-        return load_model(name, needs.architecture, **needs.arguments)
+        return load_model(name, needs.architecture, new_head=False, **needs.arguments)
     except AttributeError:
         raise UserError(f"{folder}: wants a {needs.architecture}, which this transformers does not have") from None
     except UserError as error:
@@ -137,7 +138,7 @@ def _refuse_family(name: str, architecture: str) -> None:
 
 def _needs(kind: Kind, folder: Path) -> Needs:
     if kind == "compressft":
-        entry = own.manifest(folder)
+        entry = our_format.manifest(folder)
         return Needs(entry["base"], entry["architecture"], _labels(entry["labels"]))
     if kind == "delta":
         entry = read_manifest(folder, "delta")
@@ -152,14 +153,14 @@ def _needs(kind: Kind, folder: Path) -> Needs:
     return Needs(entry.get("model_name") or "", architecture, arguments)
 
 
-def _labels(found: Any) -> dict[str, Any]:
-    if not found:
+def _labels(found: object) -> dict[str, object]:
+    if not found or not isinstance(found, dict):
         return {}
     labels = {int(number): label for number, label in found.items()}
     return {"id2label": labels, "label2id": {label: number for number, label in labels.items()}}
 
 
-def _headless(entry: dict[str, Any]) -> str:
+def _headless(entry: Mapping[str, object]) -> str:
     """A class for an adapter without head: its own where transformers has it with one, else any with a head."""
     import transformers
 
@@ -176,7 +177,7 @@ def _needs_of_peft(folder: Path) -> Needs:
             f"{folder / CONFIG}: neither task_type nor auto_mapping says the model's class; set task_type to one of "
             f"{', '.join(AUTO)}"
         )
-    stored = read_tensors(folder, [TENSORS, peft.BINARY])
+    stored = read_tensors(folder, [TENSORS, peft_format.BINARY])
     rows = next((tensor.shape[0] for name, tensor in stored.items() if name.endswith(OUTPUTS)), None)
     return Needs(entry.get("base_model_name_or_path") or "", architecture, {} if rows is None else {"num_labels": rows})
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from compressft.errors import UserError
-from compressft.model.saved.bottlenecks import ADAPTER_CONFIG as CONFIG
-from compressft.model.saved.bottlenecks import ADAPTER_KEY as KEY
-from compressft.model.saved.bottlenecks import ADAPTER_TENSORS as TENSORS
+from compressft.model.saved.adapters import ADAPTER_CONFIG as CONFIG
+from compressft.model.saved.adapters import ADAPTER_KEY as KEY
+from compressft.model.saved.adapters import ADAPTER_TENSORS as TENSORS
 from compressft.utils.files import share
 from compressft.utils.foreign import foreign, load_tensors
 from compressft.utils.texts import parse_json, read_object
@@ -61,7 +61,7 @@ def read_tensors(folder: Path, names: Sequence[str]) -> dict[str, Tensor]:
     return dict(found)
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
+def read_metadata(path: Path) -> dict[str, str]:
     """What we noted in a safetensors file's header, {} where another program wrote it."""
     from safetensors import SafetensorError, safe_open
 
@@ -69,7 +69,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
         return {}
     try:
         with safe_open(path, framework="pt") as file:
-            noted: Any = file.metadata() or {}
+            noted = file.metadata() or {}
     except SafetensorError:
         return {}
     found = parse_json(noted.get(KEY, "{}"), str(path))
@@ -78,7 +78,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     return found
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, Any] | None = None) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file, every tensor of its own; `note` goes into the header, where other readers look past it.
 
     The file appears whole or not at all.
@@ -92,7 +92,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, 
     share(path.parent)
 
 
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
+def write_json(path: Path, values: Mapping[str, object]) -> None:
     """Write a JSON file, which appears whole or not at all."""
     staging = path.with_name(f".{path.name}.tmp")
     staging.write_text(json.dumps(values, indent=1), encoding="utf-8")

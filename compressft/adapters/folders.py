@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from compressft.adapters import own, peft
+from compressft.adapters import our_format, peft_format
 from compressft.adapters.adapterhub.names import FUSION_CONFIG
 from compressft.adapters.adapterhub.read import read as read_adapterhub
 from compressft.adapters.adapterhub.read import read_fusion
@@ -16,9 +16,9 @@ from compressft.adapters.settled import Settled
 
 DEFAULT = "default"
 READERS = {
-    "compressft": own.read,
-    "delta": own.read_delta,
-    "peft": peft.read,
+    "compressft": our_format.read,
+    "delta": our_format.read_delta,
+    "peft": peft_format.read,
     "adapterhub": read_adapterhub,
     "fusion": read_fusion,
 }
@@ -50,8 +50,8 @@ def named(folder: Path) -> dict[str, Path]:
 def save(settled: Settled, folder: Path) -> Kind:
     """Write `adapter_config.json` and `adapter_model.safetensors`; says in whose format."""
     folder.mkdir(parents=True, exist_ok=True)
-    if peft.refusal(settled) is None:
-        peft.write(settled, folder)
+    if peft_format.refusal(settled) is None:
+        peft_format.write(settled, folder)
         return "peft"
-    own.write(settled, folder)
+    our_format.write(settled, folder)
     return "compressft"

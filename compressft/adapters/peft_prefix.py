@@ -21,6 +21,7 @@ from compressft.model.anatomy import anatomy
 from compressft.modules.attention import prefix_of
 from compressft.modules.embedding import CompressedEmbedding
 from compressft.modules.prefix import Prefix
+from compressft.modules.pretrained import pretrained
 from compressft.transform import Context
 
 KEY, NUDGES = "prompt_embeddings", "key_nudges"
@@ -65,8 +66,8 @@ def refusal(settled: Settled) -> str | None:
         return f"PEFT's format has no place for {type(others[0]).__name__} next to a prefix"
     length = shapes.pop()[1]
     if parts.family.positions is not None:
-        table: Any = parts.backbone.get_submodule(parts.family.positions)
-        if getattr(table, "first", 0) != length or table.bits is not None:
+        table = parts.backbone.get_submodule(parts.family.positions)
+        if not isinstance(table, CompressedEmbedding) or table.first != length or table.bits is not None:
             return (
                 f"PEFT counts a row's positions from {length}, behind the prefix, and this one was trained with "
                 "positions from 0; train it with shift_positions: true"
@@ -81,7 +82,7 @@ def _held(settled: Settled) -> set[str]:
 def _unfit(model: nn.Module) -> str | None:
     """Why PEFT cannot put a prefix in front of this model, or None."""
     parts = anatomy(model)
-    kind = model.config.model_type  # type: ignore[union-attr]
+    kind = pretrained(model).config.model_type
     if parts.family.decoder is not None:
         return f"prefixes of encoder-decoders ({kind}) are not exchanged with PEFT"
     if "past_key_values" not in inspect.signature(parts.backbone.forward).parameters:
@@ -99,7 +100,7 @@ def turned(model: nn.Module, key: Tensor, places: int) -> Tensor:
     begin at position P and ours at 0, so that the same key is another by P positions. Without rotary positions it is
     the same.
     """
-    rotary: Any = getattr(anatomy(model).backbone, "rotary_emb", None)
+    rotary = getattr(anatomy(model).backbone, "rotary_emb", None)
     if rotary is None:
         return key
     angle = (places * rotary.inv_freq.double()).to(key.device)
@@ -127,7 +128,7 @@ def _nudged(keys: Sequence[Tensor], text: str) -> list[Tensor]:
     ]
 
 
-def write(settled: Settled, folder: Path, note: Mapping[str, Any]) -> None:
+def write(settled: Settled, folder: Path, note: Mapping[str, str]) -> None:
     """Write PEFT's two files, without PEFT; `refusal` must have had no objection."""
     fronts = [prefix_of(site.module) for site in sites(settled.model)]
     pairs: list[Tensor] = []
@@ -204,7 +205,8 @@ def read(
     keys = _nudged([turned(base, pairs[2 * number], -length) for number in range(len(places))], nudges)
     with torch.no_grad():
         for number, place in enumerate(sites(tree)):
-            front: Any = prefix_of(place.module)
+            front = prefix_of(place.module)
+            assert isinstance(front, Prefix)
             front.key.copy_(keys[number])
             front.value.copy_(pairs[2 * number + 1])
     head = {name.removeprefix("base_model."): tensor for name, tensor in stored.items() if name != KEY}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from compressft.modules.kinds import KINDS
 from compressft.modules.linear import CompressedLinear
 from compressft.modules.structure import rebuild
 from compressft.transform import Transform
+from compressft.utils.texts import JSON
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Settled:
         }
 
     @cached_property
-    def ours(self) -> dict[str, Any]:
+    def ours(self) -> dict[str, nn.Module]:
         """Modules of ours in the model by path; layers whose slots are empty are none."""
         return {
             path: module
@@ -67,7 +70,7 @@ class Settled:
         }
 
 
-def shared_copy(model: nn.Module) -> Any:
+def shared_copy(model: Module) -> Module:
     """Another tree of the same modules over the same parameters and buffers."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
@@ -115,7 +118,7 @@ def origin(model: nn.Module) -> str:
     return name
 
 
-def put(tree: nn.Module, modules: Mapping[str, Any], tensors: Mapping[str, Tensor], who: str) -> None:
+def put(tree: nn.Module, modules: Mapping[str, dict[str, JSON]], tensors: Mapping[str, Tensor], who: str) -> None:
     """Rebuild modules in a tree that shares its tensors with a base, and give it these tensors as its own.
 
     Args:
@@ -140,7 +143,7 @@ def put(tree: nn.Module, modules: Mapping[str, Any], tensors: Mapping[str, Tenso
         if name not in places:
             raise UserError(f"{who}: tensor {name!r} has no place in this {type(tree).__name__}")
         paths = places[name]
-        old: Any = _at(tree, paths[0])
+        old = _at(tree, paths[0])
         new = value.t() if paths[0] in transposed else value
         if new.shape != old.shape:
             raise UserError(f"{who}: tensor {name!r} has shape {tuple(new.shape)}, the model's has {tuple(old.shape)}")
@@ -155,7 +158,7 @@ def put(tree: nn.Module, modules: Mapping[str, Any], tensors: Mapping[str, Tenso
     tree.requires_grad_(False)
 
 
-def _at(tree: nn.Module, path: str) -> Any:
+def _at(tree: nn.Module, path: str) -> Tensor:
     owner, _, attribute = path.rpartition(".")
     return getattr(tree.get_submodule(owner), attribute)
 

@@ -285,7 +285,7 @@ def write_onnx(shipped: Shipped, model: nn.Module, target: Path) -> None:
     uniform_config(model).save_pretrained(target)
     if has_cache(recipe):
         model.generation_config.save_pretrained(target)  # type: ignore[union-attr, operator]
-    kinds = sorted({entry["kind"] for entry in describe(model).values()})
+    kinds = sorted({str(entry["kind"]) for entry in describe(model).values()})
     also = {key: manifest[key] for key in ("task_settings",) if key in manifest}
     info = {**{key: manifest[key] for key in SHIPPED_FIELDS}, **also, "shapes": shapes(model), "modules": kinds}
     write_manifest(target, "onnx", info)

@@ -13,6 +13,7 @@ from compressft.export.cache import has_cache
 from compressft.export.rotary import BY_LENGTH, mixed_lengths
 from compressft.model.anatomy import anatomy, family_of
 from compressft.modules.attention import Attended, Recorder, recording
+from compressft.modules.dense_attention import Call
 from compressft.recipe.recipe import Recipe
 
 WITHOUT = "set export.cache to false for a file that scores texts, or export.enabled to false to ship model/ alone"
@@ -59,13 +60,11 @@ class _Calls(Recorder):
         self.windows: dict[int, int | None] = {}
         self.more: dict[int, list[str]] = {}
 
-    def take(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
-    ) -> None:
-        super().take(module, query, key, value, mask, kwargs)
-        number, arguments = self.modules.get(module), kwargs
+    def take(self, module: nn.Module, call: Call) -> None:
+        super().take(module, call)
+        number, arguments = self.modules.get(module), {**call.options}
         if number is not None:
-            self.windows[number] = arguments.get("sliding_window")
+            self.windows[number] = call.options.get("sliding_window")
             self.more[number] = [what for name, what in MORE.items() if arguments.get(name) is not None]
 
 

@@ -13,10 +13,11 @@ from compressft.errors import UserError
 from compressft.methods.layers import Layers
 from compressft.methods.places import as_saved
 from compressft.model.anatomy import Layer, anatomy, linear_shape, refuse_pairs
-from compressft.model.saved.bottlenecks import read_adapters
+from compressft.model.saved.adapters import read_adapters
 from compressft.model.surgery import put_after, put_after_ffn
-from compressft.modules.bottleneck import Bottleneck, Parallel
+from compressft.modules.bottleneck import Bottleneck, BottleneckDesign, Parallel
 from compressft.modules.invertible import INVERTIBLE, Invertible, add_invertible
+from compressft.modules.pretrained import pretrained
 from compressft.transform import Context, Resource, Transform, Want
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "tanh"]
@@ -107,9 +108,9 @@ class Adapter(Transform):
                         parameter.requires_grad_(True)
         for one in couplings:
             assert one.invertible is not None
-            add_invertible(model, one.invertible.to(next(model.parameters()).device))
+            add_invertible(pretrained(model), one.invertible.to(next(model.parameters()).device))
         if self.invertible:
-            add_invertible(model, self._coupling(model, generator))
+            add_invertible(pretrained(model), self._coupling(model, generator))
 
     def _check_invertible(self, model: nn.Module, saved: int, context: Context) -> None:
         parts = anatomy(model)
@@ -128,19 +129,18 @@ class Adapter(Transform):
                 "remove layers in an earlier stage"
             )
 
-    def _bottleneck(self, layer: Layer, generator: torch.Generator) -> Bottleneck:
+    def _bottleneck(self, layer: Layer, generator: torch.Generator) -> Bottleneck | Parallel:
         down = layer.part(layer.family.down)
         width = linear_shape(down)[1]
         activation, init, scale, *_ = DEFAULTS[self.placement]
         kind = Parallel if self.placement == "parallel" else Bottleneck
-        new = kind(
+        design = BottleneckDesign(
             width,
             self.bottleneck_size(width),
             self.activation or activation,
-            self.init or init,
-            generator,
             scale if self.scale is None else self.scale,
         )
+        new = kind(design, self.init or init, generator)
         return new.to(down.weight.device)  # type: ignore[arg-type]
 
     def _coupling(self, model: nn.Module, generator: torch.Generator) -> Invertible:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from compressft.methods.layers import Layers
 from compressft.methods.places import linear_paths
 from compressft.model.surgery import compress_linear
-from compressft.modules.diff import Diff as DiffModule
+from compressft.modules.diff import WeightDiff
 from compressft.modules.linear import CompressedLinear
 from compressft.modules.rank import keep_largest
 from compressft.transform import Context, Transform
@@ -43,21 +43,23 @@ class Diff(Transform):
         Layers(top=0).prepare(model, context)
         for path in linear_paths(model):
             linear = compress_linear(model, path)
-            new = DiffModule(linear.out_features, linear.in_features, self.structured)
+            new = WeightDiff(linear.out_features, linear.in_features, self.structured)
             linear.delta = new.train(linear.training).to(linear.weight.device)
 
-    def _diffs(self, model: nn.Module) -> list[DiffModule]:
-        return [m.delta for m in model.modules() if isinstance(m, CompressedLinear) and isinstance(m.delta, DiffModule)]
+    def _diffs(self, model: nn.Module) -> list[WeightDiff]:
+        return [m.delta for m in model.modules() if isinstance(m, CompressedLinear) and isinstance(m.delta, WeightDiff)]
 
-    def param_groups(self, model: nn.Module, context: Context) -> list[dict[str, Any]]:
+    def param_groups(self, model: nn.Module, context: Context) -> list[dict[str, object]]:
         diffs = self._diffs(model)
-        values: dict[str, Any] = {"params": [diff.values for diff in diffs], "weight_decay": 0.0}
+        values: dict[str, object] = {"params": [diff.values for diff in diffs], "weight_decay": 0.0}
         if self.learning_rate is not None:
             values["lr"] = self.learning_rate
         gates = [parameter for diff in diffs for parameter in diff.gate_parameters]
         return [values, {"params": gates, "lr": self.gate_lr, "weight_decay": 0.0}]
 
-    def loss(self, model: nn.Module, batch: Mapping[str, Tensor], outputs: Any, context: Context) -> dict[str, Tensor]:
+    def loss(
+        self, model: nn.Module, batch: Mapping[str, Tensor], outputs: object, context: Context
+    ) -> dict[str, Tensor]:
         diffs = self._diffs(model)
         if diffs[0].fixed or self.penalty == 0:
             return {}
@@ -72,7 +74,7 @@ class Diff(Transform):
             diff.follow()
 
     @torch.no_grad()
-    def _cut(self, diffs: list[DiffModule]) -> None:
+    def _cut(self, diffs: list[WeightDiff]) -> None:
         sizes = [diff.settled().abs() for diff in diffs]
         number = round(self.density * sum(size.numel() for size in sizes))
         for diff, mask in zip(diffs, keep_largest(sizes, number), strict=True):
@@ -84,7 +86,7 @@ class Diff(Transform):
         if not diffs[0].fixed:
             self._cut(diffs)
         for module in model.modules():
-            if isinstance(module, CompressedLinear) and isinstance(module.delta, DiffModule):
+            if isinstance(module, CompressedLinear) and isinstance(module.delta, WeightDiff):
                 # Passes fold their gates themselves, later.
                 module.unpack()
                 module.weight.data = (module.weight + module.delta()).to(module.weight.dtype)

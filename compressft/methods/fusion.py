@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -13,9 +13,9 @@ from compressft.errors import UserError
 from compressft.methods.layers import Layers
 from compressft.methods.places import as_saved
 from compressft.model.anatomy import anatomy, refuse_pairs
-from compressft.model.saved.bottlenecks import read_adapters
+from compressft.model.saved.adapters import read_adapters
 from compressft.model.surgery import adapter_in, put_after_ffn
-from compressft.modules.fusion import Fusion as FusionModule
+from compressft.modules.fusion import AdapterFusion
 from compressft.transform import Context, Transform, Want, ramp
 
 # Where configurations state the dropout of attention's probabilities.
@@ -64,7 +64,7 @@ class Fusion(Transform):
         generator = torch.Generator().manual_seed(context.seed)
         dropout = self._dropout(model)
         for layer in parts.layers:
-            new = FusionModule.of([one.layers[layer.index][0] for one in saved], dropout, generator)
+            new = AdapterFusion.of([one.layers[layer.index][0] for one in saved], dropout, generator)
             new.annealed = self.temperature > 1
             put_after_ffn(model, layer, new.to(layer.part(layer.family.down).weight.device))  # type: ignore[arg-type]
 
@@ -74,7 +74,9 @@ class Fusion(Transform):
         found = [getattr(model.config, name, None) for name in DROPOUTS]
         return float(next((value for value in found if value is not None), 0.0))
 
-    def loss(self, model: nn.Module, batch: Mapping[str, Tensor], outputs: Any, context: Context) -> dict[str, Tensor]:
+    def loss(
+        self, model: nn.Module, batch: Mapping[str, Tensor], outputs: object, context: Context
+    ) -> dict[str, Tensor]:
         if self.regularisation == 0:
             return {}
         penalties = torch.stack([fusion.penalty() for fusion in fusions(model)])
@@ -96,6 +98,6 @@ class Fusion(Transform):
         return as_saved("adapters")
 
 
-def fusions(model: nn.Module) -> Iterator[FusionModule]:
+def fusions(model: nn.Module) -> Iterator[AdapterFusion]:
     """The model's Fusion modules, lowest layer first."""
-    return (module for module in model.modules() if isinstance(module, FusionModule))
+    return (module for module in model.modules() if isinstance(module, AdapterFusion))

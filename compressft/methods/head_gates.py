@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
 import torch
 from pydantic import Field, model_validator
@@ -15,11 +15,13 @@ from compressft.methods.layers import Layers
 from compressft.model.anatomy import Layer, anatomy
 from compressft.model.shrink import shrink
 from compressft.model.surgery import compress_linear
-from compressft.modules.gate import ColumnGate
+from compressft.modules.gate import ColumnGate, GroupGate
 from compressft.modules.head_gate import HeadGate
-from compressft.modules.linear import CompressedLinear
+from compressft.modules.linear import CompressedLinear, gate_of
 from compressft.modules.rank import keep_largest
 from compressft.transform import Claim, Context, Resource, Transform, ramp
+
+Kind = TypeVar("Kind", bound=GroupGate)
 
 
 class HeadGates(Transform):
@@ -80,31 +82,34 @@ class HeadGates(Transform):
             )
             linear.gates[self.type] = gate.to(linear.weight.device)
 
-    def _gates(self, model: nn.Module) -> list[Any]:
+    def _gates(self, model: nn.Module, kind: type[Kind]) -> list[Kind]:
         """One per layer."""
-        return [layer.part(layer.family.o).gates[self.type] for layer in anatomy(model).layers]  # type: ignore[index]
+        found = (gate_of(layer.part(layer.family.o), self.type, kind) for layer in anatomy(model).layers)
+        return [gate for gate in found if gate is not None]
 
-    def param_groups(self, model: nn.Module, context: Context) -> list[dict[str, Any]]:
+    def param_groups(self, model: nn.Module, context: Context) -> list[dict[str, object]]:
         if self.decide == "importance":
             return []
-        learned = [gate.log_alpha for gate in self._gates(model)]
+        learned = [gate.log_alpha for gate in self._gates(model, HeadGate)]
         return [{"params": learned, "lr": self.gate_lr, "weight_decay": 0.0}]
 
-    def loss(self, model: nn.Module, batch: Mapping[str, Tensor], outputs: Any, context: Context) -> dict[str, Tensor]:
-        gates = self._gates(model)
+    def loss(
+        self, model: nn.Module, batch: Mapping[str, Tensor], outputs: object, context: Context
+    ) -> dict[str, Tensor]:
+        gates = self._gates(model, HeadGate)
         if self.decide == "importance" or not gates[0].sampling:
             return {}
         return {"head_gates.penalty": self.penalty * torch.stack([g.probability().sum() for g in gates]).mean()}
 
     def after_step(self, model: nn.Module, progress: float) -> None:
-        gates = self._gates(model)
         learning = progress < self.end
         if self.decide == "gates":
-            for gate in gates:
+            for gate in self._gates(model, HeadGate):
                 gate.advance()
                 gate.sampling = learning
                 gate.log_alpha.requires_grad_(learning)
             return
+        gates = self._gates(model, ColumnGate)
         for gate in gates:
             add_importance(gate)
             gate.measure(learning)
@@ -121,9 +126,11 @@ class HeadGates(Transform):
     @torch.no_grad()
     def finalize(self, model: nn.Module) -> None:
         keep = []
-        for layer, gate in zip(anatomy(model).layers, self._gates(model), strict=True):
-            gate.measure(False)
-            gate.sampling = False
+        for layer, gate in zip(anatomy(model).layers, self._gates(model, GroupGate), strict=True):
+            if isinstance(gate, ColumnGate):
+                gate.measure(False)
+            if isinstance(gate, HeadGate):
+                gate.sampling = False
             live = gate.mask != 0
             # Where none lives, one stays with its factor of 0.
             live[0] |= ~live.any()
@@ -132,7 +139,7 @@ class HeadGates(Transform):
         shrink(model, keep)
 
     def status(self, model: nn.Module, progress: float) -> dict[str, dict[str, float]]:
-        mask = torch.cat([gate.mask.detach() for gate in self._gates(model)])
+        mask = torch.cat([gate.mask.detach() for gate in self._gates(model, GroupGate)])
         now = float((mask == 0).float().mean())
         if self.heads is None:
             # The penalty decides how many go.

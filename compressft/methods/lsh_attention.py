@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator
@@ -13,7 +13,8 @@ from compressft.errors import UserError
 from compressft.methods.full import TRAINED, Full
 from compressft.model.anatomy import anatomy, refuse_pairs
 from compressft.modules.attention import TRAINING, prefix_of
-from compressft.modules.lsh import Lsh, without_cache
+from compressft.modules.lsh import Hashing, Lsh, without_cache
+from compressft.modules.pretrained import pretrained
 from compressft.transform import Claim, Context, Resource, Transform
 
 
@@ -50,10 +51,10 @@ class LshAttention(Transform):
 
     def prepare(self, model: nn.Module, context: Context) -> None:
         refuse_pairs(model, "method lsh_attention")
-        owner: Any = model
-        if owner.config._attn_implementation != TRAINING:
+        config = pretrained(model).config
+        if config._attn_implementation != TRAINING:
             raise UserError(
-                f"method lsh_attention: the model's attention is {owner.config._attn_implementation!r}, which cannot "
+                f"method lsh_attention: the model's attention is {config._attn_implementation!r}, which cannot "
                 "be replaced; load it with compressft's load_model"
             )
         layers = anatomy(model).layers
@@ -64,7 +65,7 @@ class LshAttention(Transform):
         buckets = self.buckets or self._buckets(model, context)
         for layer in layers:
             site = layer.part(layer.family.attention)
-            new = Lsh(layer.head_dim, buckets, self.rounds, self.chunk, self.look_back, generator)
+            new = Lsh(Hashing(layer.head_dim, buckets, self.rounds, self.chunk, self.look_back), generator)
             old = getattr(site, "lsh", None)
             if old is not None and old.describe() != new.describe():
                 raise UserError("method lsh_attention: an earlier stage hashes otherwise; give it the same fields")
@@ -76,7 +77,7 @@ class LshAttention(Transform):
 
     def _buckets(self, model: nn.Module, context: Context) -> int:
         """Two to a chunk of the longest row."""
-        config: Any = model.config
+        config = pretrained(model).config
         longest = config.max_position_embeddings if context.data is None else context.data.longest
         return 2 * max(round(longest / self.chunk), 1)
 

@@ -89,7 +89,7 @@ class Mask(Transform):
             gate.threshold.fill_(THRESHOLD)
             linear.gates[self.type] = gate.to(linear.weight.device)
 
-    def param_groups(self, model: nn.Module, context: Context) -> list[dict[str, Any]]:
+    def param_groups(self, model: nn.Module, context: Context) -> list[dict[str, object]]:
         # Decay pulls scores towards 0, below the threshold.
         scores = [gate.scores for _, gate in self._gated(model)]
         return [{"params": scores, "lr": self.learning_rate, "weight_decay": 0.0}]
@@ -110,7 +110,7 @@ class Mask(Transform):
         """
         plain = dict(base.named_modules())
         for path, module in list(model.named_modules()):
-            old: Any = getattr(plain.get(path), "weight", None)
+            old = getattr(plain.get(path), "weight", None)
             if not isinstance(module, nn.Linear) or getattr(module, "transposed", False) or old is None:
                 continue
             new = module.weight

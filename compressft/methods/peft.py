@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 from torch import nn
@@ -15,8 +15,12 @@ from compressft.methods.places import linear_paths
 from compressft.model.anatomy import anatomy
 from compressft.model.surgery import compress_linear, head_parameters, replace
 from compressft.modules.linear import CompressedLinear
-from compressft.modules.tuner import PeftTuner, inject, peft_config, plain
+from compressft.modules.pretrained import pretrained
+from compressft.modules.tuner import PeftTuner, inject, kind_of, peft_config, plain
 from compressft.transform import Context, Transform
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 # Ways to start that leave the base's weights alone.
 KEEP_THE_BASE = ("gaussian", "orthogonal")
@@ -74,7 +78,7 @@ class Peft(Transform):
             raise UserError(f"method peft.config: {' '.join(str(error).split()) or type(error).__name__}") from None
         values = plain(config)
         for path, tuner in tuners.items():
-            base: Any = tuner.base_layer
+            base = tuner.base_layer
             if not isinstance(base, CompressedLinear):
                 raise UserError(
                     f"method peft.config.target_modules: {path} is no projection of a transformer layer "
@@ -83,7 +87,7 @@ class Peft(Transform):
             replace(model, path, base)
             PeftTuner(tuner, values, path).attach(base)
         # One speaks for all: they differ in shape alone.
-        _check(model.get_submodule(next(iter(tuners))), values["peft_type"])
+        _check(model.get_submodule(next(iter(tuners))), kind_of(config))
         # PEFT freezes whatever is not its own.
         for name, parameter in head.items():
             parameter.requires_grad_(name.rpartition(".")[0] not in tuners)
@@ -91,7 +95,7 @@ class Peft(Transform):
             if isinstance(module, CompressedLinear) and module.delta is None and path not in already:
                 replace(model, path, module.restore())
 
-    def _config(self, model: nn.Module) -> Any:
+    def _config(self, model: nn.Module) -> PeftConfig:
         try:
             # Saved configurations say that they are for inference.
             config = peft_config({name: value for name, value in self.config.items() if name != "inference_mode"})
@@ -103,18 +107,19 @@ class Peft(Transform):
             raise UserError(
                 f"method peft.config.peft_type: {self.config['peft_type']} adds no weights; use method prefix"
             )
-        if config.peft_type.value == "ADALORA":
+        if kind_of(config) == "ADALORA":
             raise UserError(
                 "method peft.config.peft_type: ADALORA moves ranks in training, as only PEFT's own model can; use LORA"
             )
         from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
 
         wanted = getattr(config, "target_modules", None)
-        if wanted == "all-linear" or (wanted is None and model.config.model_type not in KNOWN):  # type: ignore[union-attr]
+        if wanted == "all-linear" or (wanted is None and pretrained(model).config.model_type not in KNOWN):
             # PEFT's own reading of it takes in poolers and heads.
             stacks = {x.name.rpartition(".")[0]: x.linears for x in anatomy(model).layers}
             named = (rf"{re.escape(root)}\.\d+\.({'|'.join(map(re.escape, paths))})" for root, paths in stacks.items())
-            config.target_modules = "|".join(named)
+            # A field of some types of configuration.
+            setattr(config, "target_modules", "|".join(named))  # noqa: B010
         return config
 
 

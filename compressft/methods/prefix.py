@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -17,6 +17,7 @@ from compressft.model.surgery import replace
 from compressft.modules.attention import TRAINING, Recorder, prefix_of, recording
 from compressft.modules.embedding import CompressedEmbedding
 from compressft.modules.prefix import Front, Prefix, ReparameterisedPrefix, Table
+from compressft.modules.pretrained import pretrained
 from compressft.transform import Context, Transform
 
 TABLES = "prefix_tables"
@@ -74,14 +75,15 @@ class PrefixTuning(Transform):
         if wanted is not None and self.reparameterise:
             _fit(fronts, wanted, self.fit_steps)
         if shifted is not None:
-            table: Any = model.get_submodule(shifted)
+            table = model.get_submodule(shifted)
+            assert isinstance(table, nn.Embedding)
             if not isinstance(table, CompressedEmbedding):
                 table = CompressedEmbedding.of(table, bits=None)
                 replace(model, shifted, table)
             table.first = self.length
 
     def _check(self, model: nn.Module) -> None:
-        implementation = model.config._attn_implementation  # type: ignore[union-attr]
+        implementation = pretrained(model).config._attn_implementation
         if implementation != TRAINING:
             raise UserError(
                 f"method prefix: the model's attention is {implementation!r}, which knows no prefix; "
@@ -99,7 +101,7 @@ class PrefixTuning(Transform):
         path = parts.family.positions
         if path is None:
             if self.shift_positions:
-                kind = model.config.model_type  # type: ignore[union-attr]
+                kind = pretrained(model).config.model_type
                 raise UserError(f"method prefix.shift_positions: {kind} has no table of positions to shift in; drop it")
             return None
         if not (parts.family.causal if self.shift_positions is None else self.shift_positions):
@@ -125,7 +127,8 @@ class PrefixTuning(Transform):
             if self.reparameterise:
                 if site.kind not in tables:
                     tables[site.kind] = Table(self.length, parts.width, self.hidden, generator)
-                table: Any = tables[site.kind]
+                table = tables[site.kind]
+                assert isinstance(table, Table)
                 front: Front = ReparameterisedPrefix(site.heads, site.size, table, generator)
             elif wanted is None:
                 shape = (2, site.heads, self.length, site.size)

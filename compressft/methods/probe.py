@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -15,11 +15,17 @@ from compressft.methods.scalar_mix import EVERY_LAYER, add_mix, mix_of
 from compressft.model.anatomy import anatomy, refuse_pairs
 from compressft.modules.dtypes import like
 from compressft.modules.gate import Gate
-from compressft.modules.head import Body, Pooling, ProbeHead, mean_of_tokens
+from compressft.modules.head import Body, HeadDesign, Pooling, ProbeHead, mean_of_tokens
 from compressft.modules.linear import CompressedLinear
+from compressft.modules.pretrained import pretrained
 from compressft.modules.quantizer import Quantizer
 from compressft.transform import WEIGHTS, Claim, Context, Resource, Transform, Want, without_labels
 from compressft.utils.phases import steps
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+    from transformers.utils.generic import ModelOutput
 
 NAME = "probe_head"
 # Below this, a dimension does not vary.
@@ -69,10 +75,9 @@ class Probe(Transform):
         return self.head != "linear" or self.standardise or self.pooling == "mean"
 
     def prepare(self, model: nn.Module, context: Context) -> None:
-        whole: Any = model
         parts = anatomy(model)
         refuse_pairs(model, "method probe")
-        if self.head == "bilstm" and parts.family.causal and whole.get_output_embeddings() is not None:
+        if self.head == "bilstm" and parts.family.causal and pretrained(model).get_output_embeddings() is not None:
             raise UserError("method probe.head: 'bilstm' lets a language model see later tokens; use 'mlp'")
         if self.pooling == "mean" and not _classifies_rows(model):
             raise UserError(
@@ -81,7 +86,7 @@ class Probe(Transform):
         if hasattr(parts.backbone, NAME):
             raise UserError("method probe: an earlier stage left a probe's head in the model; use another method here")
         Layers(top=0).prepare(model, context)
-        backbone: Any = parts.backbone
+        backbone = parts.backbone
         pooler = getattr(backbone, parts.family.pooler, None) if parts.family.pooler else None
         frozen = FrozenForward(backbone, pooler, {} if self.caches else None)
         # Importance and learned gates want gradients of the layers' outputs.
@@ -94,7 +99,7 @@ class Probe(Transform):
         # An instance attribute shadows the class's forward: no module is renamed, so checkpoints keep their names.
         backbone.forward = frozen
 
-    def param_groups(self, model: nn.Module, context: Context) -> list[dict[str, Any]]:
+    def param_groups(self, model: nn.Module, context: Context) -> list[dict[str, object]]:
         if self.features != "scalar_mix":
             return []
         return [{"params": list(mix_of(model).parameters()), "weight_decay": 0.0}]
@@ -103,7 +108,7 @@ class Probe(Transform):
         parts = anatomy(model)
         generator = torch.Generator().manual_seed(context.seed)
         size = self.size or (max(parts.width // 2, 1) if self.head == "bilstm" else parts.width)
-        head = ProbeHead(parts.width, self.head, size, self.standardise, self.pooling, generator)
+        head = ProbeHead(HeadDesign(parts.width, self.head, size, self.standardise, self.pooling), generator)
         head.to(next(model.parameters()).device)
         # A plan's tensors have no values.
         if self.standardise and head.mean.device.type != "meta":
@@ -146,7 +151,7 @@ class Probe(Transform):
         return mean, torch.where(deviation < LEAST_DEVIATION, 1.0, deviation)
 
     def finalize(self, model: nn.Module) -> None:
-        backbone: Any = anatomy(model).backbone
+        backbone = anatomy(model).backbone
         del backbone.forward
         if hasattr(backbone, NAME):
             getattr(backbone, NAME).enabled = True
@@ -178,7 +183,7 @@ class FrozenForward:
         live: whether something that learns reads the layers or sits in them, so that their graph is not to be cut off.
     """
 
-    def __init__(self, backbone: Any, pooler: nn.Module | None, cache: dict[bytes, Tensor] | None) -> None:
+    def __init__(self, backbone: PreTrainedModel, pooler: nn.Module | None, cache: dict[bytes, Tensor] | None) -> None:
         self.backbone = backbone
         self.original = backbone.forward
         self.pooler = pooler
@@ -186,7 +191,9 @@ class FrozenForward:
         self.head: ProbeHead | None = None
         self.live = False
 
-    def __call__(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+    def __call__(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: object
+    ) -> ModelOutput:
         from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions as Output
 
         if self.live:
@@ -200,7 +207,7 @@ class FrozenForward:
         pooled = self.pooler(hidden) if self.pooler is not None else None
         return Output(last_hidden_state=hidden, pooler_output=pooled)  # type: ignore[arg-type]
 
-    def features(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+    def features(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: object) -> Tensor:
         """The last hidden states (B, T, d), without a graph; of padded tokens a cache gives zeros."""
         if self.cache is None:
             return self._encode(input_ids, attention_mask, kwargs)
@@ -208,7 +215,7 @@ class FrozenForward:
             attention_mask = torch.ones_like(input_ids)
         return self._cached(self.cache, input_ids, attention_mask, kwargs)
 
-    def _whole(self, **kwargs: Any) -> Any:
+    def _whole(self, **kwargs: object) -> BaseModelOutputWithPooling:
         """The backbone's own output with the head on top: what is generated with a key/value cache, say."""
         output = self._evaluated(**kwargs)
         if self.head is not None:
@@ -217,7 +224,7 @@ class FrozenForward:
                 output.pooler_output = self.pooler(output.last_hidden_state)
         return output
 
-    def _evaluated(self, **kwargs: Any) -> Any:
+    def _evaluated(self, **kwargs: object) -> BaseModelOutputWithPooling:
         modes = {module: module.training for module in self.backbone.modules()}
         self.backbone.eval()
         for module, mode in modes.items():
@@ -231,14 +238,15 @@ class FrozenForward:
                 module.training = mode
 
     @torch.no_grad()
-    def _encode(self, input_ids: Tensor, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
+    def _encode(self, input_ids: Tensor, attention_mask: Tensor | None, kwargs: dict[str, object]) -> Tensor:
         return self._evaluated(input_ids=input_ids, attention_mask=attention_mask, **kwargs)[0]
 
     def _cached(
-        self, cache: dict[bytes, Tensor], input_ids: Tensor, attention_mask: Tensor, kwargs: dict[str, Any]
+        self, cache: dict[bytes, Tensor], input_ids: Tensor, attention_mask: Tensor, kwargs: dict[str, object]
     ) -> Tensor:
         masks = attention_mask.bool()
         segments = kwargs.get("token_type_ids")
+        assert segments is None or isinstance(segments, Tensor)
         device = input_ids.device.type
         # Features of another precision are others.
         precision = str(torch.get_autocast_dtype(device)).encode() if torch.is_autocast_enabled(device) else b""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -43,10 +43,12 @@ class ScalarMix(Transform):
         Layers(top=0).prepare(model, context)
         add_mix(model, self.embeddings, self.normalise).requires_grad_(True)
 
-    def param_groups(self, model: nn.Module, context: Context) -> list[dict[str, Any]]:
+    def param_groups(self, model: nn.Module, context: Context) -> list[dict[str, object]]:
         return [{"params": list(mix_of(model).parameters()), "weight_decay": 0.0}]
 
-    def loss(self, model: nn.Module, batch: Mapping[str, Tensor], outputs: Any, context: Context) -> dict[str, Tensor]:
+    def loss(
+        self, model: nn.Module, batch: Mapping[str, Tensor], outputs: object, context: Context
+    ) -> dict[str, Tensor]:
         if self.penalty == 0:
             return {}
         return {"scalar_mix.penalty": self.penalty * mix_of(model).weights.square().sum()}

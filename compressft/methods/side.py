@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -18,9 +18,13 @@ from compressft.model.anatomy import anatomy, positions, refuse_pairs
 from compressft.model.load import load_model
 from compressft.modules.kinds import KINDS
 from compressft.modules.ladder import SideLadder
-from compressft.modules.side import Side as SideModule
+from compressft.modules.pretrained import pretrained
 from compressft.modules.side import SideNetwork, build
 from compressft.transform import Context, Resource, Transform, Want
+from compressft.utils.texts import JSON
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 NAME = "side"
 
@@ -52,7 +56,7 @@ class Side(Transform):
         if hasattr(parts.backbone, NAME):
             raise UserError("method side: an earlier stage left a side network in the model; use another method here")
         generator = torch.Generator().manual_seed(context.seed)
-        new: SideModule
+        new: SideLadder | SideNetwork
         if self.network == "ladder":
             new = SideLadder(len(parts.layers), parts.width, self.size or max(parts.width // 8, 1), generator)
         else:
@@ -66,15 +70,15 @@ class Side(Transform):
         if self.network == "copy":
             if any(hasattr(module, "attach") for module in parts.backbone.modules()):
                 raise UserError("method side.network: 'copy' of a model with modules that act on others; use 'ladder'")
-            network: Any = copy.deepcopy(parts.backbone)
+            network = copy.deepcopy(parts.backbone)
         else:
-            loaded: Any = load_model(self.network, "AutoModel")
-            network = loaded.base_model
+            loaded = pretrained(load_model(self.network, "AutoModel"))
+            network = pretrained(loaded.base_model)
             self._check_fits(network, model)
             for fit in context.fit_teacher:
                 fit(network)
         if getattr(network, "pooler", None) is not None:
-            network.pooler = None
+            network.add_module("pooler", None)
         config = json.loads(network.config.to_json_string(use_diff=False))
         self._check(network, config, model)
         with torch.random.fork_rng(devices=[]):
@@ -85,18 +89,18 @@ class Side(Transform):
             nn.init.zeros_(new.project.bias)
         return new
 
-    def _check_fits(self, network: Any, model: Any) -> None:
+    def _check_fits(self, network: PreTrainedModel, model: nn.Module) -> None:
         """Refuse what could not read the model's rows, or would show a language model the tokens that it predicts."""
         family, who = anatomy(network).family, f"method side.network: {self.network!r}"
         if family.decoder is not None:
             raise UserError(f"{who} is an encoder-decoder; give a single stack of layers, or 'ladder'")
-        if anatomy(model).family.causal and model.get_output_embeddings() is not None and not family.causal:
+        if anatomy(model).family.causal and pretrained(model).get_output_embeddings() is not None and not family.causal:
             raise UserError(f"{who} sees later tokens, which a language model must not; give a decoder, or 'ladder'")
         places = [positions(one) for one in (network, model)]
         if places[0] is not None and places[0] < (places[1] or 0):
             raise UserError(f"{who} has {places[0]} positions, the model {places[1]}; give one with as many")
 
-    def _check(self, network: Any, config: dict[str, Any], model: nn.Module) -> None:
+    def _check(self, network: PreTrainedModel, config: Mapping[str, JSON], model: nn.Module) -> None:
         """Refuse what a saved folder could not build again, and another vocabulary."""
         with torch.device("meta"):
             again = build(config)
@@ -106,15 +110,16 @@ class Side(Transform):
                 f"method side.network: {self.network!r} is a compressed model, which cannot be a side network; "
                 "give an uncompressed one, or 'ladder'"
             )
-        rows = [one.get_input_embeddings().num_embeddings for one in (network, model)]  # type: ignore[operator]
+        tables = [pretrained(one).get_input_embeddings() for one in (network, model)]
+        rows = [table.num_embeddings for table in tables]
         if rows[0] != rows[1]:
             raise UserError(
                 f"method side.network: {self.network!r} has {rows[0]} vocabulary rows, the model {rows[1]}; "
                 "give a model with the same tokenizer"
             )
 
-    def param_groups(self, model: nn.Module, context: Context) -> list[dict[str, Any]]:
-        side: SideModule = getattr(anatomy(model).backbone, NAME)
+    def param_groups(self, model: nn.Module, context: Context) -> list[dict[str, object]]:
+        side: SideLadder | SideNetwork = getattr(anatomy(model).backbone, NAME)
         return [{"params": [side.blend], "weight_decay": 0.0}]
 
     def inputs(self) -> Sequence[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -88,7 +88,7 @@ class TaskVector(Transform):
 
     def finalize(self, model: nn.Module) -> None:
         backbone = anatomy(model).backbone
-        origin: Any = getattr(backbone, ORIGIN, None)
+        origin: Origin | None = getattr(backbone, ORIGIN, None)
         if origin is not None:
             if not int(origin.coded):
                 self._settle(model, origin)

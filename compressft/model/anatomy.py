@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from compressft.errors import UserError
 from compressft.modules.families import FAMILIES, Family
+from compressft.modules.pretrained import pretrained
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ class Anatomy:
 
     family: Family
     prefix: str
-    backbone: nn.Module
+    backbone: PreTrainedModel
     layers: tuple[Layer, ...]
 
     def path(self, relative: str) -> str:
@@ -112,7 +116,7 @@ def anatomy(model: nn.Module) -> Anatomy:
     family = family_of(model)
     prefix = getattr(model, "base_model_prefix", "")
     prefix = prefix if prefix and hasattr(model, prefix) else ""
-    backbone = model.get_submodule(prefix)
+    backbone = pretrained(model.get_submodule(prefix))
     rows = [row for row in (family, family.decoder) if row is not None]
     if any(_find(backbone, row.layers) is None for row in rows):
         found = model.config.model_type  # type: ignore[union-attr]
@@ -131,7 +135,8 @@ def positions(model: nn.Module) -> int | None:
     parts = anatomy(model)
     if parts.family.positions is None:
         return None
-    table: Any = parts.backbone.get_submodule(parts.family.positions)
+    table = parts.backbone.get_submodule(parts.family.positions)
+    assert isinstance(table, nn.Embedding)
     # RoBERTa counts from behind its padding id.
     return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
 

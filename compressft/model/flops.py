@@ -6,8 +6,8 @@ from torch import nn
 
 from compressft.model.anatomy import Layer, anatomy, linear_shape
 from compressft.modules.attention import prefix_of
-from compressft.modules.bottleneck import Bottleneck
-from compressft.modules.fusion import Fusion
+from compressft.modules.bottleneck import BottleneckLayers
+from compressft.modules.fusion import AdapterFusion
 from compressft.modules.lsh import Lsh
 from compressft.modules.side import SideNetwork
 
@@ -32,9 +32,9 @@ def flops(model: nn.Module, length: int) -> int:
         if isinstance(module, SideNetwork):
             total += flops(module.network, length)
             done.append(f"{path}.network.")
-        elif isinstance(module, Bottleneck):
+        elif isinstance(module, BottleneckLayers):
             total += 2 * (module.down_weight.numel() + module.up_weight.numel()) * length
-        elif isinstance(module, Fusion):
+        elif isinstance(module, AdapterFusion):
             square, adapters, biases = (x.numel() for x in (module.query_weight, module.up_weight, module.up_bias))
             total += 2 * (3 * square + 3 * adapters + 2 * biases) * length
         elif path.startswith(tuple(done)):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
 from compressft.errors import UserError
 from compressft.model.anatomy import Anatomy, anatomy
 from compressft.model.embedder import POOLING
+from compressft.modules.pretrained import pretrained
 
 # What a configuration says of a head.
 OF_THE_HEAD = ("id2label", "label2id", "problem_type", "architectures", POOLING)
@@ -30,18 +29,17 @@ def with_head(model: nn.Module, donor: nn.Module, who: str) -> nn.Module:
         UserError: the donor's head does not fit the backbone as it is now.
     """
     old, new = _both(model, donor, who)
-    backbone: Any = old.backbone
-    theirs: Any = new.backbone
+    backbone, theirs = old.backbone, new.backbone
     pooler = old.family.pooler
     if pooler is not None and (getattr(backbone, pooler, None) is None) != (getattr(theirs, pooler, None) is None):
         setattr(backbone, pooler, getattr(theirs, pooler, None))
     config = backbone.config
     for name in OF_THE_HEAD:
         if hasattr(config, name) or hasattr(donor.config, name):
-            setattr(config, name, getattr(donor.config, name, None))
+            setattr(config, name, getattr(pretrained(donor).config, name, None))
     device = next(model.parameters()).device
     setattr(donor, new.prefix, backbone)
-    donor.config = config  # type: ignore[assignment]
+    pretrained(donor).config = config
     _retie(donor, who)
     return donor.to(device)
 
@@ -73,15 +71,18 @@ def _both(model: nn.Module, donor: nn.Module, who: str) -> tuple[Anatomy, Anatom
     return old, new
 
 
-def _retie(model: Any, who: str) -> None:
+def _retie(donor: nn.Module, who: str) -> None:
     """Tie a language model's output layer to the backbone's table again."""
+    model = pretrained(donor)
     out = model.get_output_embeddings()
     if out is None:
         return
-    rows = model.get_input_embeddings().weight.shape[0]
-    if out.weight.shape[0] != rows:
+    table = model.get_input_embeddings()
+    assert isinstance(table, nn.Embedding) and isinstance(out, nn.Linear)
+    rows, has = table.weight.shape[0], out.weight.shape[0]
+    if has != rows:
         raise UserError(
-            f"{who}: its output layer has {out.weight.shape[0]} pieces, and the vocabulary {rows} by now; cut the "
+            f"{who}: its output layer has {has} pieces, and the vocabulary {rows} by now; cut the "
             "vocabulary in a later stage"
         )
     model.tie_weights()

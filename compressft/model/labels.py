@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from compressft.errors import UserError
 from compressft.model.anatomy import anatomy
+from compressft.modules.pretrained import pretrained
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
-def names_of(config: Any) -> tuple[str, ...] | None:
+def names_of(config: PretrainedConfig) -> tuple[str, ...] | None:
     """What a configuration calls its outputs, in their order; None where it has only the library's own LABEL_0, ..."""
     named = getattr(config, "id2label", None)
     if not isinstance(named, dict) or not named:
@@ -22,7 +26,7 @@ def names_of(config: Any) -> tuple[str, ...] | None:
     return None if all(name.startswith("LABEL_") for name in names) else names
 
 
-def in_order_of(labels: Sequence[str], config: Any) -> tuple[str, ...]:
+def in_order_of(labels: Sequence[str], config: PretrainedConfig) -> tuple[str, ...]:
     """The labels in the order of a checkpoint that has just these, so that its head goes on; else as they are."""
     names = names_of(config)
     return names if names is not None and sorted(names) == sorted(labels) else tuple(labels)
@@ -48,7 +52,7 @@ def _bare(label: str) -> str:
     return str(int(float(text))) if re.fullmatch(r"[+-]?(0|[1-9]\d{0,14})(\.0*)?", text) else text
 
 
-def other_labels(config: Any, labels: Sequence[str]) -> bool:
+def other_labels(config: PretrainedConfig, labels: Sequence[str]) -> bool:
     """Whether a checkpoint's head, if it has one, answers for other labels than these."""
     names = names_of(config)
     return names is not None and sorted(names) != sorted(labels)
@@ -64,7 +68,7 @@ def head_layers(model: nn.Module) -> list[nn.Module]:
     ]
 
 
-def renew_head(model: Any) -> None:
+def renew_head(model: PreTrainedModel) -> None:
     """Draw the head again: what it has learnt was for other labels."""
     for module in head_layers(model):
         # Else the library takes it for loaded.
@@ -83,7 +87,8 @@ def reorder(model: nn.Module, labels: Sequence[str], who: str) -> None:
     Raises:
         UserError: its labels are others, or no layer gives one output a label.
     """
-    names = names_of(model.config)
+    config = pretrained(model).config
+    names = names_of(config)
     if names is None or names == tuple(labels):
         return
     if sorted(names) != sorted(labels):
@@ -99,5 +104,5 @@ def reorder(model: nn.Module, labels: Sequence[str], who: str) -> None:
     with torch.no_grad():
         for parameter in last[-1].parameters():
             parameter.copy_(parameter[rows])
-    model.config.id2label = dict(enumerate(labels))  # type: ignore[union-attr]
-    model.config.label2id = {label: i for i, label in enumerate(labels)}  # type: ignore[union-attr]
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: i for i, label in enumerate(labels)}

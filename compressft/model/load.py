@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,6 +18,9 @@ from compressft.model.source import resolve
 from compressft.modules.attention import TRAINING, register
 from compressft.modules.dropout import quicken
 from compressft.utils.foreign import foreign, load_config
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 # Classes whose head has an output a label.
 HEADS = ("ForSequenceClassification", "ForTokenClassification")
@@ -81,7 +84,7 @@ def load_model(name: str, auto_class: str = "AutoModel", new_head: bool = False,
     return model
 
 
-def answers_others(config: Any, wanted: Mapping[str, Any]) -> bool:
+def answers_others(config: PretrainedConfig, wanted: Mapping[str, Any]) -> bool:
     """Whether a checkpoint has a head that answers another question than the one that is `wanted`."""
     has_head = any(name.endswith(HEADS) for name in config.architectures or ())
     if not has_head or "num_labels" not in wanted:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from compressft.errors import UserError
 from compressft.model.anatomy import Layer, anatomy, refuse_pairs, stream
-from compressft.modules.bottleneck import Bottleneck
+from compressft.modules.bottleneck import BottleneckLayers
 from compressft.modules.linear import CompressedLinear
 from compressft.modules.prefix import Prefix
+from compressft.modules.pretrained import pretrained
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 def shapes(model: nn.Module) -> list[dict[str, int]]:
@@ -87,16 +91,18 @@ def narrow(model: nn.Module, dims: Tensor) -> None:
     flow = stream(model)
     size = anatomy(model).width
     # Old weight (kept alive, so that its id stays its own) -> its narrower self, for weights that are tied.
-    cut: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+    cut: dict[int, tuple[Tensor, Tensor]] = {}
     for path in flow.tables:
-        table: Any = model.get_submodule(path)
+        table = model.get_submodule(path)
+        assert isinstance(table, nn.Embedding)
         old = table.weight
         table.weight = _keep(old, 1, dims)
         table.embedding_dim = len(dims)
         cut[id(old)] = (old, table.weight)
     for path in flow.reads:
-        linear: Any = model.get_submodule(path)
+        linear = model.get_submodule(path)
         if id(linear.weight) in cut:
+            assert isinstance(linear, nn.Linear)
             linear.weight = cut[id(linear.weight)][1]
             linear.in_features = len(dims)
         else:
@@ -104,15 +110,14 @@ def narrow(model: nn.Module, dims: Tensor) -> None:
     for path in flow.writes:
         _slice(model.get_submodule(path), rows=dims)
     for path in flow.norms:
-        norm: Any = model.get_submodule(path)
-        norm.weight = _keep(norm.weight, 0, dims)
-        if getattr(norm, "bias", None) is not None:
-            norm.bias = _keep(norm.bias, 0, dims)
+        norm = model.get_submodule(path)
+        for name, parameter in list(norm.named_parameters(recurse=False)):
+            setattr(norm, name, _keep(parameter, 0, dims))
         if isinstance(norm, nn.LayerNorm):
             norm.normalized_shape = (len(dims),)
     for module in model.modules():
         # Adapters sit on the stream wherever a method puts them.
-        if isinstance(module, Bottleneck) and module.up_bias.shape[0] == size:
+        if isinstance(module, BottleneckLayers) and module.up_bias.shape[0] == size:
             module.down_weight = _keep(module.down_weight, 1, dims)
             module.up_weight = _keep(module.up_weight, 0, dims)
             module.up_bias = _keep(module.up_bias, 0, dims)
@@ -194,7 +199,7 @@ def drop_layers(model: nn.Module, keep: Sequence[int]) -> None:
             # Key/value caches are addressed by it.
             if isinstance(getattr(module, "layer_idx", None), int):
                 module.layer_idx = index  # type: ignore[assignment]
-    config: Any = model.config
+    config = pretrained(model).config
     config.num_hidden_layers = len(keep)
     for field in ("layer_types", "mlp_layer_types"):
         kinds = getattr(config, field, None)
@@ -211,8 +216,9 @@ def keep_vocabulary(model: nn.Module, rows: Tensor) -> None:
     Raises:
         UserError: positions are counted from the padding id (RoBERTa) and that id would change.
     """
-    owner: Any = model
+    owner = pretrained(model)
     table = owner.get_input_embeddings()
+    assert isinstance(table, nn.Embedding)
     size = table.num_embeddings
     new = {int(old): position for position, old in enumerate(rows.tolist())}
     for module in model.modules():
@@ -221,6 +227,7 @@ def keep_vocabulary(model: nn.Module, rows: Tensor) -> None:
         if hasattr(module, "create_position_ids_from_input_ids") and pad is not None and new.get(pad) != pad:
             raise UserError(f"vocabulary: the model counts positions from its padding id {pad}, which must stay")
     head = owner.get_output_embeddings()
+    assert head is None or isinstance(head, nn.Linear)
     tied = head is not None and head.weight is table.weight
     table.weight = _keep(table.weight, 0, rows)
     table.num_embeddings = len(rows)
@@ -229,7 +236,7 @@ def keep_vocabulary(model: nn.Module, rows: Tensor) -> None:
     if head is not None and (tied or head.weight.shape[0] == size):
         head.weight = table.weight if tied else _keep(head.weight, 0, rows)
         head.out_features = len(rows)
-        if getattr(head, "bias", None) is not None:
+        if head.bias is not None:
             head.bias = _keep(head.bias, 0, rows)
     for config in (owner.config, getattr(owner, "generation_config", None)):
         if config is not None:
@@ -237,13 +244,13 @@ def keep_vocabulary(model: nn.Module, rows: Tensor) -> None:
     owner.config.vocab_size = len(rows)
 
 
-def _keep(parameter: nn.Parameter, dim: int, indices: Tensor) -> nn.Parameter:
+def _keep(parameter: Tensor, dim: int, indices: Tensor) -> nn.Parameter:
     """A new parameter with these indices of one dimension."""
     kept = parameter.detach().index_select(dim, indices.to(parameter.device)).contiguous()
     return nn.Parameter(kept, requires_grad=parameter.requires_grad)
 
 
-def _renumber(config: Any, new: Mapping[int, int]) -> None:
+def _renumber(config: PretrainedConfig, new: Mapping[int, int]) -> None:
     for name in ("pad", "bos", "eos", "unk", "sep", "decoder_start"):
         name += "_token_id"
         value = getattr(config, name, None)

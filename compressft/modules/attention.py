@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from compressft.errors import UserError
 from compressft.modules.current import Current
-from compressft.modules.dense_attention import attend
+from compressft.modules.dense_attention import Call, Options, attend
 from compressft.modules.linear import is_bare
 from compressft.modules.lsh import Lsh
 from compressft.modules.prefix import Front, attention_with_prefix
@@ -48,16 +48,15 @@ class Recorder:
         self.modules = modules
         self.taken: dict[int, Attended] = {}
 
-    def take(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
-    ) -> None:
+    def take(self, module: nn.Module, call: Call) -> None:
         """Called by `attention`; other modules' calls are passed over."""
         number = self.modules.get(module)
         if number is None:
             return
+        query, key, value, mask, options = call
         length = query.shape[2]
-        causal = kwargs.get("is_causal")
-        scaling = kwargs.get("scaling")
+        causal = options.get("is_causal")
+        scaling = options.get("scaling")
         self.taken[number] = Attended(
             query,
             key[:, :, -length:],
@@ -91,7 +90,12 @@ def prefix_of(module: nn.Module) -> Front | None:
 
 
 def attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Unpack[Options],
 ) -> tuple[Tensor, None]:
     """Scaled dot-product attention; query (B, Hq, T, D), key and value (B, Hkv, S, D), boolean mask (B, 1, T, S).
 
@@ -99,16 +103,17 @@ def attention(
     and no weights. What distillation wants of the scores it computes from what a `recording` kept. A module's child
     `prefix` puts its keys and values in front; a child `lsh` takes SDPA's place.
     """
+    call = Call(query, key, value, attention_mask, options)
     recorder = _recorder.get()
     if recorder is not None:
-        recorder.take(module, query, key, value, attention_mask, kwargs)
+        recorder.take(module, call)
     lsh = getattr(module, "lsh", None)
     if isinstance(lsh, Lsh) and not is_bare():
-        return lsh(module, query, key, value, attention_mask, **kwargs)
+        return lsh(module, call)
     prefix = prefix_of(module)
     if prefix is not None and not is_bare():
-        return attention_with_prefix(prefix, module, query, key, value, attention_mask, **kwargs)
-    return attend(module, query, key, value, attention_mask, **kwargs)
+        return attention_with_prefix(prefix, module, call)
+    return attend(module, query, key, value, attention_mask, **options)
 
 
 def onnx_attention(
@@ -117,9 +122,7 @@ def onnx_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    **kwargs: Any,
+    **options: Unpack[Options],
 ) -> tuple[Tensor, None]:
     """The same as one `com.microsoft::MultiHeadAttention` node; only meaningful while exporting.
 
@@ -137,8 +140,9 @@ def onnx_attention(
     if isinstance(getattr(module, "lsh", None), Lsh):
         raise UserError("export: attention over hashed buckets (method lsh_attention) has no ONNX form; ship model/")
     batch, heads, length, head_dim = query.shape
+    is_causal, scaling = options.get("is_causal"), options.get("scaling")
     causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
-    bias, prefix, window = kwargs.get("position_bias"), prefix_of(module), kwargs.get("sliding_window")
+    bias, prefix, window = options.get("position_bias"), prefix_of(module), options.get("sliding_window")
     own, size = key.shape[2], 0
     cached = not statically_known_true(own == length)
     if cached and attention_mask is not None:
@@ -156,7 +160,7 @@ def onnx_attention(
         hidden = causal_bias(query, own, size, window)
         bias, causal = hidden if bias is None else bias + hidden, False
     groups = heads // key.shape[1]
-    attributes: dict[str, Any] = {"num_heads": int(heads), "unidirectional": int(causal)}
+    attributes: dict[str, float] = {"num_heads": int(heads), "unidirectional": int(causal)}
     if scaling is not None:
         attributes["scale"] = float(scaling)
     if cached:
@@ -173,13 +177,14 @@ def onnx_attention(
     return _attention_node([q, k, v, None, attention_mask, bias], attributes).view(batch, length, heads, head_dim), None
 
 
-def _attention_node(inputs: list[Any], attributes: dict[str, Any]) -> Tensor:
+def _attention_node(inputs: list[Tensor | None], attributes: Mapping[str, float]) -> Tensor:
     """The node's output, of the shape of its queries (B, T, heads * head_dim)."""
     while inputs[-1] is None:
         inputs.pop()
-    shape = inputs[0].shape
+    queries = inputs[0]
+    assert queries is not None
     return torch.onnx.ops.symbolic(
-        "com.microsoft::MultiHeadAttention", inputs, attributes, dtype=inputs[0].dtype, shape=shape, version=1
+        "com.microsoft::MultiHeadAttention", inputs, {**attributes}, dtype=queries.dtype, shape=queries.shape, version=1
     )
 
 
@@ -200,7 +205,7 @@ def causal_bias(query: Tensor, keys: int, size: int, window: int | None = None) 
     return torch.where(hidden, torch.finfo(query.dtype).min, zero)[None, None]
 
 
-def padding_mask(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+def padding_mask(attention_mask: Tensor | None = None, **kwargs: object) -> Tensor | None:
     """Mask function of the export path: the (B, S) padding mask itself, int32 (the runtime adds causality)."""
     return None if attention_mask is None else attention_mask.to(torch.int32)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from compressft_kernels import adapter as adapter_kernel
@@ -12,27 +14,34 @@ from torch import Tensor, nn
 from compressft.errors import UserError
 from compressft.modules.dtypes import like
 from compressft.modules.families import Family
-from compressft.modules.kinds import Extra, known
+from compressft.modules.kinds import Extra, built, known
 from compressft.modules.linear import is_bare
+from compressft.utils.texts import JSON
 
 
-@known
-class Bottleneck(Extra):
-    """y = residual + scale * up(act(down(x))); x (..., d), `down_weight` (r, d), `up_weight` (d, r).
+@dataclass(frozen=True)
+class BottleneckDesign:
+    """What a bottleneck is made of: d, the `size` inside, the activation's name, and the factor on what it adds."""
+
+    width: int
+    size: int
+    activation: str
+    scale: float = 1.0
+
+
+class BottleneckLayers(Extra):
+    """Base: y = residual + scale * up(act(down(x))); x (..., d), `down_weight` (r, d), `up_weight` (d, r).
 
     Houlsby et al. (2019), section 2.1. `init` "houlsby" draws both matrices from a normal of std 1e-3 truncated at two
     standard deviations (near-identity); "bert" from N(0, 0.02) (Pfeiffer et al. 2021); "zero" draws `down_weight` from
     U(-1/sqrt(d), 1/sqrt(d)) and leaves `up_weight` 0, which is the identity (He et al. 2022); biases start at 0.
     """
 
-    kind: ClassVar[str] = "bottleneck"
-
-    def __init__(
-        self, width: int, size: int, activation: str, init: str, generator: torch.Generator, scale: float = 1.0
-    ) -> None:
+    def __init__(self, design: BottleneckDesign, init: str, generator: torch.Generator) -> None:
         super().__init__()
-        self.activation = activation
-        self.scale = scale
+        self.activation = design.activation
+        self.scale = design.scale
+        width, size = design.width, design.size
         self.down_weight = nn.Parameter(torch.empty(size, width))
         self.down_bias = nn.Parameter(torch.zeros(size))
         self.up_weight = nn.Parameter(torch.empty(width, size))
@@ -48,14 +57,10 @@ class Bottleneck(Extra):
             else:
                 nn.init.normal_(weight, std=0.02, generator=generator)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, JSON]:
         size, width = self.down_weight.shape
-        scale = {} if self.scale == 1.0 else {"scale": self.scale}
+        scale: dict[str, JSON] = {} if self.scale == 1.0 else {"scale": self.scale}
         return {"width": width, "size": size, "activation": self.activation, **scale}
-
-    @classmethod
-    def rebuild(cls, old: nn.Module | None, entry: dict[str, Any]) -> Bottleneck:
-        return cls(**entry, init="bert", generator=torch.Generator().manual_seed(0))
 
     def forward(self, x: Tensor, residual: Tensor | None = None, norm: Norm | None = None) -> Tensor:
         """`residual` defaults to x; `norm`: gamma, beta and eps of a LayerNorm between x and the first projection."""
@@ -70,7 +75,18 @@ class Bottleneck(Extra):
 
 
 @known
-class Parallel(Bottleneck):
+class Bottleneck(BottleneckLayers):
+    """A bottleneck on the output of a module, or inside a norm."""
+
+    kind: ClassVar[str] = "bottleneck"
+
+    @classmethod
+    def rebuild(cls, old: nn.Module | None, entry: Mapping[str, JSON]) -> Bottleneck:
+        return cls(built(BottleneckDesign, entry), "bert", torch.Generator().manual_seed(0))
+
+
+@known
+class Parallel(BottleneckLayers):
     """A bottleneck next to an FFN: ffn(x) + scale * up(act(down(x))), x what the FFN reads (He et al. 2022, table 3).
 
     A child of its layer, made for it by `beside`; `attach` puts it to work. In post-norm layers x is also the
@@ -93,14 +109,16 @@ class Parallel(Bottleneck):
             raise UserError("method adapter.placement: 'parallel' wants an FFN that is a module; take 'pfeiffer' here")
         return self
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, JSON]:
         return {**super().describe(), "reads": self.reads, "writes": self.writes}
 
     @classmethod
-    def rebuild(cls, old: nn.Module | None, entry: dict[str, Any]) -> Parallel:
-        entry = dict(entry)
-        reads, writes = entry.pop("reads"), entry.pop("writes")
-        new = cls(**entry, init="zero", generator=torch.Generator().manual_seed(0))
+    def rebuild(cls, old: nn.Module | None, entry: Mapping[str, JSON]) -> Parallel:
+        return built(cls._again, entry)
+
+    @classmethod
+    def _again(cls, reads: str, writes: str, **arguments: JSON) -> Parallel:
+        new = cls(built(BottleneckDesign, arguments), "zero", torch.Generator().manual_seed(0))
         new.reads, new.writes = reads, writes
         return new
 
@@ -112,10 +130,10 @@ class Parallel(Bottleneck):
             # BERT's second half is given x as its residual, and adds the two before its LayerNorm.
             owner.get_submodule(self.writes).register_forward_pre_hook(self._on_residual)
 
-    def _on_ffn(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    def _on_ffn(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         return None if is_bare() else self(args[0], residual=output)
 
-    def _on_residual(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def _on_residual(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         return None if is_bare() else (args[0], self(args[1]), *args[2:])
 
 
@@ -160,12 +178,12 @@ class AdaptedOutput(nn.Module):
         if adapter is not None:
             self.adapter = adapter
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, JSON]:
         """Nothing: what it wraps and its adapter speak for themselves."""
         return {}
 
     @classmethod
-    def rebuild(cls, old: nn.Module | None, entry: dict[str, Any]) -> AdaptedOutput:
+    def rebuild(cls, old: nn.Module | None, entry: Mapping[str, JSON]) -> AdaptedOutput:
         """Around what stands there; the adapter follows."""
         assert old is not None
         return cls(old, None)
@@ -196,12 +214,12 @@ class AdaptedNorm(nn.LayerNorm):
             new.adapter = adapter
         return new
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, JSON]:
         """Nothing: its adapter speaks for itself."""
         return {}
 
     @classmethod
-    def rebuild(cls, old: nn.Module | None, entry: dict[str, Any]) -> AdaptedNorm:
+    def rebuild(cls, old: nn.Module | None, entry: Mapping[str, JSON]) -> AdaptedNorm:
         """In place of the LayerNorm; the adapter follows."""
         assert isinstance(old, nn.LayerNorm)
         return cls.of(old, None)

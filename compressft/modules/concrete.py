@@ -6,9 +6,10 @@ Louizos, Welling & Kingma (2018), section 2.2: a sigmoid of logistic noise, stre
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Protocol
 
 import torch
+from compressft_kernels.kept import Kept
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -38,9 +39,16 @@ def gated(
     return _Gated.apply(values, log_alpha, temperature, low, high)  # type: ignore[no-any-return]
 
 
+class _Context(Kept, Protocol):
+    saved_tensors: tuple[Tensor, Tensor]
+    constants: tuple[float, float, float]
+
+
 class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, log_alpha: Tensor, temperature: float, low: float, high: float) -> Tensor:
+    def forward(
+        ctx: _Context, values: Tensor, log_alpha: Tensor, temperature: float, low: float, high: float
+    ) -> Tensor:
         z = torch.empty_like(log_alpha).uniform_(EDGE, 1.0 - EDGE).logit_().add_(log_alpha)
         if temperature != 1.0:
             z.div_(temperature)
@@ -51,7 +59,7 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         values, z = ctx.saved_tensors
         temperature, low, high = ctx.constants
         wanted = ctx.needs_input_grad

@@ -1,4 +1,4 @@
-"""ConcreteGate: a ColumnGate that is learned by gradient descent instead of being chosen by importance."""
+"""ConcreteGate: groups of columns whose gates are learned by gradient descent."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from compressft.modules.concrete import EDGE, TEMPERATURE, deterministic, open_probability
-from compressft.modules.gate import ColumnGate
+from compressft.modules.gate import GroupGate
 
 # CoFi (Xia, Zhong & Chen 2022): every step's clamp, and the factor of the deployed gates' sigmoid.
 LOWEST, HIGHEST = math.log(0.01), math.log(100.0)
@@ -17,7 +17,7 @@ INITIAL = 3.0
 SHARPNESS = 0.8
 
 
-class ConcreteGate(ColumnGate):
+class ConcreteGate(GroupGate):
     """Hard-concrete gates, one per group of `size` adjacent columns (Louizos et al. 2018, as CoFi uses them).
 
     Parameter `log_alpha` (groups,); buffers `noise` (groups,), the logit of this step's uniform draw, so that every
@@ -38,10 +38,7 @@ class ConcreteGate(ColumnGate):
         if not (self.sampling and self.training):
             return super().columns()
         z = deterministic(self.log_alpha + self.noise, temperature=TEMPERATURE)
-        return z if self.size == 1 else z.repeat_interleave(self.size)
-
-    def measure(self, on: bool) -> None:
-        """Nothing: gradients go to `log_alpha`."""
+        return self.by_column(z)
 
     def probability(self) -> Tensor:
         """P(gate != 0) per group, differentiable."""

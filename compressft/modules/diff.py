@@ -1,4 +1,4 @@
-"""Diff: what a task adds to one frozen weight, made sparse by hard-concrete gates and then by an exact cut."""
+"""WeightDiff: what a task adds to one frozen weight, made sparse by hard-concrete gates and then by an exact cut."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LOW, HIGH = -1.5, 1.5
 INITIAL = 5.0
 
 
-class Diff(nn.Module):
+class WeightDiff(nn.Module):
     """z * w for the `delta` slot, (out, in): while gates are learned, and mask * w once the diff has been `cut`.
 
     Parameters `values` (w, from 0), `log_alpha` per entry and, where `grouped`, `group`, the log alpha of one more gate

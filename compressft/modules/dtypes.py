@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeVarTuple
 
 import torch
 from torch import Tensor
 
+Tensors = TypeVarTuple("Tensors")
 
-def like(x: Tensor, *tensors: Any) -> tuple[Any, ...]:
+
+def like(x: Tensor, *tensors: *Tensors) -> tuple[*Tensors]:
     """These tensors (or None) in the dtype of `x`, as a model that was cast to bf16 wants them; autocast sees to it."""
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         return tensors
-    return tuple(tensor if tensor is None or tensor.dtype == x.dtype else tensor.to(x.dtype) for tensor in tensors)
+    cast = (t.to(x.dtype) if isinstance(t, Tensor) and t.dtype != x.dtype else t for t in tensors)
+    # One for each that was given, which no type says of a generator.
+    return tuple(cast)  # type: ignore[return-value]

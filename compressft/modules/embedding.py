@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from compressft.modules.int4 import on_live_columns, straight_through
 from compressft.modules.kinds import known
 from compressft.modules.linear import is_bare, is_dense
 from compressft.modules.quantizer import round_rows
+from compressft.utils.texts import JSON
 
 
 @known
@@ -45,16 +46,18 @@ class CompressedEmbedding(nn.Embedding):
         new.bits, new.block = bits, block
         return new
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, JSON]:
         """{"bits", "block"}, and "first" where it is not 0."""
         return {"bits": self.bits, "block": self.block} | ({"first": self.first} if self.first else {})
 
     @classmethod
-    def rebuild(cls, old: nn.Module | None, entry: dict[str, Any]) -> CompressedEmbedding:
+    def rebuild(cls, old: nn.Module | None, entry: Mapping[str, JSON]) -> CompressedEmbedding:
         """In place of the plain table."""
         assert isinstance(old, nn.Embedding)
-        new = cls.of(old, entry["bits"], entry["block"])
-        new.first = entry.get("first", 0)
+        bits, block, first = entry["bits"], entry["block"], entry.get("first", 0)
+        assert isinstance(bits, int | None) and isinstance(block, int) and isinstance(first, int)
+        new = cls.of(old, bits, block)
+        new.first = first
         return new
 
     @torch.no_grad()

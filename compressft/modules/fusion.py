@@ -1,9 +1,9 @@
-"""Fusion: an attention over the outputs of several frozen adapters, token by token."""
+"""AdapterFusion: an attention over the outputs of several frozen adapters, token by token."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from compressft_kernels.reference.bottleneck import ACTIVATIONS
@@ -13,10 +13,11 @@ from torch.nn import functional as F
 from compressft.modules.bottleneck import Bottleneck
 from compressft.modules.dropout import drop
 from compressft.modules.kinds import Extra, known
+from compressft.utils.texts import JSON
 
 
 @known
-class Fusion(Extra):
+class AdapterFusion(Extra):
     """y = residual + W_v sum_n p_n z_n, p = softmax_n(Q . K_n / temperature) (Pfeiffer et al., EACL 2021, section 3.2).
 
     z_n = up_n(act(down_n(x))) is adapter n's output without its residual, Q = W_q x + b_q, K_n = W_k z_n + b_k; the
@@ -68,7 +69,7 @@ class Fusion(Extra):
         self.register_buffer("place", place, persistent=False)
 
     @classmethod
-    def of(cls, adapters: Sequence[Bottleneck], dropout: float, generator: torch.Generator) -> Fusion:
+    def of(cls, adapters: Sequence[Bottleneck], dropout: float, generator: torch.Generator) -> AdapterFusion:
         """Over copies of these adapters, which have one activation."""
         width = adapters[0].down_weight.shape[1]
         sizes = [len(adapter.down_bias) for adapter in adapters]
@@ -80,10 +81,10 @@ class Fusion(Extra):
             new.up_bias.copy_(torch.stack([adapter.up_bias for adapter in adapters]))
         return new
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, JSON]:
         return {
             "width": len(self.query_bias),
-            "sizes": self.sizes,
+            "sizes": [*self.sizes],
             "activation": self.activation,
             "dropout": self.dropout,
         }

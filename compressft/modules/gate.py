@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Sequence, ValuesView
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from compressft_kernels import masked_linear, pack_mask, packed_linear, unpack_mask
+from compressft_kernels.kept import Kept
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,7 +16,10 @@ from compressft.modules.rank import flatten, keep_largest, nth_largest, nth_larg
 
 
 class Gate(nn.Module):
-    """Base: maps a weight (out, in) to the gated weight, differentiably."""
+    """What any gate does: it maps a weight (out, in) to the gated weight, differentiably."""
+
+    # What lives: by weight, by tile or by group.
+    mask: Tensor
 
     def forward(self, weight: Tensor) -> Tensor:
         """(out, in) -> (out, in)."""
@@ -23,15 +27,21 @@ class Gate(nn.Module):
 
     def columns(self) -> Tensor | None:
         """Factor per input column (in,), 0 for columns that are gone; None where the gate knows no whole columns."""
-        return None
+        raise NotImplementedError
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x (..., in) times the gated weight; gates with a kernel of their own override it."""
-        return F.linear(x, *like(x, self(weight), bias))
+        """x (..., in) times the gated weight."""
+        raise NotImplementedError
 
 
 class Gates(nn.ModuleDict):
     """All gates of one weight by the type of the pass that put them there; their factors multiply."""
+
+    if TYPE_CHECKING:
+
+        def __getitem__(self, key: str) -> Gate: ...
+
+        def values(self) -> ValuesView[Gate]: ...
 
     def forward(self, weight: Tensor) -> Tensor:
         for gate in self.values():
@@ -40,20 +50,18 @@ class Gates(nn.ModuleDict):
 
     def columns(self) -> Tensor | None:
         """Product of the gates' column factors, without a graph."""
-        known = [c.detach() for gate in self.values() if (c := gate.columns()) is not None]  # type: ignore[operator]
+        known = [c.detach() for gate in self.values() if (c := gate.columns()) is not None]
         product = None
         for columns in known:
             product = columns if product is None else product * columns
         return product
 
 
-class ColumnGate(Gate):
-    """Groups of `size` adjacent input columns that are kept (1) or dropped (0) together: a head's, or one neuron's.
+class GroupGate(Gate):
+    """Base of gates of groups of `size` adjacent input columns that stay or go together: a head's, or one neuron's.
 
-    Buffers: `mask` (groups,) fp32 0/1 and `importance` (groups,) fp32. While `measure()` is on, `mask` collects the
-    gradient of the loss with respect to itself: the first-order importance of Michel et al. (2019), equation 2, which
-    is also the movement score of Sanh et al. (2020) summed over the group. A dropped group still gets a gradient, so it
-    may return. `mask` is a buffer, not a parameter: no optimiser and no gradient clipping sees it.
+    Buffers: `mask` (groups,) fp32, 0 for a group that is dropped, and `importance` (groups,) fp32. `mask` is a buffer,
+    not a parameter: no optimiser and no gradient clipping sees it.
     """
 
     mask: Tensor
@@ -68,15 +76,37 @@ class ColumnGate(Gate):
     def forward(self, weight: Tensor) -> Tensor:
         return weight * self.columns()
 
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, *like(x, self(weight), bias))
+
+    def columns(self) -> Tensor:
+        """The mask per input column, (groups * size,)."""
+        return self.by_column(self.mask)
+
+    def by_column(self, values: Tensor) -> Tensor:
+        """(groups,) -> (groups * size,)."""
+        return values if self.size == 1 else values.repeat_interleave(self.size)
+
+    @torch.no_grad()
+    def keep(self, groups: Tensor) -> None:
+        """Keep exactly these group indices."""
+        self.mask.zero_()
+        self.mask[groups] = 1.0
+
+
+class ColumnGate(GroupGate):
+    """Groups that are kept (1) or dropped (0) by what training shows of their importance.
+
+    While `measure()` is on, `mask` collects the gradient of the loss with respect to itself: the first-order importance
+    of Michel et al. (2019), equation 2, which is also the movement score of Sanh et al. (2020) summed over the group. A
+    dropped group still gets a gradient, so it may return.
+    """
+
     def measure(self, on: bool) -> None:
         """Collect (or stop collecting) gradients of the mask."""
         self.mask.requires_grad_(on)
         if not on:
             self.mask.grad = None
-
-    def columns(self) -> Tensor:
-        """The mask per input column, (groups * size,)."""
-        return self.mask if self.size == 1 else self.mask.repeat_interleave(self.size)
 
     @torch.no_grad()
     def accumulate(self, momentum: float) -> None:
@@ -87,12 +117,6 @@ class ColumnGate(Gate):
             if torch.isfinite(score).all():
                 self.importance.mul_(momentum).add_(score * (1.0 - momentum))
             self.mask.grad = None
-
-    @torch.no_grad()
-    def keep(self, groups: Tensor) -> None:
-        """Keep exactly these group indices."""
-        self.mask.zero_()
-        self.mask[groups] = 1.0
 
 
 class MaskGate(Gate):
@@ -125,8 +149,16 @@ class MaskGate(Gate):
     def forward(self, weight: Tensor) -> Tensor:
         return weight * self.mask
 
+    def columns(self) -> None:
+        """It knows no whole columns."""
+
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return packed_linear(x, weight, self.bits, bias=bias)
+
+
+class _Context(Kept, Protocol):
+    saved_tensors: tuple[Tensor, Tensor, Tensor]
+    tile: tuple[int, int]
 
 
 class _Thresholded(torch.autograd.Function):
@@ -136,13 +168,13 @@ class _Thresholded(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, scores: Tensor, threshold: Tensor, tile: tuple[int, int]) -> Tensor:
+    def forward(ctx: _Context, weight: Tensor, scores: Tensor, threshold: Tensor, tile: tuple[int, int]) -> Tensor:
         ctx.save_for_backward(weight, scores, threshold)
         ctx.tile = tile
         return _where_alive(weight, scores, threshold, tile)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         weight, scores, threshold = ctx.saved_tensors
         d_weight = _where_alive(grad, scores, threshold, ctx.tile) if ctx.needs_input_grad[0] else None
         d_scores = pool(grad * weight, ctx.tile) if ctx.needs_input_grad[1] else None
@@ -191,6 +223,8 @@ class ScoreGate(Gate):
     """
 
     threshold: Tensor
+    # What the pass that has put it there says, of no matter here.
+    weight_of_penalty: float = 0.0
 
     def __init__(
         self,

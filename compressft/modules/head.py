@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressft.modules.dtypes import like
-from compressft.modules.kinds import known
+from compressft.modules.kinds import built, known
 from compressft.modules.tap import Tap
+from compressft.utils.texts import JSON
 
 Body = Literal["linear", "mlp", "bilstm"]
 Pooling = Literal["own", "mean"]
@@ -80,9 +83,21 @@ def _gather(x: Tensor, places: Tensor) -> Tensor:
     return torch.gather(x, 1, places[..., None].expand(-1, -1, x.shape[2]))
 
 
-def _gates(parameter: Any) -> Tensor:
+def _gates(parameter: Tensor | nn.Module) -> Tensor:
     """torch's order of an LSTM's gates, input, forget, cell, output, as ONNX's: input, output, forget, cell."""
+    assert isinstance(parameter, Tensor)
     return parameter.unflatten(0, (4, -1))[[0, 3, 1, 2]].flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class HeadDesign:
+    """What a `ProbeHead` is made of: d, `body` with its `size`, and how features are read."""
+
+    width: int
+    body: Body
+    size: int
+    standardise: bool
+    pooling: Pooling = "own"
 
 
 @known
@@ -100,36 +115,34 @@ class ProbeHead(Tap):
     mean: Tensor
     deviation: Tensor
 
-    def __init__(
-        self,
-        width: int,
-        body: Body,
-        size: int,
-        standardise: bool,
-        pooling: Pooling = "own",
-        generator: torch.Generator | None = None,
-    ) -> None:
+    def __init__(self, design: HeadDesign, generator: torch.Generator | None = None) -> None:
         super().__init__()
-        self.width, self.body, self.size, self.standardise, self.pooling = width, body, size, standardise, pooling
+        self.design = design
+        self.body, self.standardise, self.pooling = design.body, design.standardise, design.pooling
+        width, size = design.width, design.size
         generator = generator or torch.Generator().manual_seed(0)
-        if standardise:
+        if design.standardise:
             self.register_buffer("mean", torch.zeros(width))
             self.register_buffer("deviation", torch.ones(width))
-        if body == "mlp":
+        if design.body == "mlp":
             self.inner, self.outer = _linear(width, size, generator), _linear(size, width, generator)
-        elif body == "bilstm":
+        elif design.body == "bilstm":
             self.lstm = BiLSTM(width, size, generator)
             self.outer = None if 2 * size == width else _linear(2 * size, width, generator)
 
-    def describe(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("width", "body", "size", "standardise", "pooling")}
+    def describe(self) -> dict[str, JSON]:
+        return asdict(self.design)
+
+    @classmethod
+    def rebuild(cls, old: nn.Module | None, entry: Mapping[str, JSON]) -> ProbeHead:
+        return cls(built(HeadDesign, entry))
 
     @property
     def pools_features(self) -> bool:
         """Whether the mean is taken before anything else."""
         return self.pooling == "mean" and self.body != "bilstm"
 
-    def top(self, states: list[Tensor], last: Tensor, inputs: dict[str, Any]) -> Tensor:
+    def top(self, states: list[Tensor], last: Tensor, inputs: Mapping[str, object]) -> Tensor:
         return self(last, inputs["attention_mask"])
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:

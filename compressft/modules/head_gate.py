@@ -1,4 +1,4 @@
-"""HeadGate: a ColumnGate per attention head with the hard-concrete gates of Voita et al."""
+"""HeadGate: the hard-concrete gates of Voita et al., one per attention head."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from compressft.modules.concrete import EDGE, deterministic, open_probability
-from compressft.modules.gate import ColumnGate
+from compressft.modules.gate import GroupGate
 
 # Voita et al. (2019); movement pruning and CoFi have others.
 TEMPERATURE = 0.33
@@ -14,7 +14,7 @@ TEMPERATURE = 0.33
 INITIAL = 3.0
 
 
-class HeadGate(ColumnGate):
+class HeadGate(GroupGate):
     """A factor in [0, 1] per head (KV group), on the head's output, before the output projection.
 
     Parameter `log_alpha` (heads,); buffers `noise` (heads,), the logit of this step's uniform draw, so that every
@@ -34,7 +34,7 @@ class HeadGate(ColumnGate):
         if not (self.sampling and self.training):
             return super().columns()
         z = deterministic(self.log_alpha + self.noise, temperature=TEMPERATURE)
-        return z if self.size == 1 else z.repeat_interleave(self.size)
+        return self.by_column(z)
 
     def probability(self) -> Tensor:
         """P(gate > 0) per head, differentiable."""

@@ -9,7 +9,7 @@ the block's value v of greatest magnitude (its sign included), zero point 8. Asy
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -98,11 +98,11 @@ def on_live_columns(values: Tensor, columns: Tensor | None, change: Callable[[Te
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, source: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: object, source: Tensor, value: Tensor) -> Tensor:
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return grad, None
 
 

@@ -9,7 +9,7 @@ training computes what the integer kernel of the exported graph computes, on eve
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,13 +24,38 @@ WMAX = {8: 127.0, 7: 63.0}
 PAIR_MAX = 127.0
 
 
-def activation_scale(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and zero point (both fp32 scalars, the zero point integral in [0, 255]) of the range [low, high]."""
+class InputGrid(NamedTuple):
+    """What a layer's inputs are rounded to, fp32 scalars; the zero point is integral in [0, 255]."""
+
+    scale: Tensor
+    zero_point: Tensor
+
+
+class LayerRounding(NamedTuple):
+    """How a layer is rounded besides.
+
+    Attributes:
+        w_scale: of the weight's rows, fp32 (out,); None: `portable_scale`.
+        rate: share of the weights, drawn again at each call, that is rounded (Fan et al. 2020, "Training with
+            quantization noise", section 4.1).
+        ends: low and high of the inputs' range, where they are to get a gradient.
+    """
+
+    w_scale: Tensor | None = None
+    rate: float = 1.0
+    ends: tuple[Tensor, Tensor] | None = None
+
+
+WHOLE = LayerRounding()
+
+
+def activation_scale(low: Tensor, high: Tensor) -> InputGrid:
+    """The grid of the range [low, high]."""
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
     scale = (high - low) / QMAX
     # A range of zero width (all inputs 0) would give scale 0; any positive scale represents it exactly.
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    return scale, torch.round(-low / scale).clamp(0.0, QMAX)
+    return InputGrid(scale, torch.round(-low / scale).clamp(0.0, QMAX))
 
 
 def weight_scale(weight: Tensor, bits: int = 8) -> Tensor:
@@ -178,14 +203,7 @@ def _range_gradient(
 
 
 def quantised_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    x_scale: Tensor,
-    zero_point: Tensor,
-    w_scale: Tensor | None = None,
-    rate: float = 1.0,
-    ends: tuple[Tensor, Tensor] | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, grid: InputGrid, rounding: LayerRounding = WHOLE
 ) -> Tensor:
     """Linear layer in int8 arithmetic.
 
@@ -193,17 +211,13 @@ def quantised_linear(
         x: (..., in) floating.
         weight: (out, in), quantised here with one symmetric scale per row.
         bias: (out,) or None, kept in fp32.
-        x_scale, zero_point: fp32 scalars of the input's range (`activation_scale`).
-        w_scale: of the weight's rows, fp32 (out,); None: `portable_scale`.
-        rate: share of the weights, drawn again at each call, that is rounded (Fan et al. 2020, "Training with
-            quantization noise", section 4.1).
-        ends: low and high of the range, where they are to get a gradient.
+        grid: of the input's range (`activation_scale`).
 
     Returns:
         (..., out) in the autocast dtype where autocast is on, else in x's dtype.
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    low, high = ends if ends is not None else (None, None)
-    w_scale = portable_scale(weight) if w_scale is None else w_scale
-    return _QuantisedLinear.apply(x, weight, bias, low, high, x_scale, zero_point, dtype, w_scale, rate)  # type: ignore[return-value]
+    low, high = rounding.ends if rounding.ends is not None else (None, None)
+    w_scale = portable_scale(weight) if rounding.w_scale is None else rounding.w_scale
+    return _QuantisedLinear.apply(x, weight, bias, low, high, *grid, dtype, w_scale, rounding.rate)  # type: ignore[return-value]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from compressft_kernels import adapter as adapter_kernel
@@ -12,6 +12,11 @@ from compressft.modules.dtypes import like
 from compressft.modules.families import FAMILIES
 from compressft.modules.kinds import Extra, known
 from compressft.modules.linear import is_bare
+from compressft.modules.pretrained import pretrained
+from compressft.utils.texts import JSON
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 INVERTIBLE = "invertible"
 
@@ -49,13 +54,17 @@ class Invertible(Extra):
                     nn.init.normal_(linear.weight, std=0.0 if zero and place else 0.02, generator=generator)
                     nn.init.zeros_(linear.bias)
 
-    def describe(self) -> dict[str, Any]:
-        return {"width": self.width, "size": self.f[0].out_features, "activation": self.activation}
+    def describe(self) -> dict[str, JSON]:
+        return {"width": self.width, "size": self.size, "activation": self.activation}
 
-    def attach(self, owner: nn.Module) -> None:
+    @property
+    def size(self) -> int:
+        """Width inside."""
+        return self.f[0].get_parameter("bias").shape[0]
+
+    def attach(self, owner: PreTrainedModel) -> None:
         """Act on the embeddings of the backbone whose child this is."""
-        backbone: Any = owner
-        family = FAMILIES[backbone.config.model_type]
+        family = FAMILIES[owner.config.model_type]
         if family.embeddings != family.embedding_tables:
             owner.get_submodule(family.embeddings[0]).register_forward_hook(self._on_output)
         else:
@@ -82,10 +91,12 @@ class Invertible(Extra):
             activation=self.activation, residual=residual, scale=scale,
         )  # fmt: skip
 
-    def _on_output(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+    def _on_output(self, module: nn.Module, args: object, output: Tensor) -> Tensor | None:
         return None if is_bare() else self(output)
 
-    def _on_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _on_layer(
+        self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> tuple[tuple[object, ...], dict[str, object]] | None:
         if is_bare():
             return None
         if args:
@@ -99,28 +110,28 @@ class Inverse(Extra):
 
     kind: ClassVar[str] = "inverse"
     # In a tuple, so that the model is not registered inside itself.
-    model: tuple[nn.Module]
+    model: tuple[PreTrainedModel]
 
-    def attach(self, owner: nn.Module) -> None:
+    def attach(self, owner: PreTrainedModel) -> None:
         """Act on the output embedding of the model whose child this is."""
-        whole: Any = owner
         self.model = (owner,)
-        whole.get_output_embeddings().register_forward_pre_hook(self._on_logits)
+        embedding = owner.get_output_embeddings()
+        assert embedding is not None
+        embedding.register_forward_pre_hook(self._on_logits)
 
-    def _on_logits(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def _on_logits(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         if is_bare():
             return None
-        whole: Any = self.model[0]
-        coupling: Invertible = getattr(whole.base_model, INVERTIBLE)
+        coupling: Invertible = getattr(self.model[0].base_model, INVERTIBLE)
         return coupling.inverse(args[0]), *args[1:]
 
 
-def add_invertible(model: nn.Module, new: Invertible) -> None:
+def add_invertible(model: PreTrainedModel, new: Invertible) -> None:
     """Put `new` into a model's backbone, and its inverse into the model where that has an output embedding."""
-    whole: Any = model
-    whole.base_model.add_module(INVERTIBLE, new)
-    new.attach(whole.base_model)
-    if whole.get_output_embeddings() is not None:
+    backbone = pretrained(model.base_model)
+    backbone.add_module(INVERTIBLE, new)
+    new.attach(backbone)
+    if model.get_output_embeddings() is not None:
         inverse = Inverse()
-        whole.add_module("inverse", inverse)
-        inverse.attach(whole)
+        model.add_module("inverse", inverse)
+        inverse.attach(model)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Protocol, TypeVar
+from collections.abc import Callable, Mapping
+from typing import ClassVar, Protocol, TypeVar
 
 from torch import nn
+
+from compressft.utils.texts import JSON
 
 
 class Kind(Protocol):
@@ -18,14 +21,15 @@ class Kind(Protocol):
 
     kind: ClassVar[str]
 
-    def describe(self) -> dict[str, Any]: ...
+    def describe(self) -> dict[str, JSON]: ...
 
     @classmethod
-    def rebuild(cls, old: nn.Module | None, entry: dict[str, Any]) -> nn.Module: ...
+    def rebuild(cls, old: nn.Module | None, entry: Mapping[str, JSON]) -> nn.Module: ...
 
 
 KINDS: dict[str, type[Kind]] = {}
 Class = TypeVar("Class", bound=type)
+Built = TypeVar("Built")
 
 
 def known(cls: Class) -> Class:
@@ -36,19 +40,24 @@ def known(cls: Class) -> Class:
     return cls
 
 
+def built(make: Callable[..., Built], entry: Mapping[str, JSON], **others: object) -> Built:
+    """`make` of what a folder says its arguments are, and of these; it raises TypeError where they are not."""
+    return make(**entry, **others)
+
+
 class Extra(nn.Module):
     """Base of modules all of whose tensors are additions: the plain model has none of them."""
 
     kind: ClassVar[str]
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, JSON]:
         """The constructor's keyword arguments, JSON values."""
         return {}
 
     @classmethod
-    def rebuild(cls, old: nn.Module | None, entry: dict[str, Any]) -> nn.Module:
+    def rebuild(cls, old: nn.Module | None, entry: Mapping[str, JSON]) -> nn.Module:
         """The module again, its tensors still to be loaded."""
-        return cls(**entry)
+        return built(cls, entry)
 
 
 def additions(model: nn.Module) -> tuple[str, ...]:

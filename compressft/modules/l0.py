@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from compressft.modules.concrete import deterministic, gated, open_probability
+from compressft.modules.dtypes import like
 from compressft.modules.gate import Gate
 
 
@@ -16,6 +18,8 @@ class L0Gate(Gate):
     function of progress, no state. Louizos, Welling & Kingma (2018) with the constants of Sanh, Wolf & Rush (2020).
     """
 
+    weight_of_penalty: float = 0.0
+
     def __init__(self, rows: int, columns: int, initial: float) -> None:
         super().__init__()
         self.scores = nn.Parameter(torch.full((rows, columns), initial))
@@ -25,6 +29,12 @@ class L0Gate(Gate):
         if self.training and not self.settled:
             return gated(weight, self.scores)
         return weight * deterministic(self.scores)
+
+    def columns(self) -> None:
+        """It knows no whole columns."""
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, *like(x, self(weight), bias))
 
     def settle(self, on: bool = True) -> None:
         """End (or go on with) noise and learning."""

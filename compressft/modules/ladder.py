@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from compressft_kernels.reference.bottleneck import ACTIVATIONS
@@ -12,7 +13,13 @@ from compressft.errors import UserError
 from compressft.modules.dtypes import like
 from compressft.modules.families import FAMILIES
 from compressft.modules.kinds import known
-from compressft.modules.side import Side, own_layers
+from compressft.modules.side import blended, own_layers
+from compressft.modules.tap import Tap
+from compressft.utils.texts import JSON
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.cache_utils import CacheLayerMixin
 
 # Width of an attention head, where `size` is a multiple.
 HEAD = 16
@@ -31,7 +38,7 @@ class Rung(nn.Module):
         self.inner = nn.Linear(size, 4 * size)
         self.outer = nn.Linear(4 * size, size)
 
-    def forward(self, s: Tensor, seen: Tensor | None, cached: Any) -> Tensor:
+    def forward(self, s: Tensor, seen: Tensor | None, cached: CacheLayerMixin | None) -> Tensor:
         """(B, T, size) -> (B, T, size).
 
         Args:
@@ -48,12 +55,13 @@ class Rung(nn.Module):
 
 
 @known
-class SideLadder(Side):
+class SideLadder(Tap):
     """S climbs along B: one small block per layer reads B's states there (Sung et al. 2022, ladder side-tuning).
 
     s_0 = D_0 h_0, s_i = rung_i(mu_i s_(i-1) + (1 - mu_i) D_i h_i), S = B + U s_L, where h_i is what layer i hands on,
     D_i maps it to the ladder's `size` and mu_i = sigmoid(`mix[i]`), from 0. Rungs attend among the tokens that B
-    attends to, without positions of their own: B's states hold them. U starts at 0: S is B at first.
+    attends to, without positions of their own: B's states hold them. U starts at 0: S is B at first. Parameter `blend`
+    (), from 0, for `blended`.
 
     Args:
         layers: of B.
@@ -62,11 +70,15 @@ class SideLadder(Side):
     """
 
     kind: ClassVar[str] = "side_ladder"
+    above_norm = True
     wants = ("attention_mask",)
+    # A backbone may make the cache itself.
+    wants_of_layer = ("past_key_values",)
     causal: bool
 
     def __init__(self, layers: int, width: int, size: int, generator: torch.Generator | None = None) -> None:
         super().__init__()
+        self.blend = nn.Parameter(torch.zeros(()))
         self.size = size
         with torch.device("meta"):
             self.down = nn.ModuleList([nn.Linear(width, size) for _ in range(layers + 1)])
@@ -85,30 +97,32 @@ class SideLadder(Side):
                 module.reset_parameters()
         nn.init.zeros_(self.up.weight)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, JSON]:
         return {"layers": len(self.rungs), "width": self.up.out_features, "size": self.size}
 
-    def attach(self, owner: nn.Module) -> None:
+    def attach(self, owner: PreTrainedModel) -> None:
         super().attach(owner)
-        self.causal = FAMILIES[owner.config.model_type].causal  # type: ignore[union-attr, index]
+        self.causal = FAMILIES[owner.config.model_type].causal
 
-    def top(self, states: list[Tensor], last: Tensor, inputs: dict[str, Any]) -> Tensor:
+    def top(self, states: list[Tensor], last: Tensor, inputs: Mapping[str, object]) -> Tensor:
         cache, mask, new = inputs["past_key_values"], inputs["attention_mask"], last.shape[1]
+        assert mask is None or isinstance(mask, Tensor)
         if mask is not None and mask.dim() != 2:
             raise UserError("method side.network: 'ladder' reads attention_mask as (batch, tokens); give it so")
-        layers: list[Any] = [None] * len(self.rungs)
+        layers: Sequence[CacheLayerMixin | None] = [None] * len(self.rungs)
+        past = 0
         if cache is not None:
-            layers = own_layers(cache, len(states), new, self._new_layers)
-        past = 0 if cache is None else layers[0].get_seq_length()
+            layers = own = own_layers(cache, len(states), new, self._new_layers)
+            past = own[0].get_seq_length()
         seen = visible(mask, new, past, self.causal, last.device)
-        return self.blended(last, last + like(last, self(list(like(self.mix, *states, last)), seen, layers))[0])
+        return blended(self.blend, last, last + like(last, self(list(like(self.mix, *states, last)), seen, layers))[0])
 
-    def _new_layers(self) -> list[Any]:
+    def _new_layers(self) -> list[CacheLayerMixin]:
         from transformers.cache_utils import DynamicLayer
 
         return [DynamicLayer() for _ in self.rungs]
 
-    def forward(self, states: list[Tensor], seen: Tensor | None, layers: list[Any]) -> Tensor:
+    def forward(self, states: list[Tensor], seen: Tensor | None, layers: Sequence[CacheLayerMixin | None]) -> Tensor:
         """U s_L of the embeddings' and layers' outputs, each (B, T, d); `seen` and a cache's `layers` as `Rung`'s."""
         if len(states) != len(self.down):
             raise ValueError(f"side_ladder: {len(states)} outputs given, made for {len(self.down)}")

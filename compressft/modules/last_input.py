@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+Value = TypeVar("Value")
 
 
 class LastInput:
@@ -20,19 +22,20 @@ class LastInput:
     def __init__(self) -> None:
         self._input: weakref.ref[Tensor] | None = None
         self._version = 0
-        self._values: dict[Hashable, Any] = {}
+        self._values: dict[Hashable, object] = {}
 
-    def value(self, x: Tensor, key: Hashable, compute: Callable[[], Any]) -> Any:
+    def value(self, x: Tensor, key: Hashable, compute: Callable[[], Value]) -> Value:
         """`compute()`, or what it gave under this key for the same x."""
         if x.device.type != "cpu" or x.is_inference() or torch.compiler.is_compiling():
             return compute()
         if self._input is None or self._input() is not x or self._version != x._version:
-            values: dict[Hashable, Any] = {}
+            values: dict[Hashable, object] = {}
             self._input = weakref.ref(x, lambda _: values.clear())
             self._version, self._values = x._version, values
         if key not in self._values:
             self._values[key] = compute()
-        return self._values[key]
+        # Whatever has a key is of one type.
+        return self._values[key]  # type: ignore[return-value]
 
 
 last_input = LastInput()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from compressft_kernels import packed_linear
@@ -13,10 +13,13 @@ from torch.nn import functional as F
 
 from compressft.modules.current import Current
 from compressft.modules.dtypes import like
-from compressft.modules.gate import Gates, MaskGate, ScoreGate
+from compressft.modules.gate import Gate, Gates, MaskGate, ScoreGate
 from compressft.modules.kinds import known
 from compressft.modules.quantizer import Quantizer
 from compressft.modules.store import NF4Store
+from compressft.utils.texts import JSON
+
+Kind = TypeVar("Kind", bound=Gate)
 
 _dense = Current(False)
 _bare = Current(False)
@@ -81,7 +84,7 @@ class CompressedLinear(nn.Linear):
         self.adapter = None
         self.store = None
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
         if name == "weight" and self._modules.get("store") is not None:
             return self._modules["store"]()  # type: ignore[misc]
         return super().__getattr__(name)
@@ -105,12 +108,12 @@ class CompressedLinear(nn.Linear):
         new.train(module.training)
         return new
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, JSON]:
         """Nothing: what is in its slots speaks for itself."""
         return {}
 
     @classmethod
-    def rebuild(cls, old: nn.Module | None, entry: dict[str, Any]) -> CompressedLinear:
+    def rebuild(cls, old: nn.Module | None, entry: Mapping[str, JSON]) -> CompressedLinear:
         """In place of the plain layer; the slots follow."""
         assert old is not None
         return cls.of(old)
@@ -147,12 +150,12 @@ class CompressedLinear(nn.Linear):
 
     def effective_bias(self) -> Tensor | None:
         """What is added to the product, (out,): a delta may change it too."""
-        changes: Any = None if is_bare() else getattr(self.delta, "bias", None)
+        changes = None if is_bare() else getattr(self.delta, "bias", None)
         return self.bias if changes is None else changes()
 
     def _product(self, x: Tensor) -> Tensor:
         quantizer = None if is_dense() else self.quantizer
-        gates: list[Any] = [] if is_dense() else list(self.gates.values())
+        gates = [] if is_dense() else list(self.gates.values())
         if quantizer is not None:
             columns = self.gates.columns()
             if self.training:
@@ -166,7 +169,7 @@ class CompressedLinear(nn.Linear):
                 packed = self.store is not None and _reads_nf4(gates[0])
                 return gates[0].linear(x, self.store.nf4 if packed else self.weight, self.bias)  # type: ignore[union-attr]
         else:
-            product: Any = getattr(self.delta, "product", None)
+            product = getattr(self.delta, "product", None)
             if not gates and product is not None:
                 # Cheaper than building W + delta: no gradient of the whole weight.
                 return product(x)
@@ -222,6 +225,13 @@ def _reads_nf4(gate: nn.Module) -> bool:
     return isinstance(gate, MaskGate) or (isinstance(gate, ScoreGate) and gate.tile == (1, 1))
 
 
-def gate_of(module: nn.Module, name: str) -> Any:
-    """The gate that a pass of this name has put into a layer; None where it has none."""
-    return module.gates[name] if isinstance(module, CompressedLinear) and name in module.gates else None
+def gate_of(module: nn.Module, name: str, kind: type[Kind]) -> Kind | None:
+    """The gate of this kind that a pass of this name has put into a layer; None where it has none."""
+    gate = module.gates[name] if isinstance(module, CompressedLinear) and name in module.gates else None
+    return gate if isinstance(gate, kind) else None
+
+
+def gates_of(model: nn.Module, name: str, kind: type[Kind]) -> list[tuple[CompressedLinear, Kind]]:
+    """(layer, gate) for every gate of this kind that a pass of this name has put in, in the model's order."""
+    linears = (module for module in model.modules() if isinstance(module, CompressedLinear))
+    return [(linear, gate) for linear in linears if (gate := gate_of(linear, name, kind)) is not None]

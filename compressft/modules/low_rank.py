@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+if TYPE_CHECKING:
+    from compressft.modules.tuner import BaseView
+
 
 class LowRank(NamedTuple):
     """What a plain LoRA or DoRA layer of PEFT holds: W x + scale * up(down(x)), the sum times a magnitude in DoRA."""
 
-    base: Any
+    base: BaseView
     down: Tensor
     up: Tensor
     scale: float
@@ -43,7 +46,7 @@ def _row_norms(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor
         return torch.linalg.vector_norm(torch.addmm(weight, up, down, alpha=scale), dim=1)
 
 
-def low_rank(tuner: Any, x: Tensor) -> LowRank | None:
+def low_rank(tuner: nn.Module, x: Tensor) -> LowRank | None:
     """How to compute a tuner's product for `x`; None for one that only PEFT's own forward computes rightly."""
     from peft.tuners.lora.layer import Linear
     from peft.tuners.lora.variants import DoraLinearVariant
@@ -62,10 +65,10 @@ def low_rank(tuner: Any, x: Tensor) -> LowRank | None:
     # PEFT's DoRA drops the base's input too.
     if dora and tuner.training and not isinstance(dropout, nn.Identity):
         return None
-    down: Any = tuner.lora_A[name].weight
-    up: Any = tuner.lora_B[name].weight
+    down, up = tuner.lora_A[name].get_parameter("weight"), tuner.lora_B[name].get_parameter("weight")
     # Without autocast PEFT computes in the tuner's own precision.
     if x.dtype != down.dtype and not torch.is_autocast_enabled(x.device.type):
         return None
-    magnitude: Any = tuner.lora_magnitude_vector[name].weight if dora else None
-    return LowRank(tuner.base_layer, down, up, tuner.scaling[name], dropout, magnitude)
+    magnitude = tuner.lora_magnitude_vector[name].get_parameter("weight") if dora else None
+    base: BaseView = tuner.__dict__["base_layer"]
+    return LowRank(base, down, up, tuner.scaling[name], dropout, magnitude)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compressft.modules.dense_attention import Call
 from compressft.modules.dropout import drop
-from compressft.modules.kinds import Extra, known
+from compressft.modules.kinds import Extra, built, known
+from compressft.utils.texts import JSON
 
 # Added to nothing: these stand in place of a product. A query sees itself only where it sees nobody else.
 MASKED, ITSELF = -1e9, -1e5
@@ -20,6 +24,17 @@ def without_cache(model: nn.Module) -> None:
     for config in (model.config, getattr(model, "generation_config", None)):
         if config is not None:
             config.use_cache = False  # type: ignore[union-attr]
+
+
+@dataclass(frozen=True)
+class Hashing:
+    """How an attention's queries are hashed, in `rounds` of so many `buckets`, and cut into chunks."""
+
+    head_dim: int
+    buckets: int
+    rounds: int
+    chunk: int
+    look_back: int
 
 
 @known
@@ -36,75 +51,58 @@ class Lsh(Extra):
     kind: ClassVar[str] = "lsh"
     rotations: Tensor
 
-    def __init__(
-        self,
-        head_dim: int,
-        buckets: int,
-        rounds: int,
-        chunk: int,
-        look_back: int,
-        generator: torch.Generator | None = None,
-    ) -> None:
+    def __init__(self, hashing: Hashing, generator: torch.Generator | None = None) -> None:
         super().__init__()
-        self.chunk = chunk
-        self.look_back = look_back
+        self.chunk = hashing.chunk
+        self.look_back = hashing.look_back
         generator = generator or torch.Generator().manual_seed(0)
-        self.register_buffer("rotations", torch.randn(1, rounds, head_dim, buckets // 2, generator=generator))
+        shape = (1, hashing.rounds, hashing.head_dim, hashing.buckets // 2)
+        self.register_buffer("rotations", torch.randn(shape, generator=generator))
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, JSON]:
         _, rounds, head_dim, half = self.rotations.shape
-        return {
-            "head_dim": head_dim,
-            "buckets": 2 * half,
-            "rounds": rounds,
-            "chunk": self.chunk,
-            "look_back": self.look_back,
-        }
+        return asdict(Hashing(head_dim, 2 * half, rounds, self.chunk, self.look_back))
 
-    def forward(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        dropout: float = 0.0,
-        is_causal: bool | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        """Arguments and result are those of `compressft.modules.attention.attention`; `key` is not used."""
+    @classmethod
+    def rebuild(cls, old: nn.Module | None, entry: Mapping[str, JSON]) -> Lsh:
+        return cls(built(Hashing, entry))
+
+    def forward(self, module: nn.Module, call: Call) -> tuple[Tensor, None]:
+        """The result is that of `compressft.modules.attention.attention`; the call's keys are not used."""
+        query, key, value, mask, options = call
         if key.shape[2] != query.shape[2]:
             raise ValueError("lsh_attention: a cache keeps no queries, which are the keys here; set use_cache to False")
-        if attention_mask is not None and attention_mask.dtype != torch.bool:
+        if mask is not None and mask.dtype != torch.bool:
             raise ValueError("lsh_attention: attention with a bias on its scores is not supported")
+        is_causal = options.get("is_causal")
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        out = lsh_attention(
-            query,
-            value.repeat_interleave(query.shape[1] // value.shape[1], dim=1),
-            self.rotations,
-            chunk=self.chunk,
-            look_back=self.look_back,
-            mask=attention_mask,
-            causal=causal,
-            across_buckets=not causal,
-            dropout=dropout,
-        )
-        return out.transpose(1, 2).contiguous(), None
+        value = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+        sight = Sight(self.chunk, self.look_back, causal, not causal, dropout=options.get("dropout", 0.0))
+        return lsh_attention(query, value, self.rotations, sight, mask).transpose(1, 2).contiguous(), None
 
 
-def lsh_attention(
-    qk: Tensor,
-    value: Tensor,
-    rotations: Tensor,
-    *,
-    chunk: int,
-    look_back: int = 1,
-    mask: Tensor | None = None,
-    causal: bool = False,
-    across_buckets: bool = True,
-    correct_duplicates: bool = True,
-    dropout: float = 0.0,
-) -> Tensor:
+@dataclass(frozen=True)
+class Sight:
+    """Who sees whom, once the tokens are hashed.
+
+    Attributes:
+        chunk: tokens of a chunk, which see each other.
+        look_back: chunks before it that a chunk sees.
+        causal: nobody sees a later place.
+        across_buckets: tokens of a chunk see each other across buckets.
+        correct_duplicates: a key that a query sees in several rounds counts once.
+        dropout: on the probabilities.
+    """
+
+    chunk: int
+    look_back: int = 1
+    causal: bool = False
+    across_buckets: bool = True
+    correct_duplicates: bool = True
+    dropout: float = 0.0
+
+
+def lsh_attention(qk: Tensor, value: Tensor, rotations: Tensor, sight: Sight, mask: Tensor | None = None) -> Tensor:
     """Attention of Kitaev, Kaiser & Levskaya, "Reformer: The Efficient Transformer" (ICLR 2020), section 2.
 
     In each round a token's bucket is argmax([xR, -xR]). Tokens are sorted by bucket, then place, and cut into chunks; a
@@ -122,11 +120,11 @@ def lsh_attention(
         value: (B, H, T, D).
         rotations: (1 or H, rounds, D, buckets / 2), what hashes.
         mask: (B or 1, 1, T, T) bool, who may be seen by whom; tokens that nobody may see take part in no bucket.
-        dropout: on the probabilities.
 
     Returns:
         (B, H, T, D) in the dtype of `value`.
     """
+    chunk, look_back = sight.chunk, sight.look_back
     length = qk.shape[2]
     rounds = rotations.shape[1]
     extra = -length % chunk
@@ -155,24 +153,24 @@ def lsh_attention(
         (rank_q, rank_k), (bucket_q, bucket_k) = (
             [x.gather(3, i.clamp(min=0).flatten(3)).view(i.shape) for i in (who, whom)] for x in (ranks, found)
         )
-        if causal and not across_buckets:
+        if sight.causal and not sight.across_buckets:
             return (bucket_q == bucket_k) & (rank_q - rank_k <= look_back * chunk)
         apart = rank_q // chunk - rank_k // chunk
         close = (apart >= 0) & (apart <= look_back)
-        return close if across_buckets else close & (bucket_q == bucket_k)
+        return close if sight.across_buckets else close & (bucket_q == bucket_k)
 
     allowed = (whom >= 0) & (whom < length) & near(slice(None))
-    if causal:
+    if sight.causal:
         allowed = allowed & (whom <= who)
     if mask is not None:
         allowed = allowed & _at(mask, who, whom)
     products = _exact(queries @ keys.transpose(-1, -2))
     products = products.masked_fill(~allowed, MASKED).masked_fill(who == whom, ITSELF)
-    if correct_duplicates and rounds > 1:
+    if sight.correct_duplicates and rounds > 1:
         times = sum(near(number).to(products.dtype) for number in range(rounds))
         products = products - torch.as_tensor(times).clamp(min=1.0).log()
     total = products.logsumexp(-1, keepdim=True)
-    shares = drop((products - total).exp(), dropout)
+    shares = drop((products - total).exp(), sight.dropout)
     out = shares.to(value.dtype) @ _with_earlier(in_chunks(value), look_back)
     out, total = (x.flatten(3, 4).gather(3, rank[..., None].expand(-1, -1, -1, -1, x.shape[-1])) for x in (out, total))
     weights = total.softmax(2).to(out.dtype)
@@ -225,4 +223,4 @@ def _at(mask: Tensor, who: Tensor, whom: Tensor) -> Tensor:
     return flat.gather(1, pairs.flatten(1)).view(pairs.shape)
 
 
-__all__ = ["Lsh", "hash_buckets", "lsh_attention", "unit"]
+__all__ = ["Hashing", "Lsh", "Sight", "hash_buckets", "lsh_attention", "unit"]

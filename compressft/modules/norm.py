@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import torch
+from compressft_kernels.kept import Kept
 from torch import Tensor, nn
 
 from compressft.modules.bottleneck import links
-from compressft.modules.gate import ColumnGate
+from compressft.modules.gate import GroupGate
 from compressft.modules.linear import is_dense
+
+
+class _Context(Kept, Protocol):
+    saved_tensors: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor]
+    centred: bool
 
 
 class _LiveNorm(torch.autograd.Function):
@@ -20,7 +26,7 @@ class _LiveNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, eps: float, centred: bool):
+    def forward(ctx: _Context, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, eps: float, centred: bool):
         wide = x if x.dtype is torch.float64 else x.float()
         live = (gate != 0).to(wide.dtype)
         number = live.sum()
@@ -35,7 +41,7 @@ class _LiveNorm(torch.autograd.Function):
         return (y * gate).to(torch.promote_types(x.dtype, weight.dtype))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
+    def backward(ctx: _Context, grad: Tensor):  # type: ignore[override]
         x, weight, bias, gate, mean, rstd = ctx.saved_tensors
         wide = x if x.dtype is torch.float64 else x.float()
         live = (gate != 0).to(wide.dtype)
@@ -69,15 +75,16 @@ class GatedNorm(nn.LayerNorm):
 
     adapter: nn.Module | None
     # In tuples, so that neither is registered a second time.
-    gate: tuple[ColumnGate]
+    gate: tuple[GroupGate]
     original: tuple[nn.Module]
     centred: bool
 
     @classmethod
-    def of(cls, norm: nn.Module, gate: ColumnGate) -> GatedNorm:
+    def of(cls, norm: nn.Module, gate: GroupGate) -> GatedNorm:
         """Take over a LayerNorm, an AdaptedNorm, or an RMSNorm of any model."""
-        weight: Any = norm.weight
-        eps: Any = getattr(norm, "eps", None) or getattr(norm, "variance_epsilon", None)
+        weight = norm.get_parameter("weight")
+        eps = getattr(norm, "eps", None) or getattr(norm, "variance_epsilon", None)
+        assert isinstance(eps, float)
         with torch.device("meta"):
             new = cls(weight.shape, eps=eps)
         new.weight, new.bias = weight, getattr(norm, "bias", None)  # type: ignore[assignment]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeAlias
 
 from torch import Tensor, nn
 
-from compressft.modules.gate import ColumnGate, Gate
+from compressft.modules.gate import Gate, GroupGate
 from compressft.modules.linear import is_dense
+from compressft.modules.tap import states_in
+
+# What a layer gives: hidden states, alone or before others.
+States: TypeAlias = Tensor | tuple[Tensor, ...]
 
 
 class LayerGate(nn.Module):
@@ -16,9 +20,9 @@ class LayerGate(nn.Module):
     `gate` holds g as its only group. `attach` registers it inside the layer as `layer_gate`.
     """
 
-    gate: ColumnGate
+    gate: GroupGate
 
-    def __init__(self, gate: ColumnGate) -> None:
+    def __init__(self, gate: GroupGate) -> None:
         super().__init__()
         self.gate = gate
 
@@ -33,11 +37,13 @@ class LayerGate(nn.Module):
         del layer.layer_gate
         unhook(layer, LayerGate)
 
-    def on_output(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def on_output(
+        self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: States
+    ) -> States | None:
         """Forward hook of a layer whose first argument and (first) result are hidden states."""
         if is_dense():
             return None
-        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        hidden = states_in(args, kwargs)
         g = self.gate.columns()[0]
         after = output[0] if isinstance(output, tuple) else output
         if not g.requires_grad:
@@ -56,7 +62,7 @@ class StreamMask(Gate):
     (a quantizer's scales) must not see them. A fractional factor stays with the norms.
     """
 
-    def __init__(self, gate: ColumnGate) -> None:
+    def __init__(self, gate: GroupGate) -> None:
         super().__init__()
         # In a tuple: it is registered elsewhere, once.
         self.gate = (gate,)
@@ -73,7 +79,9 @@ class StreamMask(Gate):
         # x is 0 where a column is dead.
         return nn.functional.linear(x, weight, bias)
 
-    def on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def on_input(
+        self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> tuple[tuple[object, ...], dict[str, object]] | None:
         """Forward pre-hook of a module on what is written to the stream: it sees live dimensions only."""
         if is_dense():
             return None
@@ -81,7 +89,7 @@ class StreamMask(Gate):
         cut = tuple(a * live.to(a.dtype) if isinstance(a, Tensor) else a for a in args)
         return cut, {k: v * live.to(v.dtype) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
 
-    def on_output(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    def on_output(self, module: nn.Module, args: tuple[object, ...], output: Tensor) -> Tensor | None:
         """Forward hook of a projection that writes the stream with no norm behind it."""
         return None if is_dense() else output * self.gate[0].columns().to(output.dtype)
 

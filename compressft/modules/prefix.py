@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from compressft_kernels import dispatch, prefix_attention
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from compressft.modules.dense_attention import attend
+from compressft.modules.dense_attention import Call, Options, attend
 from compressft.modules.dropout import drop
 from compressft.modules.kinds import Extra, known
+from compressft.utils.texts import JSON
 
 
 class Front(Extra):
@@ -62,7 +63,7 @@ class Prefix(Front):
         new.key, new.value = nn.Parameter(key.detach().clone()), nn.Parameter(value.detach().clone())
         return new
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, JSON]:
         heads, length, size = self.key.shape
         return {"heads": heads, "length": length, "size": size}
 
@@ -106,7 +107,7 @@ class ReparameterisedPrefix(Front):
         self.table = (table,)
         self.weight, self.bias = _linear(table.weight.shape[0], 2 * heads * size, generator)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, JSON]:
         """Folders hold settled prefixes alone."""
         raise ValueError("prefix: is still reparameterised; call the transforms' finalize first")
 
@@ -132,75 +133,54 @@ def _linear(inputs: int, outputs: int, generator: torch.Generator) -> tuple[nn.P
     return nn.Parameter(weight), nn.Parameter(bias)
 
 
-def attention_with_prefix(
-    prefix: Front,
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    position_bias: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
+def attention_with_prefix(prefix: Front, module: nn.Module, call: Call) -> tuple[Tensor, None]:
     """softmax over the prefix's and the row's own keys; every query sees the whole prefix.
 
-    Arguments and result are those of `compressft.modules.attention.attention`. The kernel `prefix_attention` takes
-    what it can express where it runs: no dropout, no bias, and no mask or one of paddings on the right alone. All else
-    is SDPA over the joined keys.
+    The result is that of `compressft.modules.attention.attention`. The kernel `prefix_attention` takes what it can
+    express where it runs: no dropout, no bias, and no mask or one of paddings on the right alone. All else is SDPA over
+    the joined keys.
 
     Raises:
         ValueError: a paged cache, whose keys are not here.
     """
-    if kwargs.get("cache") is not None:
+    query, options = call.query, call.options
+    if options.get("cache") is not None:
         raise ValueError("prefix: attention over a paged cache does not know it; generate without continuous batching")
-    queries = query.shape[2]
+    queries, position_bias, is_causal = query.shape[2], options.get("position_bias"), options.get("is_causal")
     causal = (getattr(module, "is_causal", True) if is_causal is None else is_causal) and queries > 1
-    by_position = attention_mask is None and causal
+    by_position = call.mask is None and causal
     if by_position:
         # Without a mask the first query is at the first key: what follows are empty places of a static cache.
-        key, value = key[:, :, :queries], value[:, :, :queries]
-    if dropout == 0.0 and position_bias is None and not prefix.drops and kernel_runs(query):
-        o = _by_kernel(prefix, query, key, value, attention_mask, causal, scaling)
+        call = call._replace(key=call.key[:, :, :queries], value=call.value[:, :, :queries])
+    if options.get("dropout", 0.0) == 0.0 and position_bias is None and not prefix.drops and kernel_runs(query):
+        o = _by_kernel(prefix, call, causal)
         if o is not None:
             return o.transpose(1, 2).contiguous(), None
-    own = key.shape[2]
-    key, value = prefix.joined(key, value)
+    own, mask = call.key.shape[2], call.mask
+    key, value = prefix.joined(call.key, call.value)
     length = key.shape[2] - own
     if by_position:
-        attention_mask = query.new_ones(1, 1, queries, length + own, dtype=torch.bool).tril(length)
-    elif attention_mask is not None:
+        mask = query.new_ones(1, 1, queries, length + own, dtype=torch.bool).tril(length)
+    elif mask is not None:
         # 1 lets see in a boolean mask, 0 changes nothing in one that is added.
-        attention_mask = _in_front(attention_mask, length, float(attention_mask.dtype == torch.bool))
+        mask = _in_front(mask, length, float(mask.dtype == torch.bool))
     if position_bias is not None:
         position_bias = _in_front(position_bias, length, 0.0)
-    return attend(
-        module,
-        query,
-        key,
-        value,
-        attention_mask,
-        dropout=dropout,
-        scaling=scaling,
-        is_causal=False,
-        position_bias=position_bias,
-        **kwargs,
-    )
+    joined: Options = {**options, "is_causal": False, "position_bias": position_bias}
+    return attend(module, query, key, value, mask, **joined)
 
 
-def _by_kernel(
-    prefix: Front, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scaling: float | None
-) -> Tensor | None:
+def _by_kernel(prefix: Front, call: Call, causal: bool) -> Tensor | None:
     """(B, Hq, T, D); None where the mask is more than the kernel can be told."""
+    query, key, value, mask, options = call
     lengths = None
     if mask is not None:
         lengths = right_padding(mask, causal)
         if lengths is None:
             return None
         lengths = lengths.expand(len(query))
-    return prefix_attention(query, key, value, *prefix(), causal=causal, lengths=lengths, scale=scaling)
+    scale = options.get("scaling")
+    return prefix_attention(query, key, value, *prefix(), causal=causal, lengths=lengths, scale=scale)
 
 
 def _in_front(x: Tensor, columns: int, fill: float) -> Tensor:

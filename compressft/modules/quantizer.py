@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,22 @@ from compressft.modules.int4 import (
     round_inputs,
     straight_through,
 )
-from compressft.modules.int8 import activation_scale, portable_scale, quantise_weight, quantised_linear, weight_scale
-from compressft.modules.kinds import Extra, known
+from compressft.modules.int8 import (
+    InputGrid,
+    LayerRounding,
+    activation_scale,
+    portable_scale,
+    quantise_weight,
+    quantised_linear,
+    weight_scale,
+)
+from compressft.modules.kinds import Extra, built, known
 from compressft.modules.last_input import last_input
 from compressft.utils import ranks
+from compressft.utils.texts import JSON
+
+if TYPE_CHECKING:
+    from compressft.modules.embedding import CompressedEmbedding
 
 Ranges = Literal["static", "dynamic", "learned"]
 Format = Literal["operators", "qdq"]
@@ -125,11 +138,11 @@ class Int8Quantizer(Quantizer):
         self.batches += 1
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor | None) -> Tensor:
-        scale, zero_point = self.scale(x, columns)
         rate = self.rate if self.training else 1.0
         learns = self.ranges == "learned" and self.training and self.observing and int(self.batches) > FIRST_BATCHES
-        ends = (self.low, self.high) if learns else None
-        return quantised_linear(x, weight, bias, scale, zero_point, self.weight_scale(weight, columns), rate, ends)
+        grid, ends = self.scale(x, columns), (self.low, self.high) if learns else None
+        rounding = LayerRounding(self.weight_scale(weight, columns), rate, ends)
+        return quantised_linear(x, weight, bias, grid, rounding)
 
     @torch.no_grad()
     def weight_scale(self, weight: Tensor, columns: Tensor | None = None) -> Tensor:
@@ -139,12 +152,12 @@ class Int8Quantizer(Quantizer):
         return weight_scale(weight, self.weight_bits)
 
     @torch.no_grad()
-    def scale(self, x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def scale(self, x: Tensor, columns: Tensor | None = None) -> InputGrid:
         """Scale and zero point for the input x; `columns` as in `observe`."""
         low, high = _range(x, columns) if self.ranges == "dynamic" else (self.low.detach(), self.high.detach())
         return activation_scale(low, high)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, JSON]:
         return {
             "ranges": self.ranges,
             "momentum": self.momentum,
@@ -154,13 +167,13 @@ class Int8Quantizer(Quantizer):
         }
 
     @classmethod
-    def rebuild(cls, old: nn.Module | None, entry: dict[str, Any]) -> Int8Quantizer:
+    def rebuild(cls, old: nn.Module | None, entry: Mapping[str, JSON]) -> Int8Quantizer:
         # Folders that do not say it were written when there was one grid.
-        arguments = {"target": "vnni", **entry}
+        arguments: dict[str, JSON] = {"target": "vnni", **entry}
         if "dynamic" in arguments:
             # As folders say it that were written before there was a third way.
             arguments["ranges"] = "dynamic" if arguments.pop("dynamic") else "static"
-        new = cls(**arguments)
+        new = built(cls, arguments)
         new.observing = False
         return new
 
@@ -225,16 +238,22 @@ class Int4Quantizer(Quantizer):
             x = straight_through(x, on_live_columns(x.detach(), columns, lambda part: round_inputs(part, self.block)))
         return F.linear(x, straight_through(weight, value), bias)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, JSON]:
         """The constructor's arguments, and the shape of a grid that is fixed."""
-        entry = {"block": self.block, "symmetric": self.symmetric, "accuracy_level": self.accuracy_level}
-        return entry if self.scale is None else {**entry, "grid": list(self.scale.shape)}
+        entry: dict[str, JSON] = {
+            "block": self.block,
+            "symmetric": self.symmetric,
+            "accuracy_level": self.accuracy_level,
+        }
+        return entry if self.scale is None else {**entry, "grid": [*self.scale.shape]}
 
     @classmethod
-    def rebuild(cls, old: nn.Module | None, entry: dict[str, Any]) -> Int4Quantizer:
-        arguments = dict(entry)
-        grid = arguments.pop("grid", None)
-        new = cls(**arguments)
+    def rebuild(cls, old: nn.Module | None, entry: Mapping[str, JSON]) -> Int4Quantizer:
+        return built(cls._again, entry)
+
+    @classmethod
+    def _again(cls, grid: list[int] | None = None, **arguments: JSON) -> Int4Quantizer:
+        new = built(cls, arguments)
         if grid is not None:
             new.fix(Grid(torch.zeros(grid), torch.zeros(grid)))
         return new
@@ -249,7 +268,7 @@ class TableQuantizer(Quantizer):
 
     kind: ClassVar[str] = "table"
     # In a tuple: the table is registered elsewhere.
-    table: tuple[Any, ...] = ()
+    table: tuple[CompressedEmbedding, ...] = ()
 
     def __init__(self, bits: int, block: int) -> None:
         super().__init__()
@@ -264,7 +283,7 @@ class TableQuantizer(Quantizer):
         """The rows (..., dim) as they are looked up."""
         return on_live_columns(weight, columns, lambda rows: round_rows(rows, self.bits, self.block))
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, JSON]:
         return {"bits": self.bits, "block": self.block}
 
 

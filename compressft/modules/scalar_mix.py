@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from compressft.modules.kinds import known
 from compressft.modules.tap import Tap
+from compressft.utils.texts import JSON
 
 Normalise = Literal["none", "batch", "row"]
 EPS = 1e-13
@@ -38,14 +40,14 @@ class ScalarMix(Tap):
         self.weights = nn.Parameter(torch.zeros(number))
         self.gamma = nn.Parameter(torch.ones(()))
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, JSON]:
         return {"number": len(self.weights), "embeddings": self.embeddings, "normalise": self.normalise}
 
     @property
     def wants(self) -> tuple[str, ...]:  # type: ignore[override]
         return () if self.normalise == "none" else ("attention_mask",)
 
-    def top(self, states: list[Tensor], last: Tensor, inputs: dict[str, Any]) -> Tensor:
+    def top(self, states: list[Tensor], last: Tensor, inputs: Mapping[str, object]) -> Tensor:
         mixed = [*states, last] if self.embeddings else [*states[1:], last]
         return self(mixed, inputs.get("attention_mask"))
 

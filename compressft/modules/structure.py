@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 from torch import nn
 
 from compressft.errors import UserError
 
 # Importing them makes them known.
+from compressft.modules import (  # noqa: F401
+    bottleneck,
+    embedding,
+    fusion,
+    head,
+    invertible,
+    ladder,
+    lsh,
+    prefix,
+    quantizer,
+    scalar_mix,
+    side,
+    tuner,
+)
 from compressft.modules.kinds import KINDS
 from compressft.modules.linear import CompressedLinear
+from compressft.utils.texts import JSON
 
 
-def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
+def describe(model: nn.Module) -> dict[str, dict[str, JSON]]:
     """Module path -> {"kind", ...} for every module of ours, outer ones first; gates must be folded.
 
     Raises:
         ValueError: gates, a delta of no known kind or a packed weight are still in place.
     """
-    table: dict[str, dict[str, Any]] = {}
+    table: dict[str, dict[str, JSON]] = {}
     for path, module in model.named_modules():
         if isinstance(module, CompressedLinear):
             _check_settled(path, module)
@@ -36,7 +51,7 @@ def _check_settled(path: str, linear: CompressedLinear) -> None:
         raise ValueError(f"{path}: the weight is still packed; call the transforms' finalize first")
 
 
-def rebuild(model: nn.Module, table: dict[str, dict[str, Any]], who: str = "modules") -> None:
+def rebuild(model: nn.Module, table: dict[str, dict[str, JSON]], who: str = "modules") -> None:
     """Put the described modules into a plain model of the right shapes; their tensors are loaded afterwards.
 
     Args:
@@ -47,7 +62,7 @@ def rebuild(model: nn.Module, table: dict[str, dict[str, Any]], who: str = "modu
     """
     for path, entry in sorted(_flat(table).items(), key=lambda item: item[0].count(".")):
         arguments = dict(entry)
-        kind = arguments.pop("kind")
+        kind = str(arguments.pop("kind"))
         if kind not in KINDS:
             raise UserError(f"{who}: {path}: unknown kind {kind!r}; this folder was written by a newer compressft")
         try:
@@ -61,7 +76,7 @@ def rebuild(model: nn.Module, table: dict[str, dict[str, Any]], who: str = "modu
             ) from error
 
 
-def _put(model: nn.Module, path: str, kind: str, arguments: dict[str, Any]) -> None:
+def _put(model: nn.Module, path: str, kind: str, arguments: Mapping[str, JSON]) -> None:
     parent, _, name = path.rpartition(".")
     owner = model.get_submodule(parent)
     new = KINDS[kind].rebuild(getattr(owner, name, None), arguments)
@@ -71,13 +86,14 @@ def _put(model: nn.Module, path: str, kind: str, arguments: dict[str, Any]) -> N
         attach(owner)
 
 
-def _flat(table: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def _flat(table: dict[str, dict[str, JSON]]) -> dict[str, dict[str, JSON]]:
     """Older folders describe a layer's slots inside the layer's own entry."""
-    flat: dict[str, dict[str, Any]] = {}
+    flat: dict[str, dict[str, JSON]] = {}
     for path, entry in table.items():
         flat[path] = {key: value for key, value in entry.items() if key not in ("quantizer", "adapter")}
-        if "quantizer" in entry:
-            flat[f"{path}.quantizer"] = {"kind": "int8", **entry["quantizer"]}
-        if "adapter" in entry:
-            flat[f"{path}.adapter"] = {"kind": "bottleneck", **entry["adapter"]}
+        for slot, kind in (("quantizer", "int8"), ("adapter", "bottleneck")):
+            if slot in entry:
+                fields = entry[slot]
+                assert isinstance(fields, dict)
+                flat[f"{path}.{slot}"] = {"kind": kind, **fields}
     return flat

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
@@ -11,6 +12,10 @@ from compressft.errors import UserError
 from compressft.modules.families import FAMILIES
 from compressft.modules.kinds import Extra
 from compressft.modules.linear import is_bare
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.modeling_outputs import BaseModelOutput
 
 
 class Tap(Extra):
@@ -32,26 +37,25 @@ class Tap(Extra):
     def __init__(self) -> None:
         super().__init__()
         self._states: list[Tensor] = []
-        self._inputs: dict[str, Any] = {}
+        self._inputs: dict[str, object] = {}
         self._open = False
 
-    def attach(self, owner: nn.Module) -> None:
+    def attach(self, owner: PreTrainedModel) -> None:
         """Act on the backbone whose child this is."""
-        backbone: Any = owner
-        family = FAMILIES[backbone.config.model_type]
-        backbone.register_forward_pre_hook(self._on_backbone, with_kwargs=True)
-        for layer in backbone.get_submodule(family.layers).children():
+        family = FAMILIES[owner.config.model_type]
+        owner.register_forward_pre_hook(self._on_backbone, with_kwargs=True)
+        for layer in owner.get_submodule(family.layers).children():
             layer.register_forward_pre_hook(self._on_layer, with_kwargs=True)
         if family.final_norm is None:
-            backbone.get_submodule(family.layers.rpartition(".")[0]).register_forward_hook(self._on_stack)
+            owner.get_submodule(family.layers.rpartition(".")[0]).register_forward_hook(self._on_stack)
         elif self.above_norm:
-            backbone.get_submodule(family.final_norm).register_forward_hook(self._on_norm_output)
+            owner.get_submodule(family.final_norm).register_forward_hook(self._on_norm_output)
         else:
-            backbone.get_submodule(family.final_norm).register_forward_pre_hook(self._on_norm_input)
+            owner.get_submodule(family.final_norm).register_forward_pre_hook(self._on_norm_input)
 
-        backbone.register_forward_hook(self._after_backbone)
+        owner.register_forward_hook(self._after_backbone)
 
-    def top(self, states: list[Tensor], last: Tensor, inputs: dict[str, Any]) -> Tensor:
+    def top(self, states: list[Tensor], last: Tensor, inputs: Mapping[str, object]) -> Tensor:
         """What stands above the top layer from now on, (B, T, d).
 
         Args:
@@ -61,19 +65,19 @@ class Tap(Extra):
         """
         raise NotImplementedError
 
-    def _on_backbone(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _on_backbone(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         self._states = []
         self._open = self.enabled and not is_bare()
         if self._open:
             self._inputs = _named(self.wants, module, args, kwargs)
 
-    def _on_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _on_layer(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         if self._open:
             if not self._states:
                 self._inputs |= _named(self.wants_of_layer, module, args, kwargs)
-            self._states.append(args[0] if args else kwargs["hidden_states"])
+            self._states.append(states_in(args, kwargs))
 
-    def _after_backbone(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _after_backbone(self, module: nn.Module, args: object, output: object) -> None:
         if self._open:
             self._open = False
             raise UserError(
@@ -89,20 +93,30 @@ class Tap(Extra):
         self._states, self._inputs, self._open = [], {}, False
         return self.top(states, last, inputs)
 
-    def _on_stack(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _on_stack(self, module: nn.Module, args: object, output: BaseModelOutput) -> None:
+        assert output.last_hidden_state is not None
         new = self._replaced(output.last_hidden_state)
         if new is not None:
             output.last_hidden_state = new
 
-    def _on_norm_output(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+    def _on_norm_output(self, module: nn.Module, args: object, output: Tensor) -> Tensor | None:
         return self._replaced(output)
 
-    def _on_norm_input(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def _on_norm_input(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         new = self._replaced(args[0])
         return None if new is None else (new, *args[1:])
 
 
-def _named(names: tuple[str, ...], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def states_in(args: tuple[object, ...], kwargs: Mapping[str, object]) -> Tensor:
+    """The hidden states, (B, T, d), among the arguments of a layer."""
+    states = args[0] if args else kwargs["hidden_states"]
+    assert isinstance(states, Tensor)
+    return states
+
+
+def _named(
+    names: tuple[str, ...], module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+) -> dict[str, object]:
     """What the module is given under these names, however it is passed; None where it is not."""
     if not names:
         return {}

@@ -6,16 +6,19 @@ import copy
 import dataclasses
 import json
 import warnings
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from compressft.modules.kinds import Extra, known
+from compressft.modules.kinds import Extra, built, known
 from compressft.modules.low_rank import low_rank
+from compressft.utils.texts import JSON
 
 if TYPE_CHECKING:
+    from peft import PeftConfig
+
     from compressft.modules.linear import CompressedLinear
 
 ORIGIN = (
@@ -69,7 +72,7 @@ class PeftTuner(Extra):
 
     kind: ClassVar[str] = "peft_tuner"
 
-    def __init__(self, tuner: nn.Module, config: Mapping[str, Any], path: str) -> None:
+    def __init__(self, tuner: nn.Module, config: Mapping[str, JSON], path: str) -> None:
         super().__init__()
         self.tuner = tuner
         self.config = dict(config)
@@ -149,18 +152,22 @@ class PeftTuner(Extra):
             self.base.with_bias = True
             self.tuner.train(training)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, JSON]:
         """PEFT's configuration, the layer's path (patterns refer to it) and shape."""
         shape = {"inputs": self.base.in_features, "outputs": self.base.out_features, "bias": self.base.bias is not None}
         return {"config": self.config, "path": self.path, **shape}
 
     @classmethod
-    def rebuild(cls, old: nn.Module | None, entry: dict[str, Any]) -> PeftTuner:
+    def rebuild(cls, old: nn.Module | None, entry: Mapping[str, JSON]) -> PeftTuner:
         """Made by `peft` for a layer of the same path and shape; `attach` follows."""
-        linear = nn.Linear(entry["inputs"], entry["outputs"], bias=entry["bias"])
+        return built(cls._again, entry)
+
+    @classmethod
+    def _again(cls, config: dict[str, JSON], path: str, inputs: int, outputs: int, bias: bool) -> PeftTuner:
+        linear = nn.Linear(inputs, outputs, bias=bias)
         root = nn.Module()
         owner = root
-        *parents, name = entry["path"].split(".")
+        *parents, name = path.split(".")
         for parent in parents:
             owner.add_module(parent, nn.Module())
             owner = owner.get_submodule(parent)
@@ -168,11 +175,11 @@ class PeftTuner(Extra):
         with warnings.catch_warnings():
             # That patterns name layers which are not here.
             warnings.simplefilter("ignore")
-            inject(root, peft_config(entry["config"]), seed=0)
-        return cls(root.get_submodule(entry["path"]), entry["config"], entry["path"])
+            inject(root, peft_config(config), seed=0)
+        return cls(root.get_submodule(path), config, path)
 
 
-def peft_config(values: Mapping[str, Any]) -> Any:
+def peft_config(values: Mapping[str, JSON]) -> PeftConfig:
     """PEFT's configuration object for {"peft_type": ..., field: value}.
 
     Raises:
@@ -181,12 +188,16 @@ def peft_config(values: Mapping[str, Any]) -> Any:
     given = dict(values)
     kind = given.pop("peft_type")
     try:
-        return _config_class(kind)(**given)
+        return _made(_config_class(kind), given)
     except TypeError as error:
         raise ValueError(f"{str(kind).upper()}: {error}") from None
 
 
-def peft_fields(kind: Any) -> set[str]:
+def _made(make: Callable[..., PeftConfig], given: Mapping[str, JSON]) -> PeftConfig:
+    return make(**given)
+
+
+def peft_fields(kind: object) -> set[str]:
     """Names of the fields of a type's configuration.
 
     Raises:
@@ -195,7 +206,7 @@ def peft_fields(kind: Any) -> set[str]:
     return {field.name for field in dataclasses.fields(_config_class(kind))}
 
 
-def _config_class(kind: Any) -> Any:
+def _config_class(kind: object) -> type[PeftConfig]:
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
     name = str(kind).upper()
@@ -205,9 +216,9 @@ def _config_class(kind: Any) -> Any:
     return types[name]
 
 
-def plain(config: Any) -> dict[str, Any]:
+def plain(config: PeftConfig) -> dict[str, JSON]:
     """What makes a PEFT configuration again: its type and the fields that are not at their defaults, JSON values."""
-    kept = {"peft_type": str(config.peft_type.value)}
+    kept = {"peft_type": kind_of(config)}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         made = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
@@ -218,7 +229,15 @@ def plain(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(kept, default=lambda v: sorted(v) if isinstance(v, set) else vars(v)))
 
 
-def inject(model: nn.Module, config: Any, seed: int) -> dict[str, nn.Module]:
+def kind_of(config: PeftConfig) -> str:
+    """The name of a configuration's type, such as LORA."""
+    from peft import PeftType
+
+    assert isinstance(config.peft_type, PeftType)
+    return str(config.peft_type.value)
+
+
+def inject(model: nn.Module, config: PeftConfig, seed: int) -> dict[str, nn.Module]:
     """Let `peft` put its tuner layers into the model; those it made, by path. The global generators stay as they are.
 
     Raises:

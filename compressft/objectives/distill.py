@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, NonNegativeInt
@@ -17,7 +17,7 @@ from compressft.objectives.distillation.layer_map import Rule
 from compressft.objectives.distillation.refuse import contradiction, wants
 from compressft.objectives.distillation.state import NAME, Distillation
 from compressft.objectives.distillation.teacher import OWN, Answer, ask, attention_modules, base_tensors, check_base
-from compressft.objectives.distillation.terms import intermediate_terms, logit_term
+from compressft.objectives.distillation.terms import Outputs, intermediate_terms, logit_term
 from compressft.transform import OBJECTIVE, Context, Transform, Want, without_labels
 
 
@@ -113,7 +113,9 @@ class Distill(Transform):
     def wants(self) -> Sequence[Want]:
         return wants(self)
 
-    def loss(self, model: nn.Module, batch: Mapping[str, Tensor], outputs: Any, context: Context) -> dict[str, Tensor]:
+    def loss(
+        self, model: nn.Module, batch: Mapping[str, Tensor], outputs: Outputs, context: Context
+    ) -> dict[str, Tensor]:
         state = Distillation.of(model)
         answer = self._ask(model, state, without_labels(batch), context)
         terms: dict[str, Tensor] = {}

@@ -68,7 +68,7 @@ class Block(Scored):
         for layer in anatomy(model).layers:
             for part in layer.linears:
                 linear = layer.part(part)
-                gate = gate_of(linear, self.type)
+                gate = gate_of(linear, self.type, ScoreGate)
                 if gate is not None:
                     ffn = part in (*layer.family.up, layer.family.down)
                     kinds["ffn" if ffn else "attention"].append(gate)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 from torch import nn
@@ -70,7 +70,7 @@ class Int8(Transform):
 
     @field_validator("embeddings")
     @classmethod
-    def _tables(cls, value: Any) -> Any:
+    def _tables(cls, value: object) -> object:
         return {True: "int8", False: "none"}.get(value, value) if isinstance(value, bool) else value
 
     def prepare(self, model: nn.Module, context: Context) -> None:
@@ -81,7 +81,7 @@ class Int8(Transform):
             layer.quantizer = new.to(layer.weight.device)
         compress_tables(model, self.embeddings, self.embedding_block, self.exclude)  # type: ignore[arg-type]
 
-    def param_groups(self, model: nn.Module, context: Context) -> list[dict[str, Any]]:
+    def param_groups(self, model: nn.Module, context: Context) -> list[dict[str, object]]:
         ends = [parameter for quantizer in quantizers(model) for parameter in quantizer.parameters()]
         return [{"params": ends, "lr": self.range_learning_rate, "weight_decay": 0.0}] if ends else []
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from compressft.modules.gate import Gate
 from compressft.modules.l0 import L0Gate
-from compressft.modules.linear import CompressedLinear
+from compressft.modules.linear import CompressedLinear, gates_of
 from compressft.passes.shared.unstructured import LEARNED, Gradual
 from compressft.transform import Claim, Context
 
@@ -40,24 +40,26 @@ class L0(Gradual):
     def gate(self, path: str, linear: CompressedLinear) -> Gate:
         return L0Gate(linear.out_features, linear.in_features, self.initial)
 
-    def param_groups(self, model: nn.Module, context: Context) -> list[dict[str, Any]]:
-        scores = [gate.scores for _, gate in self.gated(model)]
+    def param_groups(self, model: nn.Module, context: Context) -> list[dict[str, object]]:
+        scores = [gate.scores for _, gate in gates_of(model, self.type, L0Gate)]
         return [{"params": scores, "lr": self.learning_rate, "weight_decay": 0.0}]
 
     def after_step(self, model: nn.Module, progress: float) -> None:
-        for _, gate in self.gated(model):
+        for _, gate in gates_of(model, self.type, L0Gate):
             gate.settle(progress >= self.freeze)
             gate.weight_of_penalty = self.penalty * self.planned(progress)
 
-    def loss(self, model: nn.Module, batch: Mapping[str, Tensor], outputs: Any, context: Context) -> dict[str, Tensor]:
-        gates = [gate for _, gate in self.gated(model)]
+    def loss(
+        self, model: nn.Module, batch: Mapping[str, Tensor], outputs: object, context: Context
+    ) -> dict[str, Tensor]:
+        gates = [gate for _, gate in gates_of(model, self.type, L0Gate)]
         weight = getattr(gates[0], "weight_of_penalty", 0.0)
         if weight == 0.0 or gates[0].settled:
             return {}
         return {"l0.penalty": weight * torch.stack([gate.open() for gate in gates]).mean()}
 
     def finalize(self, model: nn.Module) -> None:
-        for _, gate in self.gated(model):
+        for _, gate in gates_of(model, self.type, L0Gate):
             gate.settle()
         super().finalize(model)
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from compressft.modules.gate import Gate, ScoreGate
-from compressft.modules.linear import CompressedLinear
+from compressft.modules.linear import CompressedLinear, gates_of
 from compressft.passes.shared.scored import Scored
 from compressft.passes.shared.unstructured import present
 from compressft.transform import Context
@@ -44,7 +44,7 @@ class Movement(Scored):
         super().prepare(model, context)
         if (self.initial or ("magnitude" if self.variant == "hard" else "zero")) == "zero":
             return
-        sizes = {gate: present(linear).abs().float() for linear, gate in self.gated(model)}
+        sizes = {gate: present(linear).abs().float() for linear, gate in gates_of(model, self.type, ScoreGate)}
         for gates in self.pools(model):
             together = torch.cat([sizes[gate].flatten() for gate in gates])
             scale = together.std().clamp(min=torch.finfo(torch.float32).tiny)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -14,10 +14,11 @@ from compressft.model.anatomy import anatomy
 from compressft.model.shrink import drop_layers, narrow, shrink
 from compressft.model.surgery import compress_linear
 from compressft.modules.concrete_gate import ConcreteGate
-from compressft.modules.gate import ColumnGate
+from compressft.modules.gate import ColumnGate, GroupGate
 from compressft.modules.lagrange import Lagrange
+from compressft.modules.linear import CompressedLinear
 from compressft.modules.part_gate import LayerGate
-from compressft.passes.shared.choice import choose_by_importance
+from compressft.passes.shared.choice import Floors, choose_by_importance
 from compressft.passes.shared.hidden import check_narrow, gate_stream, gate_tables, ungate_stream
 from compressft.passes.shared.parts import STATE, Budget, Parts
 from compressft.passes.shared.select_parts import aligned, keep_equally, keep_globally, keep_hidden, keep_layers, top
@@ -97,7 +98,7 @@ class Structured(Transform):
         parts = anatomy(model)
         device = next(model.parameters()).device
 
-        def gate(groups: int, size: int = 1) -> ColumnGate:
+        def gate(groups: int, size: int = 1) -> GroupGate:
             new = ConcreteGate(groups, size, generator) if self.decide == "learned" else ColumnGate(groups, size)
             return new.to(device)
 
@@ -139,7 +140,7 @@ class Structured(Transform):
             model, "pass structured.hidden" if self.decide == "importance" else "pass structured.gates: hidden"
         )
 
-    def param_groups(self, model: nn.Module, context: Context) -> list[dict[str, Any]]:
+    def param_groups(self, model: nn.Module, context: Context) -> list[dict[str, object]]:
         if self.decide == "importance":
             return []
         parts = Parts.of(model, self.type)
@@ -150,7 +151,9 @@ class Structured(Transform):
             {"params": [constraint.linear], "lr": LINEAR_LR * self.gate_lr, "weight_decay": 0.0},
         ]
 
-    def loss(self, model: nn.Module, batch: Mapping[str, Tensor], outputs: Any, context: Context) -> dict[str, Tensor]:
+    def loss(
+        self, model: nn.Module, batch: Mapping[str, Tensor], outputs: object, context: Context
+    ) -> dict[str, Tensor]:
         if self.decide == "importance":
             return {}
         parts = Parts.of(model, self.type)
@@ -173,7 +176,7 @@ class Structured(Transform):
             self._follow_importance(parts, progress)
 
     def _follow_importance(self, parts: Parts, progress: float) -> None:
-        for gate in parts.gates():
+        for gate in parts.chosen():
             gate.accumulate(self.momentum)
             gate.measure(progress < self.end)
         if progress <= self.start:
@@ -219,9 +222,7 @@ class Structured(Transform):
             full - self.planned(max(full - budget.limit, 0.0), progress),
             [parts.heads[i].importance.square() for i in parts.live_layers],
             [parts.ffn[i].importance.square() for i in parts.live_layers],
-            self.align,
-            self.floor_heads,
-            self.floor_ffn,
+            Floors(self.align, self.floor_heads, self.floor_ffn),
         )
 
     def _follow_gates(self, parts: Parts, progress: float) -> None:
@@ -238,10 +239,10 @@ class Structured(Transform):
     @torch.no_grad()
     def finalize(self, model: nn.Module) -> None:
         parts = Parts.of(model, self.type)
-        for gate in parts.gates():
+        for gate in parts.chosen():
             gate.measure(False)
-            if isinstance(gate, ConcreteGate):
-                gate.sampling = False
+        for gate in parts.concrete():
+            gate.sampling = False
         dims = None
         if parts.hidden is not None:
             dims = torch.nonzero(parts.hidden.mask).flatten()
@@ -257,7 +258,8 @@ class Structured(Transform):
             kept: dict[str, Tensor] = {}
             for name, path in (("heads", layer.family.o), ("ffn", layer.family.down)):
                 if name in self.kinds:
-                    linear: Any = layer.part(path)
+                    linear = layer.part(path)
+                    assert isinstance(linear, CompressedLinear)
                     kept[name] = torch.nonzero(linear.gates[self.type].mask).flatten()
                     linear.fold(self.type)
             keep.append(kept)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -13,8 +13,12 @@ from torch import nn
 
 from compressft.errors import UserError
 from compressft.model.shrink import keep_vocabulary
+from compressft.modules.pretrained import pretrained
 from compressft.passes.shared.trim import trim
 from compressft.transform import REMOVES, Claim, Context, Transform
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Vocabulary(Transform):
@@ -40,21 +44,21 @@ class Vocabulary(Transform):
     def prepare(self, model: nn.Module, context: Context) -> None:
         if context.data is None:
             raise UserError("pass vocabulary: needs training rows to look at; run it in a recipe's stage")
-        old: Any = context.data.tokenizer
+        old: PreTrainedTokenizerBase = context.data.tokenizer
         texts = (*context.data.features, *context.data.unlabelled())
         counts = Counter(i for feature in texts for i in context.data.pieces(feature))
         for special in old.all_special_ids:
             del counts[special]
         frequent = [i for i, n in counts.most_common(self.limit) if n >= self.min_count]
         tokenizer, kept = trim(old, [*frequent, *self._reserved(old)])
-        size = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        size = _rows(model)
         if kept[-1] >= size:
             raise UserError(f"pass vocabulary: the tokenizer knows {len(old)} pieces, the model has {size} rows")
         rows = torch.tensor(kept)
         keep_vocabulary(model, rows)
 
         def fit(teacher: nn.Module) -> None:
-            has = teacher.get_input_embeddings().num_embeddings  # type: ignore[operator]
+            has = _rows(teacher)
             if has == size:
                 keep_vocabulary(teacher, rows)
             elif has != len(rows):
@@ -72,7 +76,7 @@ class Vocabulary(Transform):
     def inputs(self) -> Sequence[str]:
         return () if self.reserve_file is None else (self.reserve_file,)
 
-    def _reserved(self, tokenizer: Any) -> list[int]:
+    def _reserved(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         texts = list(self.reserve)
         if self.reserve_file is not None:
             path = Path(self.reserve_file)
@@ -80,3 +84,9 @@ class Vocabulary(Transform):
                 raise UserError(f"pass vocabulary.reserve_file: {str(path)!r} does not exist")
             texts += [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         return [i for text in texts for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+
+def _rows(model: nn.Module) -> int:
+    table = pretrained(model).get_input_embeddings()
+    assert isinstance(table, nn.Embedding)
+    return table.num_embeddings

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal, NoReturn
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from compressft.errors import UserError
 from compressft.model.anatomy import Layer, anatomy
@@ -87,14 +87,14 @@ class ZipLM(Transform):
             UserError: `prepare` has not chosen, or nothing remembers what.
         """
 
-        def unknown() -> Any:
+        def unknown() -> NoReturn:
             raise UserError("pass ziplm: which layers stay is not known here; run it in a recipe's stage")
 
         keep = context.memo(self.type, unknown)["keep"]
         return [i for i in range(depth) if _stays(keep[i])]
 
     def _parts(
-        self, model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any]
+        self, model: nn.Module, layers: Sequence[Layer], batches: Sequence[Mapping[str, Tensor]]
     ) -> list[tuple[Prunable, Prunable]]:
         """Per layer the projections whose input columns are the heads and the neurons."""
         paths = [f"{layer.name}.{path}" for layer in layers for path in (layer.family.o, layer.family.down)]
@@ -112,8 +112,8 @@ class ZipLM(Transform):
         context: Context,
         layers: Sequence[Layer],
         parts: Sequence[tuple[Prunable, Prunable]],
-        batches: Sequence[Any],
-    ) -> dict[str, Any]:
+        batches: Sequence[Mapping[str, Tensor]],
+    ) -> dict[str, object]:
         """{"keep": per layer the kept {"heads", "ffn"}, and what the choice was made of}, a JSON value."""
         table, budget = cost_table(model, self.target, context, "pass ziplm")
         number = min(max(len(batches) // SHIFT_SHARE, 1), SHIFT_BATCHES)

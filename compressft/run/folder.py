@@ -236,7 +236,7 @@ class RunFolder:
             manifest = read_manifest(path, "checkpoint", files=False)
             if manifest.get("stage") == stage:
                 verify_files(path, manifest["files"])
-                return path, manifest
+                return path, {**manifest}
         return None
 
     # Metrics.

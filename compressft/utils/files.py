@@ -6,9 +6,9 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 
 def file_hash(path: Path) -> str:
@@ -24,7 +24,7 @@ def _hash(path: Path, size: int, changed: tuple[int, int], number: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_atomically(folder: Path, write: Any) -> None:
+def write_atomically(folder: Path, write: Callable[[Path], None]) -> None:
     """Call `write(temporary folder)`, fsync what it wrote, then rename it to `folder` (replacing an older one)."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = folder.with_name(f".{folder.name}.tmp")
@@ -61,7 +61,7 @@ def sync(folder: Path) -> None:
         flush(path)
 
 
-def document_hash(document: Any) -> str:
+def document_hash(document: object) -> str:
     """Content hash of plain data, "sha256:..."; the order of keys says nothing."""
     return "sha256:" + hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from compressft.errors import UserError, reason, trouble
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PretrainedConfig
 
 # A library's message may hold a file.
 LONGEST = 400
@@ -32,7 +36,7 @@ def foreign(what: str) -> Iterator[None]:
         raise UserError(f"{what}: {said}") from error
 
 
-def load_config(source: str | Path, what: str = "model", **changes: Any) -> Any:
+def load_config(source: str | Path, what: str = "model", **changes: object) -> PretrainedConfig:
     """A transformers configuration.
 
     Args:
@@ -52,7 +56,7 @@ def load_config(source: str | Path, what: str = "model", **changes: Any) -> Any:
     return found
 
 
-def load_tensors(path: Path) -> dict[str, Any]:
+def load_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file, on the CPU.
 
     Raises:

@@ -9,7 +9,11 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
@@ -27,7 +31,7 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
 
 
-def release(model: Any) -> None:
+def release(model: nn.Module) -> None:
     """Let go of a module's values, whoever still has it, and give their memory back; its shapes stay."""
     model.to("meta")
     give_back()
@@ -45,6 +49,6 @@ def trim() -> bool:
     return trim is not None and bool(trim(0))
 
 
-def _malloc(name: str) -> Any:
+def _malloc(name: str) -> Callable[..., int] | None:
     """A function of glibc's malloc; None where it is another."""
     return getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None

@@ -11,15 +11,16 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
 
 # Values of gradients that travel at once: 64 MiB of fp32.
 BUCKET = 2**24
+Value = TypeVar("Value")
 PATIENCE = timedelta(hours=24)
-_group: list[Any] = []
+_group: list[distributed.ProcessGroup] = []
 
 
 def count() -> int:
@@ -47,10 +48,12 @@ def start() -> None:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
 
 
-def _waiting() -> Any:
+def _waiting() -> distributed.ProcessGroup:
     """The gloo group that waits and agrees."""
     if not _group:
-        _group.append(distributed.new_group(backend="gloo", timeout=PATIENCE))
+        group = distributed.new_group(backend="gloo", timeout=PATIENCE)
+        assert isinstance(group, distributed.ProcessGroup)
+        _group.append(group)
     return _group[0]
 
 
@@ -60,20 +63,20 @@ def wait() -> None:
         distributed.barrier(_waiting())
 
 
-def shared(value: Any) -> Any:
-    """The first process's value, in all of them."""
-    if count() == 1:
-        return value
+def shared(value: Value | None) -> Value:
+    """The first process's value, which must have one, in all of them."""
     values = [value]
-    distributed.broadcast_object_list(values, src=0, group=_waiting())
-    return values[0]
+    if count() > 1:
+        distributed.broadcast_object_list(values, src=0, group=_waiting())
+    # Others give none.
+    return values[0]  # type: ignore[return-value]
 
 
-def gathered(value: Any) -> list[Any]:
+def gathered(value: Value) -> list[Value]:
     """Every process's value, in all of them."""
     if count() == 1:
         return [value]
-    values: list[Any] = [None] * count()
+    values: list[Value] = [value] * count()
     distributed.all_gather_object(values, value, group=_waiting())
     return values
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 # What 32 bits hold, a seed's too: nothing here is counted further.
 LARGEST = 2**32 - 1
+Value = TypeVar("Value")
 
 
 class Strict(BaseModel):
@@ -21,17 +22,17 @@ class Strict(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _tuples(cls, value: Any) -> Any:
+    def _tuples(cls, value: object) -> object:
         return {name: _frozen(item) for name, item in value.items()} if isinstance(value, dict) else value
 
     @field_validator("*", mode="before")
     @classmethod
-    def _within(cls, value: Any) -> Any:
+    def _within(cls, value: Value) -> Value:
         _refuse_beyond(value)
         return value
 
 
-def _refuse_beyond(value: Any) -> None:
+def _refuse_beyond(value: object) -> None:
     if isinstance(value, list | tuple):
         for item in value:
             _refuse_beyond(item)
@@ -39,5 +40,5 @@ def _refuse_beyond(value: Any) -> None:
         raise ValueError(f"wants a whole number of at most {LARGEST:,}; got one of {value.bit_length()} bits")
 
 
-def _frozen(value: Any) -> Any:
+def _frozen(value: object) -> object:
     return tuple(_frozen(item) for item in value) if isinstance(value, list) else value

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from compressft.errors import UserError
+from compressft.utils.texts import JSON
 
 # Of a text in characters, of nesting, and of values once aliases are written out.
 LONGEST, DEEPEST, MOST = 2**20, 50, 100_000
@@ -31,10 +32,10 @@ _SCALARS = (
 class _Loader(yaml.SafeLoader):
     """Knows the core schema's plain scalars and nothing else."""
 
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - PyYAML's own name and form.
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - PyYAML's own name and form.
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[str, Any]:  # type: ignore[override]
-        found: dict[str, Any] = {}
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, JSON]:  # type: ignore[override]
+        found: dict[str, JSON] = {}
         for key_node, value_node in node.value:
             if key_node.tag != "tag:yaml.org,2002:str":
                 raise _Wrong("a key must be text; write it in quotes if it is", key_node.start_mark)
@@ -48,14 +49,14 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """Quotes what YAML 1.1 or 1.2 would not read as text, and writes no aliases."""
 
-    def ignore_aliases(self, data: Any) -> bool:
+    def ignore_aliases(self, data: object) -> bool:
         return True
 
 
 class _Wrong(Exception):
     """What is wrong, and where."""
 
-    def __init__(self, what: str, mark: Any) -> None:
+    def __init__(self, what: str, mark: yaml.Mark) -> None:
         super().__init__(what)
         self.where = f"line {mark.line + 1}, column {mark.column + 1}"
 
@@ -66,7 +67,7 @@ for _tag, _pattern, _first in _SCALARS:
 _Loader.add_implicit_resolver(_NULL, re.compile(r"\Z"), [""])
 
 
-def _integer(loader: _Loader, node: Any) -> int:
+def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
     text = node.value
     if len(text) > DIGITS:
         raise _Wrong(f"a number of {len(text)} digits is too long", node.start_mark)
@@ -75,31 +76,28 @@ def _integer(loader: _Loader, node: Any) -> int:
     return int(text, 0)
 
 
-def _number(loader: _Loader, node: Any) -> float:
+def _number(loader: _Loader, node: yaml.ScalarNode) -> float:
     text = node.value.lower()
     return float(text.replace(".inf", "inf").replace(".nan", "nan"))
 
 
-def _boolean(loader: _Loader, node: Any) -> bool:
+def _boolean(loader: _Loader, node: yaml.ScalarNode) -> bool:
     return node.value.lower() == "true"
 
 
-def _mapping(loader: _Loader, node: Any) -> dict[str, Any]:
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, JSON]:
     return loader.construct_mapping(node)
 
 
-def _sequence(loader: _Loader, node: Any) -> list[Any]:
+def _sequence(loader: _Loader, node: yaml.SequenceNode) -> list[JSON]:
     return [loader.construct_object(item, deep=True) for item in node.value]
 
 
-for _kind, _build in (
-    (_INT, _integer),
-    (_FLOAT, _number),
-    (_BOOL, _boolean),
-    ("tag:yaml.org,2002:map", _mapping),
-    ("tag:yaml.org,2002:seq", _sequence),
-):
-    _Loader.add_constructor(_kind, _build)
+_Loader.add_constructor(_INT, _integer)
+_Loader.add_constructor(_FLOAT, _number)
+_Loader.add_constructor(_BOOL, _boolean)
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+_Loader.add_constructor("tag:yaml.org,2002:seq", _sequence)
 
 
 def read_yaml(text: str, where: str) -> Any:
@@ -120,21 +118,21 @@ def read_yaml(text: str, where: str) -> Any:
         raise UserError(f"{where}: is not YAML: {' '.join(str(error).split())}") from None
 
 
-def _unshared(value: Any) -> Any:
+def _unshared(value: JSON) -> JSON:
     """A copy in which an alias is a value of its own: a change of one must not reach the other."""
     if isinstance(value, dict):
         return {key: _unshared(item) for key, item in value.items()}
     return [_unshared(item) for item in value] if isinstance(value, list) else value
 
 
-def write_yaml(value: Any) -> str:
+def write_yaml(value: object) -> str:
     """A text of which `read_yaml`, and any YAML 1.1 or 1.2 parser, makes the same value again."""
     text = _dumped(value, unicode=True)
     # PyYAML writes these as they are and reads them as line breaks.
     return _dumped(value, unicode=False) if any(c in text for c in "\x85\u2028\u2029\ufeff") else text
 
 
-def _dumped(value: Any, unicode: bool) -> str:
+def _dumped(value: object, unicode: bool) -> str:
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=unicode, width=110)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from compressft.errors import UserError, reason
 
 # Of nesting, and of digits of a whole number.
 DEEPEST, DIGITS = 100, 400
+# What JSON can hold.
+JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
 
 
 def read_text(path: str | Path, wants: str = "") -> str:
@@ -77,7 +79,7 @@ class _Wrong(ValueError):
     """What a parser allows and we do not."""
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _once(pairs: list[tuple[str, JSON]]) -> dict[str, JSON]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -92,7 +94,7 @@ def _integer(text: str) -> int:
     return int(text)
 
 
-def _deeper(value: Any, than: int) -> bool:
+def _deeper(value: JSON, than: int) -> bool:
     level = [value]
     for _ in range(than):
         children = [item for one in level if isinstance(one, dict) for item in one.values()]

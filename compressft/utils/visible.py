@@ -30,7 +30,7 @@ def _shown(character: str) -> str:
     return character
 
 
-def all_visible(value: Any) -> Any:
+def all_visible(value: object) -> Any:
     """A copy of plain data with every text in it visible, keys too."""
     if isinstance(value, str):
         return visible(value)

@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
+from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 
 from compressft_kernels.disassembly import COPY, Loop, count, inner_loops, read
@@ -42,10 +43,10 @@ class _Absent(DriverBase):
     def get_current_target(self) -> GPUTarget:  # type: ignore[override]
         return self.target
 
-    def get_active_torch_device(self) -> Any:
+    def get_active_torch_device(self) -> NoReturn:
         raise NotImplementedError
 
-    def get_benchmarker(self) -> Any:
+    def get_benchmarker(self) -> NoReturn:
         raise NotImplementedError
 
     def get_current_device(self) -> int:
@@ -67,11 +68,11 @@ def target(capability: int) -> Iterator[None]:
 
 
 @contextmanager
-def compiling(capability: int) -> Iterator[list[tuple[str, Any]]]:
+def compiling(capability: int) -> Iterator[list[tuple[str, CompiledKernel]]]:
     """Inside, launches compile for this compute capability and do not run; gives (name, compiled) per launch."""
-    compiled: list[tuple[str, Any]] = []
+    compiled: list[tuple[str, CompiledKernel]] = []
 
-    def compile_only(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    def compile_only(kernel: Any, grid: tuple[int, ...], args: tuple[object, ...], options: dict[str, object]) -> None:
         compiled.append((kernel.fn.__name__, kernel.warmup(*args, grid=grid, **options)))
 
     with target(capability), intercepting(compile_only):
@@ -106,7 +107,7 @@ class Facts:
         return found
 
 
-def facts(compiled: Any) -> Facts:
+def facts(compiled: CompiledKernel) -> Facts:
     """Read the cubin of what triton compiled with the cuobjdump it brings along."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

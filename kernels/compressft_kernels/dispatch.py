@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 
@@ -102,7 +102,7 @@ def entries(device: torch.device) -> list[str]:
     return [name for name in (_name(index), table_of(_capability(index))) if name in TABLE]
 
 
-def configuration(kernel: str, where: list[str], **facts: Any) -> dict[str, int]:
+def configuration(kernel: str, where: list[str], **facts: float | str) -> dict[str, int]:
     """The block sizes, warps and stages of a kernel: of the first entry that knows it, the first row that holds.
 
     A row holds where each of its conditions does: `name` equals the fact, `name_max` is no less than it.
@@ -114,13 +114,13 @@ def configuration(kernel: str, where: list[str], **facts: Any) -> dict[str, int]
     raise LookupError(f"no configuration of {kernel} in {where} for {facts}")
 
 
-def _holds(condition: str, value: Any, facts: Mapping[str, Any]) -> bool:
+def _holds(condition: str, value: float | str, facts: Mapping[str, float | str]) -> bool:
     if condition.endswith("_max"):
-        return facts[condition.removesuffix("_max")] <= value
+        return float(facts[condition.removesuffix("_max")]) <= float(value)
     return facts[condition] == value
 
 
-def limit(name: str, where: list[str]) -> Any:
+def limit(name: str, where: list[str]) -> int | None:
     """A threshold of the first entry that has it; None means never."""
     return next((TABLE[entry]["limits"][name] for entry in where if name in TABLE[entry].get("limits", {})), None)
 
@@ -230,20 +230,30 @@ def left_to_libraries(what: str, x: torch.Tensor, dtype: torch.dtype) -> bool:
     return least is not None and (least == 0 or math.prod(x.shape[:-1]) >= least)
 
 
-def misfit(operation: str, sizes: Mapping[str, Any]) -> str | None:
+class Sizes(TypedDict, total=False):
+    """What the choice of a path depends on besides: each operation has its own of these."""
+
+    r: int
+    columns: int
+    nf4: bool
+    tile: tuple[int, ...]
+    head_dim: int
+
+
+def misfit(operation: str, sizes: Sizes) -> str | None:
     """Why an operation's kernels do not take these sizes; None if they do."""
-    if operation == "adapter" and sizes["r"] > 256:
-        return f"the bottleneck has {sizes['r']} units; the kernel keeps at most 256 on chip"
-    if operation == "prefix_attention" and sizes["head_dim"] > 256:
-        return f"heads are {sizes['head_dim']} wide; the kernel keeps at most 256 on chip"
-    if operation == "block_sparse_linear" and not all(b in (16, 32, 64, 128) for b in sizes["tile"]):
-        return f"tiles are {sizes['tile']}; the kernel takes 16, 32, 64 or 128"
-    if operation in ("masked_linear", "packed_linear") and sizes.get("nf4") and sizes["columns"] % 64:
-        return f"{sizes['columns']} columns of NF4; the kernel takes multiples of 64"
+    if operation == "adapter" and sizes.get("r", 0) > 256:
+        return f"the bottleneck has {sizes.get('r')} units; the kernel keeps at most 256 on chip"
+    if operation == "prefix_attention" and sizes.get("head_dim", 0) > 256:
+        return f"heads are {sizes.get('head_dim')} wide; the kernel keeps at most 256 on chip"
+    if operation == "block_sparse_linear" and not all(b in (16, 32, 64, 128) for b in sizes.get("tile", ())):
+        return f"tiles are {sizes.get('tile')}; the kernel takes 16, 32, 64 or 128"
+    if operation in ("masked_linear", "packed_linear") and sizes.get("nf4") and sizes.get("columns", 0) % 64:
+        return f"{sizes.get('columns')} columns of NF4; the kernel takes multiples of 64"
     return None
 
 
-def runs_triton(operation: str, x: torch.Tensor, dtype: torch.dtype, **sizes: Any) -> bool:
+def runs_triton(operation: str, x: torch.Tensor, dtype: torch.dtype, **sizes: Unpack[Sizes]) -> bool:
     """Whether the operation takes a Triton kernel for x, computing in dtype; else its plain-torch twin.
 
     Asked before operands are checked: callers give a size as a sum over a slice of the shape, 0 where there is none.
@@ -253,7 +263,7 @@ def runs_triton(operation: str, x: torch.Tensor, dtype: torch.dtype, **sizes: An
     return failure(operation, x.device) is None and not left_to_libraries(operation, x, dtype)
 
 
-DEFAULT_SIZES: dict[str, dict[str, Any]] = {
+DEFAULT_SIZES: dict[str, Sizes] = {
     "adapter": {"r": 64},
     "masked_linear": {"columns": 768},
     "packed_linear": {"columns": 768},
@@ -263,7 +273,7 @@ DEFAULT_SIZES: dict[str, dict[str, Any]] = {
 
 
 def explain(
-    operation: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, **sizes: Any
+    operation: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, **sizes: Unpack[Sizes]
 ) -> str:
     """One line: which path an operation takes on a device in a dtype, and why.
 

@@ -13,7 +13,7 @@ import torch
 from compressft_kernels.dispatch import NotCompiled
 
 # Called with (kernel, grid, arguments, options) instead of launching.
-Handler = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None]
+Handler = Callable[[Any, tuple[int, ...], tuple[object, ...], dict[str, object]], None]
 _handler: ContextVar[Handler | None] = ContextVar("compressft_launch_handler", default=None)
 
 
@@ -27,7 +27,7 @@ def intercepting(handler: Handler) -> Iterator[None]:
         _handler.reset(token)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], *args: object, **options: object) -> None:
     """kernel[grid](*args, **options) on the device of its first tensor; nothing for an empty grid.
 
     Raises:

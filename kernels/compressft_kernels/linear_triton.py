@@ -8,7 +8,6 @@ kernel computes the transpose, [weights, tokens].
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import triton
@@ -211,7 +210,7 @@ def _materialise_kernel(
 
 def _weight_arguments(
     weight: Tensor, quant: list[Tensor], columns: int
-) -> tuple[str, tuple[Any, ...], tuple[int, int]]:
+) -> tuple[str, tuple[Tensor | None, ...], tuple[int, int]]:
     """WEIGHT, the pointers (weight and quantisation tables) and the strides (of rows, of columns)."""
     if not quant:
         return "dense", (weight, *[None] * 5), (weight.stride(0), weight.stride(1))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +48,7 @@ class NF4:
             )
 
     @classmethod
-    def of(cls, parameter: Any) -> NF4:
+    def of(cls, parameter: Tensor) -> NF4:
         """From a bitsandbytes `Params4bit` that has been quantised.
 
         Raises:

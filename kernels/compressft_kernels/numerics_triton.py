@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -13,7 +11,7 @@ from compressft_kernels.dispatch import tf32_allowed
 _DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
 
 
-def dtypes(dtype: torch.dtype) -> dict[str, Any]:
+def dtypes(dtype: torch.dtype) -> dict[str, tl.dtype | str]:
     """COMPUTE, the dtype of tl.dot's operands; ACC, the dtype it adds up in; PRECISION, how float32 is multiplied."""
     tf32 = dtype == torch.float32 and tf32_allowed()
     return {

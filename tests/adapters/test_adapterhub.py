@@ -11,12 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compressft.adapters.adapted import Adapted
 from compressft.adapters.adapterhub.arrange import refusal
 from compressft.adapters.adapterhub.config import ABSENT, MATTERS, config_of, fields_of
 from compressft.adapters.adapterhub.write import write
 from compressft.adapters.folders import read
+from compressft.adapters.named_adapters import Adapted
 from compressft.errors import UserError
+from compressft.modules.bottleneck import BottleneckDesign
 from tests.adapters.saved import adapted_on, batch_of, loaded, rewrite, same
 from tests.methods.added import save_adapter, shaken
 from tests.tiny import logits, tiny
@@ -77,7 +78,7 @@ def test_written_again(bases, tmp_path, case):
 )
 def test_reduction_factors(width, size):
     """The package computes the size as int(width // factor)."""
-    config = config_of("houlsby", "relu", 1.0, width, size, True, (width // 2, size))
+    config = config_of("houlsby", BottleneckDesign(width, size, "relu"), True, (width // 2, size))
     assert int(width // config["reduction_factor"]) == size
     assert int((width // 2) // config["inv_adapter_reduction_factor"]) == size
 
@@ -98,7 +99,7 @@ def test_fields_both_ways():
     for post_norm in (True, False):
         for placement in ("houlsby", "pfeiffer", *(["parallel"] if post_norm else [])):
             for activation in ("relu", "gelu", "gelu_tanh", "silu", "tanh"):
-                config = config_of(placement, activation, 2.0, 32, 4, post_norm, None)
+                config = config_of(placement, BottleneckDesign(32, 4, activation, 2.0), post_norm, None)
                 found = fields_of(config, post_norm, "here")
                 assert (found["placement"], found["activation"], found["scale"]) == (placement, activation, 2.0)
 

@@ -12,9 +12,9 @@ import torch
 from peft import PeftModel
 
 from compressft import get_model
-from compressft.adapters.adapted import Adapted
+from compressft.adapters.named_adapters import Adapted
 from compressft.methods.fusion import Fusion
-from compressft.model.saved.bottlenecks import read_adapters
+from compressft.model.saved.adapters import read_adapters
 from compressft.model.saved.delta import base_tensors, save_delta
 from compressft.recipe.recipe import parse_recipe
 from tests.adapters.saved import LORA, config_of, loaded, moved, rewrite, same

@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 
-from compressft.adapters.adapted import Adapted
+from compressft.adapters.named_adapters import Adapted
 from compressft.errors import UserError
 from compressft.evaluation.inputs import sample_inputs
 from compressft.export.flow import sample_batch

@@ -12,7 +12,7 @@ from compressft.errors import UserError
 from compressft.methods.adapter import Adapter
 from compressft.model.anatomy import anatomy
 from compressft.model.count import count
-from compressft.model.saved.bottlenecks import read_adapters, swap_adapter
+from compressft.model.saved.adapters import read_adapters, swap_adapter
 from compressft.model.surgery import adapter_in
 from compressft.modules.bottleneck import Stack, links
 from compressft.modules.linear import bare

@@ -5,7 +5,7 @@ import torch
 from pydantic import ValidationError
 
 from compressft.methods.diff import Diff
-from compressft.modules.diff import Diff as DiffModule
+from compressft.modules.diff import WeightDiff
 from compressft.modules.linear import CompressedLinear, bare, dense
 from compressft.passes.magnitude import Magnitude
 from compressft.passes.nf4 import Nf4
@@ -24,7 +24,7 @@ def prepared(method=METHOD, family="bert", **changes):
     return model
 
 
-def diffs(model) -> list[DiffModule]:
+def diffs(model) -> list[WeightDiff]:
     return [m.delta for m in model.modules() if isinstance(m, CompressedLinear) and m.delta is not None]
 
 
@@ -122,7 +122,7 @@ def test_the_penaltys_slope(structured):
 
 @pytest.mark.parametrize("alpha", [-1.0, 0.0, 0.7])
 def test_probability_to_be_open(alpha):
-    diff = DiffModule(200, 300, grouped=False)
+    diff = WeightDiff(200, 300, grouped=False)
     with torch.no_grad():
         diff.values.fill_(1.0)
         diff.log_alpha.fill_(alpha)
@@ -138,7 +138,7 @@ def test_probability_to_be_open(alpha):
 
 
 def test_without_noise_the_gate_is_closed_up_to_an_alpha_of_0():
-    diff = DiffModule(1, 5, grouped=False).eval()
+    diff = WeightDiff(1, 5, grouped=False).eval()
     with torch.no_grad():
         diff.values.fill_(2.0)
         diff.log_alpha.copy_(torch.tensor([[-3.0, 0.0, 0.1, 1.0, 5.0]]))
@@ -150,7 +150,7 @@ def test_without_noise_the_gate_is_closed_up_to_an_alpha_of_0():
 
 
 def test_the_group_closes_a_whole_matrix_and_counts_once():
-    diff = DiffModule(4, 5, grouped=True).eval()
+    diff = WeightDiff(4, 5, grouped=True).eval()
     with torch.no_grad():
         diff.values.fill_(1.0)
         diff.group.fill_(0.25)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from compressft.errors import UserError
 from compressft.methods.fusion import Fusion, fusions
 from compressft.model.anatomy import anatomy
-from compressft.model.saved.bottlenecks import read_adapters
+from compressft.model.saved.adapters import read_adapters
 from compressft.modules.bottleneck import AdaptedNorm
 from compressft.modules.linear import bare
 from compressft.passes.depth import Depth

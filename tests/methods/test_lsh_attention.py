@@ -13,7 +13,7 @@ from compressft.methods.lsh_attention import LshAttention
 from compressft.methods.prefix import PrefixTuning
 from compressft.model.anatomy import anatomy
 from compressft.model.saved.compressed import load_compressed, save_compressed
-from compressft.modules.lsh import Lsh, hash_buckets, lsh_attention, unit
+from compressft.modules.lsh import Lsh, Sight, hash_buckets, lsh_attention, unit
 from compressft.objectives.distill import Distill
 from compressft.passes.nf4 import Nf4
 from compressft.passes.structured import Structured
@@ -43,6 +43,10 @@ def drawn(shape, seed=0):
 def rotations(rounds, size, buckets, heads=1, seed=3):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(heads, rounds, size, buckets // 2, generator=generator, dtype=torch.float64)
+
+
+def attended(qk, value, hashing, mask=None, **sight):
+    return lsh_attention(qk, value, hashing, Sight(**sight), mask)
 
 
 def full(qk, value, allowed):
@@ -89,10 +93,10 @@ def test_one_chunk_is_full_attention(shape, causal):
     want = full(qk, value, everyone(shape[2], causal))
     for rounds, look_back, chunk in ((1, 0, 32), (3, 0, shape[2]), (2, 1, 32)):
         hashing = rotations(rounds, shape[3], 4)
-        got = lsh_attention(qk, value, hashing, chunk=chunk, look_back=look_back, causal=causal)
+        got = attended(qk, value, hashing, chunk=chunk, look_back=look_back, causal=causal)
         torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-12)
     one_bucket = torch.zeros(1, 2, shape[3], 2, dtype=torch.float64)
-    got = lsh_attention(qk, value, one_bucket, chunk=shape[2], causal=causal, across_buckets=False)
+    got = attended(qk, value, one_bucket, chunk=shape[2], causal=causal, across_buckets=False)
     torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-12)
 
 
@@ -103,7 +107,7 @@ def test_rounds_add_up_to_a_softmax_over_all_that_is_seen(shape, causal, across,
     """Against who sees whom by the definition: chunks, borders without wrap-around, duplicates, unsorting (b)."""
     qk, value = drawn(shape)
     hashing = rotations(3, shape[3], 4)
-    got = lsh_attention(qk, value, hashing, chunk=4, look_back=look_back, causal=causal, across_buckets=across)
+    got = attended(qk, value, hashing, chunk=4, look_back=look_back, causal=causal, across_buckets=across)
     union = seen(qk, hashing, 4, look_back, causal, across).any(2)
     torch.testing.assert_close(got, full(qk, value, union), atol=1e-12, rtol=1e-12)
 
@@ -111,14 +115,12 @@ def test_rounds_add_up_to_a_softmax_over_all_that_is_seen(shape, causal, across,
 def test_duplicates_count_once_per_round_without_the_correction():
     qk, value = drawn((1, 1, 12, 4))
     hashing = rotations(1, 4, 4).expand(-1, 3, -1, -1)
-    once = lsh_attention(qk, value, hashing[:, :1], chunk=4)
+    once = attended(qk, value, hashing[:, :1], chunk=4)
     for correct in (True, False):
         # The same round thrice: every key three times, which a softmax does not see.
-        torch.testing.assert_close(lsh_attention(qk, value, hashing, chunk=4, correct_duplicates=correct), once)
+        torch.testing.assert_close(attended(qk, value, hashing, chunk=4, correct_duplicates=correct), once)
     several = rotations(3, 4, 4)
-    with_it, without = (
-        lsh_attention(qk, value, several, chunk=4, correct_duplicates=correct) for correct in (True, False)
-    )
+    with_it, without = (attended(qk, value, several, chunk=4, correct_duplicates=correct) for correct in (True, False))
     assert (with_it - without).abs().max() > 1e-2
 
 
@@ -145,7 +147,7 @@ def test_more_rounds_come_nearer_to_full_attention():
     want = full(4.0 * qk, value, everyone(64, False))
     errors = []
     for rounds in (1, 2, 4, 8):
-        got = [lsh_attention(4.0 * qk, value, rotations(rounds, 16, 8, seed=seed), chunk=8) for seed in range(5)]
+        got = [attended(4.0 * qk, value, rotations(rounds, 16, 8, seed=seed), chunk=8) for seed in range(5)]
         errors.append(float(torch.stack([(one - want).norm(dim=-1) for one in got]).median()))
     assert errors == sorted(errors, reverse=True) and errors[-1] < 0.5 * errors[0]
 
@@ -159,7 +161,7 @@ def test_later_tokens_change_nothing_before_them(look_back):
     for across in (False, True):
 
         def attend(x, v, across=across):
-            return lsh_attention(x, v, hashing, chunk=3, look_back=look_back, causal=True, across_buckets=across)
+            return attended(x, v, hashing, chunk=3, look_back=look_back, causal=True, across_buckets=across)
 
         before = attend(qk, value)
         for place in (1, 14, 28):
@@ -209,7 +211,7 @@ def test_agrees_with_transformers(padding, causal, chunk):
         torch.manual_seed(5)
         hashing = torch.randn(3, 8, 2, 2).transpose(1, 2)
         allowed = mask[:, None, None, :].expand(-1, -1, 16, -1)
-        got = lsh_attention(
+        got = attended(
             qk, value, hashing, chunk=chunk, look_back=0, mask=allowed, causal=causal, correct_duplicates=False
         )
     others = seen(qk, hashing, chunk, 0, causal, True, mask).any(2) & ~torch.eye(16, dtype=torch.bool)
@@ -228,7 +230,7 @@ def test_agrees_with_transformers_on_earlier_chunks():
         torch.manual_seed(5)
         hashing = torch.randn(1, 8, 1, 2).transpose(1, 2)
         qk, value = theirs.query_key(x)[:, None], theirs.value(x)[:, None]
-        got = lsh_attention(qk, value, hashing, chunk=4)[0, 0]
+        got = attended(qk, value, hashing, chunk=4)[0, 0]
     order = hash_buckets(qk, hashing)[0, 0, 0].argsort(stable=True)
     torch.testing.assert_close(got[order[4:]], want[order[4:]], atol=1e-5, rtol=1e-4)
     assert (got[order[:4]] - want[order[:4]]).abs().max() > 1e-2
@@ -238,8 +240,8 @@ def test_dropout_acts_on_probabilities():
     qk, value = drawn((1, 1, 16, 4))
     hashing = rotations(1, 4, 2)
     torch.manual_seed(0)
-    rows = [lsh_attention(qk, value, hashing, chunk=16, dropout=0.5) for _ in range(400)]
-    without = lsh_attention(qk, value, hashing, chunk=16)
+    rows = [attended(qk, value, hashing, chunk=16, dropout=0.5) for _ in range(400)]
+    without = attended(qk, value, hashing, chunk=16)
     assert (rows[0] - without).abs().max() > 0.1
     torch.testing.assert_close(torch.stack(rows).mean(0), without, atol=0.25, rtol=0)
 
@@ -249,7 +251,7 @@ def test_gradients():
     hashing = rotations(2, 3, 2)
 
     def attend(x, v):
-        return lsh_attention(x, v, hashing, chunk=3)
+        return attended(x, v, hashing, chunk=3)
 
     assert torch.autograd.gradcheck(attend, [x.requires_grad_() for x in (qk, value)], eps=1e-7, atol=1e-5)
 

@@ -6,11 +6,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from compressft.modules import bottleneck as module
-from compressft.modules.bottleneck import AdaptedNorm, AdaptedOutput, Bottleneck
+from compressft.modules.bottleneck import AdaptedNorm, AdaptedOutput, Bottleneck, BottleneckDesign
 
 
 def bottleneck(init="houlsby", activation="gelu_tanh", width=256, size=64, seed=0):
-    return Bottleneck(width, size, activation, init, torch.Generator().manual_seed(seed))
+    return Bottleneck(BottleneckDesign(width, size, activation), init, torch.Generator().manual_seed(seed))
 
 
 def test_houlsby_initialisation_is_truncated_at_two_deviations():

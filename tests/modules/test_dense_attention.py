@@ -52,7 +52,11 @@ CASES = {
 def both(case, dtype, keys=T):
     groups, causal, mask, arguments = CASES[case]
     found = []
-    for function in (sdpa_attention_forward, lambda *a, **k: (dense_attention._dense(*a, **k), None)):
+
+    def dense(module, *tensors, **options):
+        return dense_attention._dense(module, dense_attention.Call(*tensors, options)), None
+
+    for function in (sdpa_attention_forward, dense):
         q, k, v = inputs(dtype, H // groups, keys)
         out, weights = function(layer(groups, causal), q, k, v, mask(), **arguments)
         assert weights is None and out.is_contiguous()
@@ -101,7 +105,7 @@ def test_fp16_autocast_and_bf16_autocast_compute_in_their_type():
     for dtype in (torch.bfloat16, torch.float16):
         q, k, v = inputs()
         with torch.autocast("cpu", dtype=dtype):
-            out = dense_attention._dense(layer(), q, k, v, None)
+            out = dense_attention._dense(layer(), dense_attention.Call(q, k, v, None, {}))
         assert out.dtype == torch.float32
         want = sdpa_attention_forward(layer(), q, k, v, None)[0]
         torch.testing.assert_close(out, want, atol=2e-2, rtol=2e-2)

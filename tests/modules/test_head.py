@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from compressft.modules.head import BiLSTM, ProbeHead
+from compressft.modules.head import BiLSTM, HeadDesign, ProbeHead
 from tests.tiny import padded
 
 
@@ -41,7 +41,7 @@ def test_the_same_as_a_packed_sequence(left):
 @torch.no_grad()
 @pytest.mark.parametrize("body", ["linear", "mlp", "bilstm"])
 def test_paddings_are_not_read(body):
-    head = ProbeHead(6, body, 4, False)
+    head = ProbeHead(HeadDesign(6, body, 4, False))
     mask, x = padded(4, 9)["attention_mask"], torch.randn(4, 9, 6)
     noise = torch.where(mask[..., None].bool(), x, 100 * torch.randn_like(x))
     real = mask.bool()
@@ -67,7 +67,7 @@ def test_every_token_reaches_every_token():
 
 @torch.no_grad()
 def test_standardising_and_the_mlp():
-    head, x = ProbeHead(4, "mlp", 7, True), torch.randn(2, 3, 4)
+    head, x = ProbeHead(HeadDesign(4, "mlp", 7, True)), torch.randn(2, 3, 4)
     head.mean.copy_(torch.tensor([1.0, 2, 3, 4]))
     head.deviation.copy_(torch.tensor([1.0, 2, 1, 0.5]))
     want = head.outer(nn.functional.gelu(head.inner((x - head.mean) / head.deviation)))
@@ -79,7 +79,9 @@ def test_standardising_and_the_mlp():
 
 def test_draws_from_its_own_generator():
     state = torch.get_rng_state()
-    one, two = (ProbeHead(6, "bilstm", 4, False, generator=torch.Generator().manual_seed(2)) for _ in range(2))
+    one, two = (
+        ProbeHead(HeadDesign(6, "bilstm", 4, False), generator=torch.Generator().manual_seed(2)) for _ in range(2)
+    )
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
     assert one.lstm.forwards.weight_hh_l0.abs().max() <= 0.5 and one.outer is not None

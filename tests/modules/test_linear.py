@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from compressft.modules.gate import ColumnGate
-from compressft.modules.int8 import activation_scale, portable_scale, quantised_linear
+from compressft.modules.int8 import LayerRounding, activation_scale, portable_scale, quantised_linear
 from compressft.modules.linear import CompressedLinear, dense, is_dense
 from compressft.modules.quantizer import Int8Quantizer
 
@@ -62,10 +62,10 @@ def test_order_is_delta_then_gate_then_quantisation():
     assert torch.equal(linear.effective_weight(), weight)
     # Pairs are formed of the columns that stay.
     w_scale = portable_scale(weight[:, MASK.bool()])
-    assert torch.equal(linear(x), quantised_linear(x, weight, linear.bias, *scale, w_scale))
+    assert torch.equal(linear(x), quantised_linear(x, weight, linear.bias, scale, LayerRounding(w_scale)))
     # Other orders give other results, so that this comparison means something.
-    late_gate = quantised_linear(x * MASK, linear.weight + linear.delta(), linear.bias, *scale)
-    late_delta = quantised_linear(x, linear.weight * MASK, linear.bias, *scale) + F.linear(x, linear.delta())
+    late_gate = quantised_linear(x * MASK, linear.weight + linear.delta(), linear.bias, scale)
+    late_delta = quantised_linear(x, linear.weight * MASK, linear.bias, scale) + F.linear(x, linear.delta())
     assert not torch.equal(late_gate, linear(x)) and not torch.allclose(late_delta, linear(x), atol=1e-2)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from compressft.modules.bottleneck import AdaptedNorm, Bottleneck
+from compressft.modules.bottleneck import AdaptedNorm, Bottleneck, BottleneckDesign
 from compressft.modules.gate import ColumnGate
 from compressft.modules.linear import dense
 from compressft.modules.norm import GatedNorm
@@ -20,7 +20,7 @@ LIVE = [0, 2, 3, 6]
 def norms():
     """A LayerNorm, one with a Pfeiffer adapter, and an RMSNorm as Llama has it, all with uneven parameters."""
     generator = torch.Generator().manual_seed(0)
-    adapter = Bottleneck(WIDTH, 3, "gelu", "bert", generator)
+    adapter = Bottleneck(BottleneckDesign(WIDTH, 3, "gelu"), "bert", generator)
     layer, adapted = nn.LayerNorm(WIDTH, eps=1e-3), AdaptedNorm.of(nn.LayerNorm(WIDTH, eps=1e-3), adapter)
     rms = copy.deepcopy(tiny("llama").model.norm)
     rms.weight = nn.Parameter(torch.ones(WIDTH))

@@ -7,7 +7,14 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from compressft.modules.gate import ColumnGate
-from compressft.modules.int8 import activation_scale, portable_scale, quantise_weight, quantised_linear, weight_scale
+from compressft.modules.int8 import (
+    InputGrid,
+    activation_scale,
+    portable_scale,
+    quantise_weight,
+    quantised_linear,
+    weight_scale,
+)
 from compressft.modules.linear import CompressedLinear
 from compressft.modules.quantizer import Int8Quantizer
 
@@ -89,7 +96,7 @@ def test_static_equals_onnxruntime(name, k, n, bias):
     weight[1] = 0.0
     x[0, 0] = 0.0
     scale, zero_point = activation_scale(torch.tensor(range_low), torch.tensor(range_high))
-    got = quantised_linear(*as_tensors(x, weight, b), scale, zero_point).numpy()
+    got = quantised_linear(*as_tensors(x, weight, b), InputGrid(scale, zero_point)).numpy()
     want = run_static(x, weight, b, scale.item(), zero_point.item())
     assert np.ptp(want) > 0
     assert_equal_up_to_rescaling(got, want, b)
@@ -104,7 +111,7 @@ def test_dynamic_equals_onnxruntime(low, high, k, n, bias):
     quantizer = Int8Quantizer("dynamic")
     tx, tw, tb = as_tensors(x, weight, b)
     assert_equal_up_to_rescaling(
-        quantised_linear(tx, tw, tb, *quantizer.scale(tx)).numpy(), run_dynamic(x, weight, b), b
+        quantised_linear(tx, tw, tb, quantizer.scale(tx)).numpy(), run_dynamic(x, weight, b), b
     )
 
 
@@ -126,7 +133,7 @@ def test_bf16_autocast_keeps_the_integers(k):
     scale, zero_point = activation_scale(torch.tensor(-1.0), torch.tensor(3.0))
     want = exact(x, weight, None, scale, zero_point)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = quantised_linear(x, weight, None, scale, zero_point)
+        got = quantised_linear(x, weight, None, InputGrid(scale, zero_point))
     assert got.dtype is torch.bfloat16
     relative = (got.double() - want).abs() / want.abs().clamp(min=1e-9)
     # Half an ulp of bf16 is 2^-8: once for the accumulator, once for the result.
@@ -144,7 +151,7 @@ def test_bf16_bias_is_added_in_fp32():
     scale, zero_point = activation_scale(torch.tensor(-1.0), torch.tensor(1.0))
     bare = exact(x, weight, None, scale, zero_point)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = quantised_linear(x, weight, bias, scale, zero_point).double()
+        got = quantised_linear(x, weight, bias, InputGrid(scale, zero_point)).double()
     want = bare + bias.double()
     assert ((got - want).abs() <= 2**-8 * (bare.abs() + want.abs())).all()
 
@@ -154,7 +161,7 @@ def test_gradients_are_straight_through(bias):
     x, weight, b = as_tensors(*example(24, 10, -2.0, 2.0, bias=bias))
     scale, zero_point = activation_scale(torch.tensor(-1.0), torch.tensor(1.5))
     leaves = [x.requires_grad_(), weight.requires_grad_()] + ([b.requires_grad_()] if bias else [])
-    y = quantised_linear(x, weight, b, scale, zero_point)
+    y = quantised_linear(x, weight, b, InputGrid(scale, zero_point))
     out = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
     grads = torch.autograd.grad(y, leaves, out)
     dy, s = out.double().reshape(-1, 10), scale.double()
@@ -177,7 +184,7 @@ def test_bf16_gradients_are_near_the_fp32_ones():
     for on in (False, True):
         leaves = [t.clone().requires_grad_() for t in (x, weight, b)]
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=on):
-            y = quantised_linear(*leaves, scale, zero_point)
+            y = quantised_linear(*leaves, InputGrid(scale, zero_point))
         results.append(torch.autograd.grad(y, leaves, out.to(y.dtype)))
     for fp32, bf16 in zip(*results, strict=True):
         assert bf16.dtype is torch.float32
@@ -186,7 +193,7 @@ def test_bf16_gradients_are_near_the_fp32_ones():
 
 def test_only_wanted_gradients():
     x, weight, b = as_tensors(*example(8, 4, -1.0, 1.0))
-    y = quantised_linear(x.requires_grad_(), weight, b, *activation_scale(torch.tensor(-1.0), torch.tensor(1.0)))
+    y = quantised_linear(x.requires_grad_(), weight, b, activation_scale(torch.tensor(-1.0), torch.tensor(1.0)))
     y.sum().backward()
     assert x.grad is not None and weight.grad is None and b.grad is None
 
@@ -196,7 +203,7 @@ def test_saves_bytes_not_floats():
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         quantised_linear(
-            x.requires_grad_(), weight.requires_grad_(), b, *activation_scale(torch.tensor(-1.0), torch.tensor(1.0))
+            x.requires_grad_(), weight.requires_grad_(), b, activation_scale(torch.tensor(-1.0), torch.tensor(1.0))
         )
     assert sum(t.nbytes for t in saved if t.numel() == x.numel()) == 2 * x.numel()
 
@@ -211,8 +218,8 @@ def test_zero_is_exact_and_error_is_within_half_a_step(low, high):
     eye = torch.eye(1)
     points = torch.linspace(min(low, 0.0), max(high, 0.0), 257)[:, None]
     # One weight of 1 is exact: 127 steps of 1 / 127.
-    back = quantised_linear(points, eye, None, scale, zero_point)
-    assert quantised_linear(torch.zeros(1, 1), eye, None, scale, zero_point).item() == 0.0
+    back = quantised_linear(points, eye, None, InputGrid(scale, zero_point))
+    assert quantised_linear(torch.zeros(1, 1), eye, None, InputGrid(scale, zero_point)).item() == 0.0
     # The zero point is rounded too, so an end of the range may lie half a step outside.
     assert (back - points).abs().max() <= scale * 1.001
     assert (back - points).abs()[1:-1].max() <= scale * 0.501 or scale == 1
@@ -225,8 +232,10 @@ def test_quantising_again_changes_nothing():
     once = quantise_weight(weight, w_scale) * w_scale[:, None]
     assert torch.equal(quantise_weight(once, weight_scale(once)), quantise_weight(weight, w_scale))
     eye = torch.eye(16)
-    x_once = quantised_linear(x, eye, None, scale, zero_point)
-    torch.testing.assert_close(quantised_linear(x_once, eye, None, scale, zero_point), x_once, atol=0, rtol=0)
+    x_once = quantised_linear(x, eye, None, InputGrid(scale, zero_point))
+    torch.testing.assert_close(
+        quantised_linear(x_once, eye, None, InputGrid(scale, zero_point)), x_once, atol=0, rtol=0
+    )
 
 
 def test_weight_integers_use_the_whole_symmetric_range():

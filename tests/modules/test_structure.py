@@ -1,6 +1,7 @@
 """Describing a model's modules and putting them into a plain model again gives the same function."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from compressft.errors import UserError
 from compressft.methods.adapter import Adapter
 from compressft.model.shrink import resize, shapes
+from compressft.modules import structure
 from compressft.modules.gate import ColumnGate
 from compressft.modules.int4 import grid_of
 from compressft.modules.linear import CompressedLinear
@@ -105,3 +107,9 @@ def test_packed_weights_and_unknown_quantizers_are_refused():
         describe(torch.nn.Sequential(linear))
     with pytest.raises(ValueError, match="unknown kind 'int2'"):
         rebuild(torch.nn.Sequential(torch.nn.Linear(4, 4)), {"0": {"kind": "linear", "quantizer": {"kind": "int2"}}})
+
+
+def test_every_file_of_kinds_is_imported_where_folders_are_read():
+    """In a new process nobody else may have imported it."""
+    homes = {file.stem for file in Path(structure.__file__).parent.glob("*.py") if "\n@known" in file.read_text()}
+    assert len(homes) > 10 and homes - {"linear"} <= set(vars(structure))

@@ -5,7 +5,14 @@ import itertools
 import pytest
 import torch
 
-from compressft.passes.shared.select_parts import aligned, encoder_sparsity, keep_expected, keep_hidden, keep_layers
+from compressft.passes.shared.select_parts import (
+    Alive,
+    aligned,
+    encoder_sparsity,
+    keep_expected,
+    keep_hidden,
+    keep_layers,
+)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 7, 12])
@@ -73,12 +80,12 @@ def test_expected_sparsity_is_the_mean_of_drawn_ones():
     ffn = [torch.rand(5, generator=generator), torch.rand(4, generator=generator)]
     layers, hidden = torch.rand(2, generator=generator), torch.rand(6, generator=generator)
     costs = ([40, 32], [3, 2])
-    expected = float(encoder_sparsity(heads, ffn, layers, hidden, *costs))
+    expected = float(encoder_sparsity(Alive(heads, ffn, layers, hidden), *costs))
     drawn = []
     for index in range(4000):
         masks = [[draw(p, generator) for p in group] for group in (heads, ffn)]
         masks += [draw(layers, generator), draw(hidden, generator)]
-        one = float(encoder_sparsity(*masks, *costs))
+        one = float(encoder_sparsity(Alive(*masks), *costs))
         if index < 20:
             assert one == pytest.approx(brute_force(*masks, *costs), abs=1e-6)
         drawn.append(one)

@@ -13,7 +13,7 @@ from compressft.model.anatomy import anatomy
 from compressft.model.costs import CostTable, LayerCosts, counted, monotone
 from compressft.model.count import count
 from compressft.model.shrink import drop_layers, resize, shapes
-from compressft.passes.shared.choice import CELLS, best, choose, choose_by_importance, sizes_allowed, tried
+from compressft.passes.shared.choice import CELLS, Floors, best, choose, choose_by_importance, sizes_allowed, tried
 from compressft.passes.shared.target import Target, cost_table
 from compressft.transform import Context
 from tests.share import drawn
@@ -264,7 +264,7 @@ def test_importance_is_kept_where_it_is():
     heads = [torch.tensor([5.0, 5.0, 5.0, 5.0]), torch.tensor([0.0, 9.0, 0.0, 0.0])]
     ffn = [torch.full((64,), 0.01), torch.full((64,), 1.0)]
     budget = TABLE.cost(layers((4, 8), (1, 64)))
-    assert choose_by_importance(TABLE, budget, heads, ffn, align=8, floor_ffn=8) == layers((4, 8), (1, 64))
+    assert choose_by_importance(TABLE, budget, heads, ffn, Floors(align=8, ffn=8)) == layers((4, 8), (1, 64))
 
 
 def test_importance_lost_is_that_of_the_lowest_scores():

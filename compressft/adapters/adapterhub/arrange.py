@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
 from torch import nn
 
@@ -14,12 +15,14 @@ from compressft.methods.prefix import sites
 from compressft.model.anatomy import Layer, anatomy
 from compressft.model.surgery import adapter_in
 from compressft.modules.attention import prefix_of
-from compressft.modules.bottleneck import AdaptedNorm, AdaptedOutput, Bottleneck, Parallel
+from compressft.modules.bottleneck import AdaptedNorm, AdaptedOutput, Bottleneck, BottleneckLayers, Parallel
 from compressft.modules.embedding import CompressedEmbedding
-from compressft.modules.fusion import Fusion
+from compressft.modules.fusion import AdapterFusion
 from compressft.modules.invertible import INVERTIBLE, Inverse, Invertible
 from compressft.modules.prefix import Prefix
+from compressft.modules.pretrained import pretrained
 
+Kind = TypeVar("Kind", bound=nn.Module)
 Placement = Literal["houlsby", "pfeiffer", "parallel"]
 
 
@@ -29,12 +32,15 @@ class Arrangement:
 
     Attributes:
         placement: of the bottlenecks, None for a prefix; a fusion stands in Pfeiffer's place.
-        layers: per layer, from the bottom up: a bottleneck, (after attention, after FFN), a fusion or a prefix.
+        bottlenecks, fusions, prefixes: what it is of, per layer from the bottom up, the others empty; two bottlenecks
+            are one after attention and one after the FFN.
         invertible: the invertible adapter, None where there is none.
     """
 
     placement: Placement | None
-    layers: tuple[Any, ...]
+    bottlenecks: tuple[tuple[BottleneckLayers, ...], ...] = ()
+    fusions: tuple[AdapterFusion, ...] = ()
+    prefixes: tuple[Prefix, ...] = ()
     invertible: Invertible | None = None
 
 
@@ -50,28 +56,32 @@ def arrangement(model: nn.Module) -> Arrangement | None:
     beside = [layer.module._modules.get("parallel") for layer in layers]
     attention = [held(model, layer, layer.family.attention_out) for layer in layers]
     output = [held(model, layer, layer.family.ffn_out) for layer in layers]
-    coupling: Any = getattr(anatomy(model).backbone, INVERTIBLE, None)
-    if _all(after, Fusion):
-        return Arrangement("pfeiffer", tuple(after))
-    if _all(beside, Parallel):
-        return Arrangement("parallel", tuple(beside), coupling)
-    if _all(attention, Bottleneck) and _all(output, Bottleneck):
-        return Arrangement("houlsby", tuple(zip(attention, output, strict=True)), coupling)
-    if _all(after, Bottleneck) and not any(attention):
-        return Arrangement("pfeiffer", tuple(after), coupling)
+    coupling: Invertible | None = getattr(anatomy(model).backbone, INVERTIBLE, None)
+    if fusions := _all(after, AdapterFusion):
+        return Arrangement("pfeiffer", fusions=fusions)
+    if parallel := _all(beside, Parallel):
+        return Arrangement("parallel", tuple((one,) for one in parallel), invertible=coupling)
+    first, second = _all(attention, Bottleneck), _all(output, Bottleneck)
+    if first and second:
+        return Arrangement("houlsby", tuple(zip(first, second, strict=True)), invertible=coupling)
+    if (found := _all(after, Bottleneck)) and not any(attention):
+        return Arrangement("pfeiffer", tuple((one,) for one in found), invertible=coupling)
     fronts = [prefix_of(site.module) for site in sites(model)]
-    if _all(fronts, Prefix) and len(fronts) == len(layers):
-        return Arrangement(None, tuple(fronts))
+    prefixes = _all(fronts, Prefix)
+    if prefixes and len(prefixes) == len(layers):
+        return Arrangement(None, prefixes=prefixes)
     return None
 
 
-def _all(found: list[Any], kind: type) -> bool:
-    return all(isinstance(module, kind) for module in found)
+def _all(found: Sequence[object], kind: type[Kind]) -> tuple[Kind, ...]:
+    """What was found, where all of it is of this kind, else nothing."""
+    kept = tuple(module for module in found if isinstance(module, kind))
+    return kept if len(kept) == len(found) else ()
 
 
 def refusal(settled: Settled) -> str | None:
     """Why AdapterHub's format cannot hold this, or None."""
-    kind: str = settled.plain.config.model_type  # type: ignore[union-attr]
+    kind: str = pretrained(settled.plain).config.model_type
     if kind not in FAMILIES:
         return f"AdapterHub's folders are written for {', '.join(FAMILIES)}, not for {kind!r}"
     found = arrangement(settled.model)
@@ -85,7 +95,7 @@ def refusal(settled: Settled) -> str | None:
     reason = _alike(found) or _of_size(settled, found)
     if reason is not None:
         return reason
-    kinds = (AdaptedNorm, AdaptedOutput, Bottleneck, Fusion, Invertible, Inverse, Prefix)
+    kinds = (AdaptedNorm, AdaptedOutput, BottleneckLayers, AdapterFusion, Invertible, Inverse, Prefix)
     other = next((module for module in settled.ours.values() if not isinstance(module, kinds)), None)
     if isinstance(other, CompressedEmbedding) and other.first:
         return "AdapterHub leaves a row's positions where they are, and this prefix moves them; shift_positions: false"
@@ -96,9 +106,9 @@ def refusal(settled: Settled) -> str | None:
 
 def _alike(found: Arrangement) -> str | None:
     """One configuration says what all layers have."""
-    if found.placement is None or isinstance(found.layers[0], Fusion):
+    modules = [module for layer in found.bottlenecks for module in layer]
+    if not modules:
         return None
-    modules = [m for layer in found.layers for m in (layer if isinstance(layer, tuple) else (layer,))]
     if len({(m.down_weight.shape, m.activation, m.scale) for m in modules}) > 1:
         return "its layers have adapters of different sizes, activations or scales, and AdapterHub's format states one"
     coupling = found.invertible
@@ -108,11 +118,13 @@ def _alike(found: Arrangement) -> str | None:
 
 
 def _of_size(settled: Settled, found: Arrangement) -> str | None:
-    config: Any = settled.plain.config
-    if found.placement is not None:
+    if not found.prefixes:
         return None
+    config = pretrained(settled.plain).config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    if any(front.key.shape[::2] != (heads, config.hidden_size // config.num_attention_heads) for front in found.layers):
+    if any(
+        front.key.shape[::2] != (heads, config.hidden_size // config.num_attention_heads) for front in found.prefixes
+    ):
         return "AdapterHub takes a head's size to be hidden_size / heads, and this model's is another"
     return None
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from compressft.errors import UserError, nearest
+from compressft.modules.bottleneck import BottleneckDesign
+from compressft.utils.texts import JSON
 
 # Names of activations there -> here; the first of several is the one that is written.
 ACTIVATIONS = {
@@ -19,7 +20,7 @@ ACTIVATIONS = {
 }
 INITS = {"bert": "bert", "houlsby": "houlsby", "mam_adapter": "zero"}
 # Fields that decide what is computed: their defaults there.
-MATTERS: dict[str, Any] = {
+MATTERS: dict[str, JSON] = {
     "mh_adapter": None,
     "output_adapter": None,
     "non_linearity": None,
@@ -32,7 +33,7 @@ MATTERS: dict[str, Any] = {
     "inv_adapter": None,
 }
 # Fields that we have no part for: the only value that is read.
-ABSENT: dict[str, Any] = {
+ABSENT: dict[str, JSON] = {
     "original_ln_after": True,
     "ln_before": False,
     "ln_after": False,
@@ -63,7 +64,7 @@ IDLE = {
 }
 
 
-def fields_of(config: Mapping[str, Any], post_norm: bool, who: str) -> dict[str, Any]:
+def fields_of(config: Mapping[str, JSON], post_norm: bool, who: str) -> dict[str, JSON]:
     """Fields of method adapter, without its size: {"placement", "activation", "scale", "init", "invertible"}.
 
     Args:
@@ -98,12 +99,12 @@ def fields_of(config: Mapping[str, Any], post_norm: bool, who: str) -> dict[str,
         "placement": _placement(values, post_norm, who),
         "activation": ACTIVATIONS[activation],
         "scale": float(scaling),
-        "init": INITS.get(config.get("init_weights", "bert"), "bert"),
+        "init": INITS.get(str(config.get("init_weights", "bert")), "bert"),
         "invertible": values["inv_adapter"] == "nice",
     }
 
 
-def _placement(values: Mapping[str, Any], post_norm: bool, who: str) -> str:
+def _placement(values: Mapping[str, JSON], post_norm: bool, who: str) -> str:
     both = bool(values["mh_adapter"]), bool(values["output_adapter"])
     if not both[1]:
         raise UserError(f"{who}: config.output_adapter false is not read; true is, with or without mh_adapter")
@@ -133,21 +134,20 @@ def _placement(values: Mapping[str, Any], post_norm: bool, who: str) -> str:
 
 
 def config_of(
-    placement: str, activation: str, scale: float, width: int, size: int, post_norm: bool, inner: tuple[int, int] | None
-) -> dict[str, Any]:
+    placement: str, design: BottleneckDesign, post_norm: bool, inner: tuple[int, int] | None
+) -> dict[str, JSON]:
     """The `config` object for a bottleneck of ours; the inverse of `fields_of`.
 
     Args:
-        width, size: of the bottleneck.
-        inner: the same of the invertible adapter's networks, None where there is none.
+        inner: width and size of the invertible adapter's networks, None where there is none.
     """
     names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
     inits = {"houlsby": "houlsby", "pfeiffer": "bert", "parallel": "mam_adapter"}
     return {
         "mh_adapter": placement == "houlsby",
         "output_adapter": True,
-        "reduction_factor": _factor(width, size),
-        "non_linearity": names[activation],
+        "reduction_factor": _factor(design.width, design.size),
+        "non_linearity": names[design.activation],
         "original_ln_before": placement == "pfeiffer" and post_norm,
         "original_ln_after": True,
         "ln_before": False,
@@ -155,7 +155,7 @@ def config_of(
         "residual_before_ln": True,
         "adapter_residual_before_ln": False,
         "is_parallel": placement == "parallel",
-        "scaling": float(scale),
+        "scaling": float(design.scale),
         "init_weights": inits[placement],
         "use_gating": False,
         "cross_adapter": False,

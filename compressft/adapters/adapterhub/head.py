@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,6 +12,8 @@ from compressft.adapters.adapterhub.names import HEAD, HEAD_BINARY, HEAD_CONFIG
 from compressft.adapters.files import read_json, read_tensors, write_json, write_tensors
 from compressft.adapters.settled import Settled, of_backbone
 from compressft.errors import UserError
+from compressft.modules.pretrained import pretrained
+from compressft.utils.texts import JSON
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,11 @@ AUTO = {"classification": "AutoModelForSequenceClassification", "tagging": "Auto
 
 def fitting(model: nn.Module) -> tuple[Flexible, ...]:
     """Flexible heads that compute what this model's head does."""
-    kind: str = model.config.model_type  # type: ignore[union-attr]
+    kind: str = pretrained(model).config.model_type
     return next((rows for (k, end), rows in HEADS.items() if k == kind and type(model).__name__.endswith(end)), ())
 
 
-def wanted(folder: Path) -> tuple[str | None, dict[str, Any]]:
+def wanted(folder: Path) -> tuple[str | None, dict[str, object]]:
     """(class of transformers that has a folder's head, its arguments); (None, {}) where there is no head.
 
     Raises:
@@ -79,7 +80,7 @@ def wanted(folder: Path) -> tuple[str | None, dict[str, Any]]:
     return AUTO[config["head_type"]], _labels(config.get("label2id") or {}, config.get("num_labels"))
 
 
-def _labels(label2id: Mapping[str, int], number: int | None) -> dict[str, Any]:
+def _labels(label2id: Mapping[str, int], number: int | None) -> dict[str, object]:
     if label2id and len(label2id) == (number or len(label2id)):
         return {"label2id": dict(label2id), "id2label": {number: label for label, number in label2id.items()}}
     return {} if number is None else {"num_labels": number}
@@ -118,7 +119,7 @@ def read_head(base: nn.Module, folder: Path) -> dict[str, Tensor]:
     return found
 
 
-def _same(row: Flexible, config: Mapping[str, Any]) -> bool:
+def _same(row: Flexible, config: Mapping[str, JSON]) -> bool:
     return (
         row.kind == config.get("head_type")
         and len(row.layers) == config.get("layers")
@@ -135,9 +136,10 @@ def write_head(settled: Settled, folder: Path, name: str) -> None:
     """
     if not settled.head:
         return
-    model: Any = settled.plain
+    model = pretrained(settled.plain)
     config = model.config
-    labels = {label: number for number, label in config.id2label.items()}
+    assert config.id2label is not None
+    labels: dict[str, JSON] = {label: number for number, label in config.id2label.items()}
     common = {"hidden_size": config.hidden_size, "model_name": str(getattr(model, "name_or_path", "") or "")}
     common |= {"model_type": config.model_type, "version": "adapters.1.3.0"}
     state = settled.model.state_dict()
@@ -146,7 +148,7 @@ def write_head(settled: Settled, folder: Path, name: str) -> None:
         row = rows[0]
         parts = {f"heads.{name}.{place}": path for place, path in row.places().items()}
         tensors = {f"{to}.{part}": state[f"{path}.{part}"] for to, path in parts.items() for part in ("weight", "bias")}
-        values: dict[str, Any] = {
+        values: dict[str, JSON] = {
             "head_type": row.kind,
             "num_labels": config.num_labels,
             "layers": len(row.layers),

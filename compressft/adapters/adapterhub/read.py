@@ -40,9 +40,12 @@ from compressft.model.anatomy import anatomy
 from compressft.model.surgery import adapter_in, put_after_ffn
 from compressft.modules.attention import prefix_of
 from compressft.modules.bottleneck import Bottleneck
-from compressft.modules.fusion import Fusion as FusionModule
+from compressft.modules.fusion import AdapterFusion
 from compressft.modules.invertible import Invertible, add_invertible
+from compressft.modules.prefix import Prefix
+from compressft.modules.pretrained import pretrained
 from compressft.transform import Context, Transform
+from compressft.utils.texts import JSON
 
 ARCHITECTURES = "bottlenecks (houlsby, pfeiffer, parallel; double_seq_bn, seq_bn, par_bn) and prefix_tuning"
 # What another prefix says: the only value that is read.
@@ -94,40 +97,43 @@ def _with_head(base: nn.Module, tree: nn.Module, folder: Path, method: Transform
 
 
 def _bottlenecks(
-    base: nn.Module, folder: Path, name: str, config: Mapping[str, Any], tensors: dict[str, Tensor]
+    base: nn.Module, folder: Path, name: str, config: Mapping[str, JSON], tensors: dict[str, Tensor]
 ) -> tuple[Transform, nn.Module]:
     fields = fields_of(config, post_norm(base), str(folder / CONFIG))
     invertible = fields.pop("invertible")
     places, layers = known_family(base, str(folder))[0], anatomy(base).layers
     first = in_output(layers[0], places, name)
     size = _find(tensors, f"{first}{BOTTLENECK['down_bias']}", folder).shape[0]
-    method = Adapter(size=size, **fields)
+    method = Adapter.model_validate({"size": size, **fields})
     tree = shared_copy(base)
     method.prepare(tree, Context())
     for layer in anatomy(tree).layers:
-        if fields["placement"] == "houlsby":
+        if method.placement == "houlsby":
             _fill(held(tree, layer, layer.family.attention_out), BOTTLENECK, tensors,
                   in_attention(layer, places, name), folder)  # fmt: skip
             new = held(tree, layer, layer.family.ffn_out)
-        elif fields["placement"] == "pfeiffer":
+        elif method.placement == "pfeiffer":
             new = adapter_in(tree, layer)
         else:
             new = layer.module.get_submodule("parallel")
         _fill(new, BOTTLENECK, tensors, in_output(layer, places, name), folder)
     if invertible:
         root = in_invertible(base, name)
-        width = tree.get_input_embeddings().embedding_dim  # type: ignore[operator]
+        table = pretrained(tree).get_input_embeddings()
+        assert isinstance(table, nn.Embedding)
+        width = table.embedding_dim
         inner = _find(tensors, f"{root}{INVERTIBLE['f.0.bias']}", folder).shape[0]
-        coupling = Invertible(width, inner, fields["activation"])
+        assert method.activation is not None
+        coupling = Invertible(width, inner, method.activation)
         _fill(coupling, INVERTIBLE, tensors, root, folder)
-        add_invertible(tree, coupling)
-        method = Adapter(size=size, invertible=True, **fields)
+        add_invertible(pretrained(tree), coupling)
+        method = Adapter.model_validate({"size": size, "invertible": True, **fields})
     _nothing_left(tensors, folder)
     return method, tree
 
 
 def _prefix(
-    base: nn.Module, folder: Path, name: str, config: Mapping[str, Any], tensors: dict[str, Tensor]
+    base: nn.Module, folder: Path, name: str, config: Mapping[str, JSON], tensors: dict[str, Tensor]
 ) -> tuple[Transform, nn.Module]:
     for field, value in PREFIX.items():
         if config.get(field, value) != value:
@@ -146,14 +152,15 @@ def _prefix(
     pairs = flat.view(length, 2 * len(places), site.heads, site.size).permute(1, 2, 0, 3)
     with torch.no_grad():
         for number, place in enumerate(sites(tree)):
-            front: Any = prefix_of(place.module)
+            front = prefix_of(place.module)
+            assert isinstance(front, Prefix)
             front.key.copy_(pairs[2 * number])
             front.value.copy_(pairs[2 * number + 1])
     _nothing_left(tensors, folder)
     return method, tree
 
 
-def _flat(base: nn.Module, folder: Path, name: str, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> Tensor:
+def _flat(base: nn.Module, folder: Path, name: str, config: Mapping[str, JSON], tensors: dict[str, Tensor]) -> Tensor:
     """Keys and values of all layers, one virtual token after the other: the reparameterisation is worked out here."""
     root = in_prefix(base, known_family(base, str(folder))[1], name)
     if config.get("flat"):
@@ -190,14 +197,14 @@ def read_fusion(base: nn.Module, folder: Path) -> Settled:
     tree = shared_copy(base)
     tree.requires_grad_(False)
     for layer in anatomy(tree).layers:
-        new = FusionModule.of([part[layer.index] for part in parts], 0.0, torch.Generator().manual_seed(0))
+        new = AdapterFusion.of([part[layer.index] for part in parts], 0.0, torch.Generator().manual_seed(0))
         _fill(new, ATTENTION, tensors, in_fusion(layer, places, name), folder)
         put_after_ffn(tree, layer, new)
     _nothing_left(tensors, folder)
     return _with_head(base, tree, folder, Fusion(adapters=tuple(map(str, homes))))
 
 
-def _check_fusion(config: Any, path: Path) -> None:
+def _check_fusion(config: object, path: Path) -> None:
     if not isinstance(config, dict):
         raise UserError(f"{path}: config wants an object, holds {config!r}")
     only = {"key": True, "query": True, "value": True, "query_before_ln": False, "residual_before": False}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,13 @@ from compressft.adapters.adapterhub.names import (
 from compressft.adapters.files import CONFIG, write_json, write_tensors
 from compressft.adapters.settled import Settled
 from compressft.model.anatomy import anatomy
-from compressft.modules.fusion import Fusion
+from compressft.modules.bottleneck import BottleneckDesign
+from compressft.modules.fusion import AdapterFusion
+from compressft.modules.pretrained import pretrained
+from compressft.utils.texts import JSON
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def adapter_name(folder: Path) -> str:
@@ -43,11 +49,11 @@ def write(settled: Settled, folder: Path) -> None:
     """Write an adapter's folder, or a fusion's with its adapters' inside; `arrange.refusal` had no objection."""
     found = arrangement(settled.model)
     assert found is not None
-    if isinstance(found.layers[0], Fusion):
-        _write_fusion(settled, folder, found.layers)
+    if found.fusions:
+        _write_fusion(settled, folder, found.fusions)
         return
     name = adapter_name(folder)
-    if found.placement is None:
+    if found.prefixes:
         config, tensors = _prefix(settled.plain, found, name)
     else:
         config, tensors = _bottlenecks(settled.plain, found, name)
@@ -55,7 +61,7 @@ def write(settled: Settled, folder: Path) -> None:
     write_head(settled, folder, name)
 
 
-def _common(model: Any, name: str) -> dict[str, Any]:
+def _common(model: PreTrainedModel, name: str) -> dict[str, JSON]:
     return {
         "hidden_size": model.config.hidden_size,
         "model_class": type(model).__name__,
@@ -66,19 +72,20 @@ def _common(model: Any, name: str) -> dict[str, Any]:
     }
 
 
-def _write(model: nn.Module, folder: Path, name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def _write(
+    model: nn.Module, folder: Path, name: str, config: Mapping[str, JSON], tensors: Mapping[str, Tensor]
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / ADAPTER, tensors)
-    write_json(folder / CONFIG, {**_common(model, name), "config": config})
+    write_json(folder / CONFIG, {**_common(pretrained(model), name), "config": config})
 
 
-def _bottlenecks(model: nn.Module, found: Arrangement, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _bottlenecks(model: nn.Module, found: Arrangement, name: str) -> tuple[dict[str, JSON], dict[str, Tensor]]:
     assert found.placement is not None
     places = known_family(model, "")[0]
     tensors: dict[str, Tensor] = {}
-    stacks: list[tuple[Any, ...]] = [one if isinstance(one, tuple) else (one,) for one in found.layers]
-    output = stacks[0][-1]
-    for layer, (*attention, output) in zip(anatomy(model).layers, stacks, strict=True):
+    output = found.bottlenecks[0][-1]
+    for layer, (*attention, output) in zip(anatomy(model).layers, found.bottlenecks, strict=True):
         for module in attention:
             tensors |= _named(module, BOTTLENECK, in_attention(layer, places, name))
         tensors |= _named(output, BOTTLENECK, in_output(layer, places, name))
@@ -86,9 +93,10 @@ def _bottlenecks(model: nn.Module, found: Arrangement, name: str) -> tuple[dict[
     inner = None
     if found.invertible is not None:
         # Embeddings may be narrower than the layers.
-        inner = found.invertible.first, found.invertible.describe()["size"]
+        inner = found.invertible.first, found.invertible.size
         tensors |= _named(found.invertible, INVERTIBLE, in_invertible(model, name))
-    config = config_of(found.placement, output.activation, output.scale, width, size, post_norm(model), inner)
+    design = BottleneckDesign(width, size, output.activation, output.scale)
+    config = config_of(found.placement, design, post_norm(model), inner)
     return config, tensors
 
 
@@ -97,10 +105,10 @@ def _named(module: nn.Module, names: Mapping[str, str], prefix: str) -> dict[str
     return {prefix + theirs: own[ours] for ours, theirs in names.items()}
 
 
-def _prefix(model: nn.Module, found: Arrangement, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    pairs = torch.stack([tensor.detach() for front in found.layers for tensor in (front.key, front.value)])
+def _prefix(model: nn.Module, found: Arrangement, name: str) -> tuple[dict[str, JSON], dict[str, Tensor]]:
+    pairs = torch.stack([tensor.detach() for front in found.prefixes for tensor in (front.key, front.value)])
     length = pairs.shape[2]
-    config = {
+    config: dict[str, JSON] = {
         "architecture": "prefix_tuning",
         "flat": True,
         "prefix_length": length,
@@ -117,7 +125,7 @@ def _prefix(model: nn.Module, found: Arrangement, name: str) -> tuple[dict[str, 
     return config, {f"{root}control_trans": pairs.permute(2, 0, 1, 3).reshape(-1)}
 
 
-def _write_fusion(settled: Settled, folder: Path, layers: tuple[Fusion, ...]) -> None:
+def _write_fusion(settled: Settled, folder: Path, layers: tuple[AdapterFusion, ...]) -> None:
     """The fusion's own tensors, and one folder for each adapter, named by its number."""
     model = settled.plain
     places = known_family(model, "")[0]
@@ -129,7 +137,8 @@ def _write_fusion(settled: Settled, folder: Path, layers: tuple[Fusion, ...]) ->
             prefix = in_output(layer, places, name)
             tensors |= {prefix + theirs: parts[ours] for ours, theirs in BOTTLENECK.items()}
         size, width = _part(layers[0], number)["down_weight"].shape
-        config = config_of("pfeiffer", layers[0].activation, 1.0, width, size, post_norm(model), None)
+        design = BottleneckDesign(width, size, layers[0].activation)
+        config = config_of("pfeiffer", design, post_norm(model), None)
         _write(model, folder / name, name, config, tensors)
     joined = ",".join(names)
     tensors = {}
@@ -148,11 +157,11 @@ def _write_fusion(settled: Settled, folder: Path, layers: tuple[Fusion, ...]) ->
         "dropout_prob": layers[0].dropout or None,
     }
     write_tensors(folder / FUSION, tensors)
-    write_json(folder / FUSION_CONFIG, {**_common(model, joined), "adapter_names": names, "config": config})
+    write_json(folder / FUSION_CONFIG, {**_common(pretrained(model), joined), "adapter_names": names, "config": config})
     write_head(settled, folder, joined)
 
 
-def _part(fusion: Fusion, number: int) -> dict[str, Tensor]:
+def _part(fusion: AdapterFusion, number: int) -> dict[str, Tensor]:
     """The tensors of one of a fusion's adapters."""
     rows = slice(sum(fusion.sizes[:number]), sum(fusion.sizes[: number + 1]))
     return {

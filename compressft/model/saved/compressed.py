@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from compressft.errors import UserError
 from compressft.model.anatomy import anatomy
 from compressft.model.saved.folders import MANIFEST, read_manifest, write_manifest
+from compressft.model.saved.manifest import Manifest
 from compressft.model.saved.parts import MOST
 from compressft.model.saved.state import _class_of, _fill, plain_state, uniform_config
 from compressft.model.shrink import resize, shapes
@@ -23,6 +24,9 @@ from compressft.utils.files import write_atomically
 from compressft.utils.foreign import foreign, load_config, load_tensors
 from compressft.utils.phases import phase
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
 WEIGHTS = "model.safetensors"
 EXTRA = "compressft.safetensors"
 
@@ -30,9 +34,9 @@ EXTRA = "compressft.safetensors"
 @phase("saving")
 def save_compressed(
     model: nn.Module,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
     folder: Path,
-    info: Mapping[str, Any],
+    info: Mapping[str, object],
     also: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> None:
     """Write a `model/` folder: Hugging Face layout with the real shapes, what only we know in files of our own.
@@ -87,7 +91,7 @@ def load_compressed(folder: str | Path) -> Any:
     return model.eval()
 
 
-def _rebuilt(config: Any, manifest: Mapping[str, Any], folder: Path, stored: int) -> Any:
+def _rebuilt(config: PretrainedConfig, manifest: Manifest, folder: Path, stored: int) -> PreTrainedModel:
     """A random model of a manifest's class, shapes and modules.
 
     Args:
@@ -102,7 +106,7 @@ def _rebuilt(config: Any, manifest: Mapping[str, Any], folder: Path, stored: int
             f"the configuration of {config.model_type!r}; restore the folder"
         )
 
-    def build() -> Any:
+    def build() -> PreTrainedModel:
         with foreign(f"{folder}: a {manifest['architecture']} could not be built from its configuration"):
             model = kind._from_config(config, attn_implementation=TRAINING, dtype=torch.float32)
         resize(model, manifest["shapes"], manifest.get("width"), str(folder / MANIFEST))
@@ -120,7 +124,9 @@ def _rebuilt(config: Any, manifest: Mapping[str, Any], folder: Path, stored: int
     return model
 
 
-def _refuse_growth(config: Any, kind: Any, base: str, tensors: Mapping[str, Tensor], where: str) -> None:
+def _refuse_growth(
+    config: PretrainedConfig, kind: type[PreTrainedModel], base: str, tensors: Mapping[str, Tensor], where: str
+) -> None:
     """Refuse a configuration of a larger model than the base's own, before anything of it is allocated.
 
     Args:
@@ -145,7 +151,7 @@ def _refuse_growth(config: Any, kind: Any, base: str, tensors: Mapping[str, Tens
         raise UserError(f"{where}: wants {new:,} entries that the base lacks, more than it has; restore the folder")
 
 
-def _planned(kind: Any, config: Any, where: str) -> dict[str, torch.Size]:
+def _planned(kind: type[PreTrainedModel], config: PretrainedConfig, where: str) -> dict[str, torch.Size]:
     """Shapes of a model that is not built."""
     with foreign(f"{where}: no {kind.__name__} could be built from it"), torch.device("meta"):
         model = kind._from_config(config, attn_implementation=TRAINING, dtype=torch.float32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from compressft.errors import UserError
 from compressft.model.anatomy import anatomy
 from compressft.model.saved.compressed import _rebuilt, _refuse_growth, load_compressed
 from compressft.model.saved.folders import MANIFEST, read_manifest, write_manifest
+from compressft.model.saved.manifest import Manifest
 from compressft.model.saved.sparse import pack, unpack
 from compressft.model.saved.state import _class_of, _fill, _stored_shapes, layers_hash, plain_state, uniform_config
 from compressft.model.shrink import shapes
@@ -24,12 +25,19 @@ from compressft.utils.files import write_atomically
 from compressft.utils.foreign import foreign, load_tensors
 from compressft.utils.phases import doing, phase
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 DELTA = "delta.safetensors"
 
 
 @phase("saving")
 def save_delta(
-    model: nn.Module, tokenizer: Any, base: Mapping[str, Tensor], folder: Path, info: Mapping[str, Any]
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    base: Mapping[str, Tensor],
+    folder: Path,
+    info: Mapping[str, object],
 ) -> None:
     """Write a `delta/` folder: only the tensors that differ from the base (by value or shape), and the base's hash.
 
@@ -68,7 +76,7 @@ def save_delta(
     write_atomically(folder, write)
 
 
-def base_of(folder: Path, manifest: Mapping[str, Any]) -> str:
+def base_of(folder: Path, manifest: Manifest) -> str:
     """Where a delta's base is: what the recipe named, or the model of the stage that the delta goes on from.
 
     Raises:
@@ -108,12 +116,13 @@ def load_delta(folder: str | Path, base: str | None = None) -> Any:
             f"{folder}: was made on another base than {name!r} (content hashes differ); give the right base"
         )
     values = dict(manifest["config"])
-    labels, named = values.get("num_labels"), len(values.get("id2label") or ())
+    labels, names = values.get("num_labels"), values.get("id2label") or {}
+    named = len(names) if isinstance(names, dict | list) else 0
     if labels not in (None, named):
         # The library would make up a name for each.
         raise UserError(f"{folder / MANIFEST}: config: num_labels is {labels}, id2label has {named}; restore the file")
     with foreign(f"{folder / MANIFEST}: config"):
-        config = AutoConfig.for_model(values.pop("model_type"), **values)
+        config = AutoConfig.for_model(str(values.pop("model_type")), **values)
     _refuse_growth(config, kind, name, tensors, f"{folder / MANIFEST}: config")
     model = _rebuilt(config, manifest, folder, sum(t.numel() for t in tensors.values()))
     changed = unpack(load_tensors(folder / DELTA), tensors, _stored_shapes(model), str(folder / DELTA))

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from compressft.errors import UserError
-from compressft.model.saved.manifest import FORMAT, check_manifest, compare_labels, require, sealed
+from compressft.model.saved.manifest import FORMAT, Manifest, check_manifest, compare_labels, require, sealed
 from compressft.utils.files import file_hash
 from compressft.utils.phases import steps
 from compressft.utils.texts import read_json
@@ -41,7 +40,7 @@ def verify_files(folder: Path, hashes: Mapping[str, str]) -> None:
             )
 
 
-def write_manifest(folder: Path, kind: str, entry: Mapping[str, Any]) -> None:
+def write_manifest(folder: Path, kind: str, entry: Mapping[str, object]) -> None:
     """Write `compressft.json` next to files that are all there: with their hashes, and its own."""
     whole = {"format": FORMAT, "kind": kind, **entry, "files": hash_files(folder)}
     (folder / MANIFEST).write_text(json.dumps(sealed(whole), indent=1), encoding="utf-8")
@@ -49,7 +48,7 @@ def write_manifest(folder: Path, kind: str, entry: Mapping[str, Any]) -> None:
 
 def read_manifest(
     folder: str | Path, kind: str | None = None, also: Iterable[str] = (), files: bool = True
-) -> dict[str, Any]:
+) -> Manifest:
     """`compressft.json` of a folder, whose files are what was written: the one door to a folder of ours.
 
     Args:

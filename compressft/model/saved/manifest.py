@@ -6,10 +6,11 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 from compressft.errors import UserError, nearest
 from compressft.utils.files import document_hash
+from compressft.utils.texts import JSON
 
 FORMAT = 1
 # The field with the hash of all others; folders of before have none.
@@ -21,28 +22,78 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "onnx": ("files",),
     "checkpoint": ("stage", "step", "seconds", "files"),
 }
-Check = tuple[str, Callable[[Any], bool]]
 
 
-def _mapping(value: Any, of: Callable[[Any], bool]) -> bool:
+class Contents(TypedDict):
+    """What a folder says of a model, `layers_hash` and `origin_hash` of its base. No folder has all of the fields."""
+
+    kind: str
+    format: int
+    architecture: str
+    shapes: list[dict[str, int]]
+    width: int | None
+    modules: dict[str, dict[str, JSON]]
+    files: dict[str, str]
+    layers_hash: str
+    origin_hash: str | None
+
+
+class Manifest(Contents):
+    """A `compressft.json`; `REQUIRED` has what each kind of folder must say."""
+
+    base_hash: str
+    config: dict[str, JSON]
+    model: str
+    from_stage: str
+    recipe_hash: str
+    task: str
+    task_settings: JSON
+    labels: list[str]
+    columns: dict[str, str]
+    max_length: int
+    # A checkpoint's is a name, a model's a document.
+    stage: Any
+    step: int
+    seconds: float
+    done: bool
+    tokens: int
+    examples: int
+    processes: int
+
+
+class AdapterContents(Contents):
+    """What the folder of an adapter says under our key."""
+
+    method: dict[str, JSON]
+    base: str
+    labels: dict[str, str]
+
+
+Check = tuple[str, Callable[[object], bool]]
+
+
+def _mapping(value: object, of: Callable[[object], bool]) -> bool:
     return isinstance(value, dict) and all(of(item) for item in value.values())
 
 
-def _texts(value: Any) -> bool:
+def _texts(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-def _count(value: Any) -> bool:
+def _count(value: object) -> bool:
     return type(value) is int and value >= 0
 
 
-def _layer(value: Any) -> bool:
+def _layer(value: object) -> bool:
     return isinstance(value, dict) and all(_count(value.get(name)) for name in ("kv_heads", "ffn"))
 
 
-def _module(value: Any) -> bool:
-    slots = [value.get(slot, {}) for slot in ("quantizer", "adapter")] if isinstance(value, dict) else [None]
-    return all(isinstance(slot, dict) for slot in slots) and isinstance(value.get("kind"), str)
+def _module(value: object) -> bool:
+    if not isinstance(value, dict):
+        return False
+    return all(isinstance(value.get(slot, {}), dict) for slot in ("quantizer", "adapter")) and isinstance(
+        value.get("kind"), str
+    )
 
 
 TEXT: Check = ("a string", lambda value: isinstance(value, str))
@@ -59,7 +110,7 @@ CHECKS: dict[str, Check] = {
     "files": ("an object of hashes by file name", lambda v: _mapping(v, lambda item: isinstance(item, str))),
     "labels": ("a list of strings", _texts),
     "columns": ("an object of strings", lambda value: _mapping(value, lambda item: isinstance(item, str))),
-    "max_length": ("a number from 1", lambda value: _count(value) and value > 0),
+    "max_length": ("a number from 1", lambda value: type(value) is int and value > 0),
     "step": ("a number", _count),
     SEAL: TEXT,
     "seconds": ("a number", lambda value: isinstance(value, int | float)),
@@ -72,13 +123,13 @@ SPECIAL: dict[str, dict[str, Check]] = {
     "adapter": {
         "labels": (
             "an object of strings by number",
-            lambda v: _mapping(v, lambda item: isinstance(item, str)) and all(key.isdecimal() for key in v),
+            lambda v: isinstance(v, dict) and all(isinstance(v[key], str) and key.isdecimal() for key in v),
         )
     },
 }
 
 
-def check_manifest(entry: Any, path: Path) -> dict[str, Any]:
+def check_manifest(entry: object, path: Path) -> Manifest:
     """The content of a `compressft.json`, checked.
 
     Raises:
@@ -96,26 +147,32 @@ def check_manifest(entry: Any, path: Path) -> dict[str, Any]:
     require(entry, REQUIRED[kind], path)
     check_types(entry, kind, path)
     check_seal(entry, path)
-    return entry
+    # As checked.
+    return cast("Manifest", entry)
 
 
-def check_seal(entry: Mapping[str, Any], path: Path) -> None:
+def as_adapter(entry: Mapping[str, object]) -> AdapterContents:
+    """The same object, whose fields have been checked."""
+    return cast("AdapterContents", entry)
+
+
+def check_seal(entry: Mapping[str, object], path: Path) -> None:
     """UserError where what was `sealed` has changed; older files have no seal."""
     if SEAL in entry and entry[SEAL] != _digest(entry):
         raise UserError(f"{path}: was changed after it was written (its hash is another); restore the file")
 
 
-def sealed(entry: Mapping[str, Any]) -> dict[str, Any]:
+def sealed(entry: Mapping[str, object]) -> dict[str, object]:
     """A manifest with its own hash."""
     return {**entry, SEAL: _digest(entry)}
 
 
-def _digest(entry: Mapping[str, Any]) -> str:
+def _digest(entry: Mapping[str, object]) -> str:
     # Through JSON, as it will be read.
     return document_hash(json.loads(json.dumps({name: value for name, value in entry.items() if name != SEAL})))
 
 
-def compare_labels(entry: Mapping[str, Any], config: Any, path: Path) -> None:
+def compare_labels(entry: Mapping[str, object], config: object, path: Path) -> None:
     """A manifest's labels and those of the configuration next to it, which other programs read, are the same.
 
     Raises:
@@ -123,7 +180,7 @@ def compare_labels(entry: Mapping[str, Any], config: Any, path: Path) -> None:
     """
     labels = entry.get("labels")
     named = config.get("id2label") if isinstance(config, dict) else None
-    if not labels or not isinstance(named, dict):
+    if not isinstance(labels, list) or not labels or not isinstance(named, dict):
         return
     own = [str(named.get(str(i), named.get(i))) for i in range(len(named))]
     # The library's own names say nothing.
@@ -137,14 +194,14 @@ def compare_labels(entry: Mapping[str, Any], config: Any, path: Path) -> None:
         )
 
 
-def require(entry: Mapping[str, Any], names: Iterable[str], path: Path) -> None:
+def require(entry: Mapping[str, object], names: Iterable[str], path: Path) -> None:
     """UserError for the first of these fields that is not there."""
     for name in names:
         if name not in entry:
             raise UserError(f"{path}: field {name!r} is missing; restore the file or write the folder again")
 
 
-def check_types(entry: Mapping[str, Any], kind: str, path: Path, prefix: str = "") -> None:
+def check_types(entry: Mapping[str, object], kind: str, path: Path, prefix: str = "") -> None:
     """UserError for the first field whose value is of another type than a folder of this kind has there."""
     checks = CHECKS | SPECIAL.get(kind, {})
     for name, value in entry.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,10 @@ from compressft.model.shrink import shapes
 from compressft.model.source import content_hash
 from compressft.modules.kinds import additions
 from compressft.modules.linear import CompressedLinear
+from compressft.modules.pretrained import pretrained
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 def plain_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -40,7 +44,7 @@ def plain_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]
     return plain, extra
 
 
-def uniform_config(model: nn.Module) -> Any:
+def uniform_config(model: nn.Module) -> PretrainedConfig:
     """A copy of the model's configuration that states its FFN width and heads where they are equal in all layers.
 
     Plain `from_pretrained` can then load the folder as far as the family's configuration can express the shape: FFN
@@ -48,7 +52,7 @@ def uniform_config(model: nn.Module) -> Any:
     """
     import copy
 
-    config: Any = copy.deepcopy(model.config)
+    config = copy.deepcopy(pretrained(model).config)
     config.architectures = [type(model).__name__]
     present = shapes(model)
     if all(shape["ffn"] == present[0]["ffn"] for shape in present):
@@ -74,7 +78,7 @@ def uniform_config(model: nn.Module) -> Any:
     return config
 
 
-def _class_of(architecture: str, folder: Path) -> Any:
+def _class_of(architecture: str, folder: Path) -> type[PreTrainedModel]:
     kind = class_named(architecture)
     if kind is None:
         import transformers

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -175,7 +174,7 @@ class TaskVector:
         from safetensors import safe_open
 
         with foreign(f"{path}: is no readable safetensors file"), safe_open(path, framework="pt") as file:
-            metadata: Any = file.metadata() or {}
+            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if metadata.get("kind") != KIND or "base_hash" not in metadata:
             raise UserError(f"{path}: is not a task vector; give a file that TaskVector.save wrote")

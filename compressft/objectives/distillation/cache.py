@@ -9,13 +9,16 @@ import tempfile
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from compressft.errors import UserError
 from compressft.objectives.distillation.teacher import Answer
+
+if TYPE_CHECKING:
+    from safetensors import safe_open
 
 KEY_BYTES = 32
 # Files of answers that are kept open.
@@ -47,7 +50,7 @@ class AnswerCache:
         self.dtype = dtype
         # example -> (file, row, first token, token after the last)
         self._places: dict[bytes, tuple[Path, int, int, int]] = {}
-        self._files: dict[Path, Any] = {}
+        self._files: dict[Path, safe_open] = {}
         for path in self.folder.glob(".*.tmp"):
             path.unlink()
         for path in sorted(self.folder.glob("*.safetensors")):
@@ -125,7 +128,7 @@ class AnswerCache:
         hidden = {int(name.split(".")[1]): v for name, v in placed.items() if name.startswith("hidden.")}
         return Answer(placed.get("logits", placed.get("token_logits")), hidden)
 
-    def _file(self, path: Path) -> Any:
+    def _file(self, path: Path) -> safe_open:
         """The file, open: a batch reads from as many as it has rows."""
         from safetensors import safe_open
 

@@ -10,7 +10,7 @@ from torch import nn
 from compressft.errors import UserError
 from compressft.model.anatomy import Layer, anatomy, linear_shape, refuse_pairs
 from compressft.objectives.distillation import layer_map
-from compressft.objectives.distillation.state import Distillation, widen
+from compressft.objectives.distillation.state import Distillation
 from compressft.transform import Context
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def _widen(config: Distill, state: Distillation, widths: tuple[int, int], seed: 
         layers |= set(range(state.depths[0] + 1)) if state.pairs is None else {s for s, _ in state.pairs}
     if config.cosine > 0:
         layers.add(state.depths[0])
-    widen(state, kind, sorted(layers), widths, seed, device)
+    state.widen(kind, sorted(layers), widths, seed, device)
 
 
 def _check_heads(state: Distillation, layers: tuple[Layer, ...], theirs: tuple[Layer, ...]) -> None:

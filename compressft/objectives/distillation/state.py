@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
-from compressft.modules.attention import Recorder, recording
+from compressft.modules.attention import Attended, Recorder, recording
 
 NAME = "distillation"
 SHARED = "shared"
+
+
+class Recorded(Protocol):
+    """A student's outputs, where `Distillation.record` puts what its attention was given."""
+
+    attended: Mapping[int, Attended]
 
 
 class Projection(nn.Module):
@@ -48,7 +55,7 @@ class Distillation(nn.Module):
         self.intermediate = True
         self.prediction = True
         self.asked: dict[nn.Module, int] = {}
-        self._hooks: list[Any] = []
+        self._hooks: list[RemovableHandle] = []
         self._open: list[tuple[AbstractContextManager[None], Recorder]] = []
 
     @classmethod
@@ -64,6 +71,13 @@ class Distillation(nn.Module):
             return hidden
         return self.projections[SHARED if SHARED in self.projections else str(layer)](hidden)
 
+    def widen(self, kind: str, layers: Iterable[int], widths: tuple[int, int], seed: int, device: torch.device) -> None:
+        """Add the projections: "shared" one for all layers, "pair" one for each of `layers`, "none" nothing."""
+        names = {"shared": [SHARED], "pair": [str(layer) for layer in layers], "none": []}[kind]
+        generator = torch.Generator().manual_seed(seed)
+        for name in names:
+            self.projections[name] = Projection(*widths, generator).to(device)
+
     def record(self, model: nn.Module, modules: Mapping[nn.Module, int]) -> None:
         """From now on a forward of the student that keeps a graph puts what attention was given into its outputs.
 
@@ -71,14 +85,14 @@ class Distillation(nn.Module):
         want it are not in force.
         """
 
-        def before(module: nn.Module, arguments: Any) -> None:
+        def before(module: nn.Module, arguments: object) -> None:
             if torch.is_grad_enabled() and self.intermediate:
                 recorder = Recorder(modules)
                 context = recording(recorder)
                 context.__enter__()
                 self._open.append((context, recorder))
 
-        def after(module: nn.Module, arguments: Any, outputs: Any) -> None:
+        def after(module: nn.Module, arguments: object, outputs: Recorded | None) -> None:
             if torch.is_grad_enabled() and self._open:
                 context, recorder = self._open.pop()
                 context.__exit__(None, None, None)
@@ -96,13 +110,3 @@ class Distillation(nn.Module):
         for hook in self._hooks:
             hook.remove()
         delattr(model, NAME)
-
-
-def widen(
-    state: Distillation, kind: str, layers: Iterable[int], widths: tuple[int, int], seed: int, device: torch.device
-) -> None:
-    """Add the projections: "shared" one for all layers, "pair" one for each of `layers`, "none" nothing."""
-    names = {"shared": [SHARED], "pair": [str(layer) for layer in layers], "none": []}[kind]
-    generator = torch.Generator().manual_seed(seed)
-    for name in names:
-        state.projections[name] = Projection(*widths, generator).to(device)

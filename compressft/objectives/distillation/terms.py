@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from compressft.errors import UserError
 from compressft.model.anatomy import family_of
 from compressft.model.embedder import gives_vectors
 from compressft.modules.attention import Attended
+from compressft.modules.pretrained import pretrained
 from compressft.objectives.distillation import layer_map
 from compressft.objectives.distillation.losses import (
     cosine_distance,
@@ -24,18 +25,25 @@ from compressft.objectives.distillation.losses import (
     scores,
     visible,
 )
-from compressft.objectives.distillation.state import Distillation
+from compressft.objectives.distillation.state import Distillation, Recorded
 from compressft.objectives.distillation.teacher import Answer
 
 if TYPE_CHECKING:
     from compressft.objectives.distill import Distill
 
 
+class Outputs(Recorded, Protocol):
+    """What the terms may want of a student's outputs."""
+
+    logits: Tensor
+    hidden_states: Sequence[Tensor]
+
+
 def predicts_next(model: nn.Module, logits: Tensor) -> bool:
     """Whether a position's logits are about the next token (a causal language model) rather than its own."""
     if not family_of(model).causal or logits.dim() != 3:
         return False
-    return logits.shape[-1] == model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    return logits.shape[-1] == pretrained(model).get_input_embeddings().get_parameter("weight").shape[0]
 
 
 def logit_term(config: Distill, model: nn.Module, batch: Mapping[str, Tensor], ours: Tensor, theirs: Tensor) -> Tensor:
@@ -68,7 +76,7 @@ def logit_term(config: Distill, model: nn.Module, batch: Mapping[str, Tensor], o
 
 
 def intermediate_terms(
-    config: Distill, state: Distillation, outputs: Any, answer: Answer, real: Tensor
+    config: Distill, state: Distillation, outputs: Outputs, answer: Answer, real: Tensor
 ) -> dict[str, Tensor]:
     """The terms on what is inside the models, by the name of their weight.
 
@@ -98,11 +106,11 @@ def intermediate_terms(
     return terms
 
 
-def _mean(terms: Any) -> Tensor:
+def _mean(terms: Iterable[Tensor]) -> Tensor:
     return torch.stack(list(terms)).mean()
 
 
-def nearest(state: Distillation, outputs: Any, answer: Answer, real: Tensor) -> layer_map.Pairs:
+def nearest(state: Distillation, outputs: Outputs, answer: Answer, real: Tensor) -> layer_map.Pairs:
     """The learned layer map for this batch."""
     with torch.no_grad():
         ours = [state.project(layer, hidden) for layer, hidden in enumerate(outputs.hidden_states)]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +68,7 @@ def _inputs(model: nn.Module, paths: Sequence[str], batch: Mapping[str, Tensor])
     """Path -> the input of that module in one forward pass."""
     seen: dict[str, Tensor] = {}
 
-    def remember(path: str) -> Any:
+    def remember(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             seen[path] = arguments[0]
             if len(seen) == len(set(paths)):

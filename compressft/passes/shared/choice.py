@@ -49,8 +49,8 @@ def choose(
     found: list[tuple[float, list[dict[str, int]]]] = []
     cheapest: list[float] = []
     for end in range(depth, 0, -1):
-        cut = attention_loss[:end], ffn_loss[:end]
-        chosen, least = _choose(table, budget, *cut, modules, step)
+        cut = Losses(attention_loss[:end], ffn_loss[:end])
+        chosen, least = _choose(table, budget, cut, modules, step)
         gone = [{"kv_heads": 0, "ffn": 0}] * (depth - end)
         cheapest.append(least)
         if chosen is not None:
@@ -124,21 +124,24 @@ def _loss(
     return sum(a[s["kv_heads"]] + f[s["ffn"]] for s, a, f in zip(shapes, attention, ffn, strict=True))
 
 
+@dataclass(frozen=True)
+class Losses:
+    """Per layer what each size that may be chosen loses: {KV groups or neurons: loss}."""
+
+    attention: Sequence[Mapping[int, float]]
+    ffn: Sequence[Mapping[int, float]]
+
+
 def _choose(
-    table: CostTable,
-    budget: float,
-    attention_loss: Sequence[Mapping[int, float]],
-    ffn_loss: Sequence[Mapping[int, float]],
-    modules: bool,
-    step: float,
+    table: CostTable, budget: float, losses: Losses, modules: bool, step: float
 ) -> tuple[list[dict[str, int]] | None, float]:
     """The best affordable shapes, if any, with the last of these layers as the last; and the least possible cost."""
     # Parts round up to whole cells: what the budget allows may end that many cells above it.
-    above = 2 * len(ffn_loss)
+    above = 2 * len(losses.ffn)
     best = np.zeros(CELLS + above + 1)
     trail: list[Steps] = []
-    counted_in = table.costs(len(ffn_loss))
-    for own, attention, ffn in zip(counted_in, attention_loss, ffn_loss, strict=True):
+    counted_in = table.costs(len(losses.ffn))
+    for own, attention, ffn in zip(counted_in, losses.attention, losses.ffn, strict=True):
         heads, neurons = _sizes(attention, modules), _sizes(ffn, modules)
         costs = [_cells(own.attention_cost(n) + own.layer, step) for n in heads]
         middle, from_heads = _add(best, costs, [attention[n] for n in heads])
@@ -216,14 +219,20 @@ def sizes_allowed(size: int, align: int, floor: int) -> list[int]:
     return [n for n in range(align, size, align) if n >= floor] + [size]
 
 
+@dataclass(frozen=True)
+class Floors:
+    """What a layer keeps at least, KV groups and neurons; FFN sizes are multiples of `align`."""
+
+    align: int = 1
+    heads: int = 1
+    ffn: int = 1
+
+
+LEAST = Floors()
+
+
 def choose_by_importance(
-    table: CostTable,
-    budget: float,
-    heads: Sequence[Tensor],
-    ffn: Sequence[Tensor],
-    align: int = 1,
-    floor_heads: int = 1,
-    floor_ffn: int = 1,
+    table: CostTable, budget: float, heads: Sequence[Tensor], ffn: Sequence[Tensor], floors: Floors = LEAST
 ) -> list[dict[str, int]]:
     """Shapes that keep as much importance as the budget allows.
 
@@ -234,8 +243,8 @@ def choose_by_importance(
     Returns:
         per layer {"kv_heads", "ffn"}. Raises as `choose`.
     """
-    attention_loss = [_lost(score, sizes_allowed(len(score), 1, floor_heads)) for score in heads]
-    ffn_loss = [_lost(score, sizes_allowed(len(score), align, floor_ffn)) for score in ffn]
+    attention_loss = [_lost(score, sizes_allowed(len(score), 1, floors.heads)) for score in heads]
+    ffn_loss = [_lost(score, sizes_allowed(len(score), floors.align, floors.ffn)) for score in ffn]
     return choose(table, budget, attention_loss, ffn_loss)
 
 

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from compressft.errors import UserError
 from compressft.model.anatomy import anatomy, stream
 from compressft.model.shrink import narrow
 from compressft.model.surgery import compress_linear, replace
-from compressft.modules.bottleneck import Bottleneck
+from compressft.modules.bottleneck import BottleneckLayers
 from compressft.modules.embedding import CompressedEmbedding
-from compressft.modules.gate import ColumnGate
+from compressft.modules.gate import GroupGate
 from compressft.modules.linear import CompressedLinear
 from compressft.modules.norm import GatedNorm
 from compressft.modules.part_gate import StreamMask, unhook
 
 
-def gate_stream(model: nn.Module, gate: ColumnGate, name: str) -> None:
+def gate_stream(model: nn.Module, gate: GroupGate, name: str) -> None:
     """Let every norm of the stream work on live dimensions, and every reader with whole rows see only those.
 
     Every reader stands behind a norm that writes 0 to dead dimensions (or behind the gated projection), so what the
@@ -43,11 +42,11 @@ def gate_stream(model: nn.Module, gate: ColumnGate, name: str) -> None:
         compress_linear(model, path).gates[name] = StreamMask(gate)
     inside_norms = {id(m.adapter) for m in model.modules() if isinstance(m, GatedNorm)}
     for module in model.modules():
-        if isinstance(module, Bottleneck) and id(module) not in inside_norms:
+        if isinstance(module, BottleneckLayers) and id(module) not in inside_norms:
             module.register_forward_pre_hook(mask.on_input, with_kwargs=True)
 
 
-def gate_tables(model: nn.Module, gate: ColumnGate) -> None:
+def gate_tables(model: nn.Module, gate: GroupGate) -> None:
     """Tell quantised embedding tables which columns count; again and again, as others may put them in later."""
     for path in stream(model).tables:
         table = model.get_submodule(path)
@@ -55,7 +54,7 @@ def gate_tables(model: nn.Module, gate: ColumnGate) -> None:
             table.columns = StreamMask(gate).columns
 
 
-def ungate_stream(model: nn.Module, gate: ColumnGate, name: str) -> None:
+def ungate_stream(model: nn.Module, gate: GroupGate, name: str) -> None:
     """Fold the gate's factors into norms and projection and remove everything that `gate_stream` put in."""
     flow = stream(model)
     if flow.projection:
@@ -75,20 +74,21 @@ def ungate_stream(model: nn.Module, gate: ColumnGate, name: str) -> None:
 
 
 @torch.no_grad()
-def _scale_rows(linear: Any, gate: ColumnGate) -> None:
+def _scale_rows(linear: nn.Module, gate: GroupGate) -> None:
+    assert isinstance(linear, nn.Linear)
     factor = gate.columns()
     linear.weight.data = linear.weight * factor[:, None]
     if linear.bias is not None:
         linear.bias.data = linear.bias * factor
 
 
-def check_narrow(model: Any, who: str) -> None:
+def check_narrow(model: nn.Module, who: str) -> None:
     """Cut one dimension from a copy without values and run it: what would fail at the end fails now.
 
     Raises:
         UserError: something in the model needs the full width and is not known to read or write the stream.
     """
-    memo: dict[int, Any] = {}
+    memo: dict[int, Tensor] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         moved = tensor.detach().to("meta")
         memo[id(tensor)] = nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -63,14 +62,13 @@ class OneShot(Unstructured):
         super().prepare(model, context)
         for layer in steps(anatomy(model).layers, f"pass {self.type}"):
             linears = {f"{layer.name}.{path}": layer.part(path) for path in layer.linears}
-            chosen: dict[str, Any] = {path: one for path, one in linears.items() if gate_of(one, self.type) is not None}
+            chosen = {name: (one, gate) for name, one in linears.items() if (gate := gate_of(one, self.type, MaskGate))}
             if not chosen:
                 continue
             moments = second_moments(model, list(chosen), batches)
             with torch.no_grad():
-                for path, linear in chosen.items():
-                    gate = linear.gates[self.type]
-                    assert isinstance(gate, MaskGate)
+                for path, (linear, gate) in chosen.items():
+                    assert isinstance(linear, CompressedLinear)
                     gate.keep(self.prune(linear, moments[path]))
 
     def prune(self, linear: CompressedLinear, moment: Tensor) -> Tensor:

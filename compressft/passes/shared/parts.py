@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +11,11 @@ from torch import Tensor, nn
 from compressft.model.anatomy import Layer, anatomy
 from compressft.model.costs import CostTable
 from compressft.modules.concrete_gate import ConcreteGate
-from compressft.modules.gate import ColumnGate
+from compressft.modules.gate import ColumnGate, GroupGate
 from compressft.modules.lagrange import Lagrange
 from compressft.modules.linear import gate_of
 from compressft.modules.part_gate import LayerGate
-from compressft.passes.shared.select_parts import encoder_sparsity
+from compressft.passes.shared.select_parts import Alive, encoder_sparsity
 
 # Submodule of the backbone that holds what belongs to no layer.
 STATE = "structured_state"
@@ -38,20 +37,20 @@ class Parts:
     backbone: nn.Module
     anatomy: tuple[Layer, ...]
     width: int
-    heads: list[ColumnGate]
-    ffn: list[ColumnGate]
-    layers: list[ColumnGate]
-    hidden: ColumnGate | None
+    heads: list[GroupGate]
+    ffn: list[GroupGate]
+    layers: list[GroupGate]
+    hidden: GroupGate | None
 
     @classmethod
     def of(cls, model: nn.Module, name: str) -> Parts:
         """Look for the gates of the pass `name`."""
         parts = anatomy(model)
-        state: Any = getattr(parts.backbone, STATE, {})
-        gates: dict[str, list[ColumnGate]] = {"heads": [], "ffn": [], "layers": []}
+        state = getattr(parts.backbone, STATE, {})
+        gates: dict[str, list[GroupGate]] = {"heads": [], "ffn": [], "layers": []}
         for layer in parts.layers:
             for kind, path in (("heads", layer.family.o), ("ffn", layer.family.down)):
-                gate = gate_of(layer.part(path), name)
+                gate = gate_of(layer.part(path), name, GroupGate)
                 if gate is not None:
                     gates[kind].append(gate)
             gate = getattr(layer.module, "layer_gate", None)
@@ -97,11 +96,15 @@ class Parts:
         """Whether learned gates are being learned now."""
         return any(gate.sampling for gate in self.concrete())
 
-    def gates(self) -> Iterator[ColumnGate]:
+    def gates(self) -> Iterator[GroupGate]:
         """All of them."""
         yield from (*self.heads, *self.ffn, *self.layers)
         if self.hidden is not None:
             yield self.hidden
+
+    def chosen(self) -> Iterator[ColumnGate]:
+        """All of them, where importance decides."""
+        return (gate for gate in self.gates() if isinstance(gate, ColumnGate))
 
     def concrete(self) -> Iterator[ConcreteGate]:
         """All of them, where they are learned."""
@@ -136,4 +139,4 @@ class Parts:
         ffn = [next(rest) if self.ffn else torch.ones(x.ffn, device=device) for x in self.anatomy]
         layers = [next(rest) if self.layers else torch.ones(1, device=device) for _ in self.anatomy]
         hidden = torch.ones(self.width, device=device) if self.hidden is None else next(rest)
-        return encoder_sparsity(heads, ffn, torch.cat(layers), hidden, *self.costs())
+        return encoder_sparsity(Alive(heads, ffn, torch.cat(layers), hidden), *self.costs())

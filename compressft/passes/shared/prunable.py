@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
@@ -118,7 +117,7 @@ class Shift:
         self.layers = layers
         self.batches = [{k: v.to(device) for k, v in without_labels(batch).items()} for batch in batches]
         # By batch, what every layer gave.
-        self.outputs: list[list[Any]] = []
+        self.outputs: list[list[object]] = []
         found = []
         for batch in self.batches:
             with _recorded(layers) as outputs:
@@ -147,9 +146,9 @@ class Shift:
 
 
 @contextmanager
-def _recorded(layers: Sequence[nn.Module]) -> Iterator[list[Any]]:
+def _recorded(layers: Sequence[nn.Module]) -> Iterator[list[object]]:
     """Inside, what the layers give is collected in the order in which they run."""
-    outputs: list[Any] = []
+    outputs: list[object] = []
     handles = [
         layer.register_forward_hook(lambda module, arguments, output: outputs.append(output)) for layer in layers
     ]
@@ -161,7 +160,7 @@ def _recorded(layers: Sequence[nn.Module]) -> Iterator[list[Any]]:
 
 
 @contextmanager
-def _replayed(layers: Sequence[nn.Module], outputs: Sequence[Any]) -> Iterator[None]:
+def _replayed(layers: Sequence[nn.Module], outputs: Sequence[object]) -> Iterator[None]:
     """Inside, each layer gives its recorded output and computes nothing."""
     own = [layer.__dict__.get("forward") for layer in layers]
     for layer, output in zip(layers, outputs, strict=False):
@@ -180,7 +179,7 @@ def _replayed(layers: Sequence[nn.Module], outputs: Sequence[Any]) -> Iterator[N
 def skipped(layer: nn.Module) -> Iterator[None]:
     """Inside, the layer hands on what it is given."""
 
-    def hook(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
+    def hook(module: nn.Module, arguments: tuple[object, ...], output: object) -> object:
         return (arguments[0], *output[1:]) if isinstance(output, tuple) else arguments[0]
 
     handle = layer.register_forward_hook(hook)

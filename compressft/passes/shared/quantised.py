@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
@@ -11,6 +11,7 @@ from compressft.model.anatomy import anatomy
 from compressft.model.surgery import compress_linear, replace, take_hooks
 from compressft.modules.embedding import CompressedEmbedding
 from compressft.modules.linear import CompressedLinear
+from compressft.modules.pretrained import pretrained
 from compressft.modules.quantizer import Quantizer, TableQuantizer
 from compressft.passes.shared.select import LINEARS, layer_linears
 from compressft.transform import Claim, Resource
@@ -56,9 +57,9 @@ def compress_tables(model: nn.Module, tables: Tables, block: int, exclude: Seque
                 _follow_table(model, new, exclude)
 
 
-def _follow_table(model: Any, table: CompressedEmbedding, exclude: Sequence[str]) -> None:
+def _follow_table(model: nn.Module, table: CompressedEmbedding, exclude: Sequence[str]) -> None:
     """Let an output layer that shares the tokens' table multiply by the rounded rows: the table ships once."""
-    head = model.get_output_embeddings()
+    head = pretrained(model).get_output_embeddings()
     path = next((path for path, module in model.named_modules() if module is head), None)
     if head is None or path is None or head.weight is not table.weight or path in exclude:
         return

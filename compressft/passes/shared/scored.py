@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from compressft.modules.gate import ScoreGate, keep_top_each
+from compressft.modules.linear import gates_of
 from compressft.passes.shared.unstructured import LEARNED, Gradual
 from compressft.transform import Claim, Context
 
@@ -32,13 +33,13 @@ class Scored(Gradual):
     learning_rate: float = Field(default=1e-2, gt=0)
     freeze: float = Field(default=0.8, gt=0, le=1)
 
-    def param_groups(self, model: nn.Module, context: Context) -> list[dict[str, Any]]:
-        scores = [gate.scores for _, gate in self.gated(model)]
+    def param_groups(self, model: nn.Module, context: Context) -> list[dict[str, object]]:
+        scores = [gate.scores for _, gate in gates_of(model, self.type, ScoreGate)]
         return [{"params": scores, "lr": self.learning_rate, "weight_decay": 0.0}]
 
     def after_step(self, model: nn.Module, progress: float) -> None:
         learning = progress < self.freeze
-        gates = [gate for _, gate in self.gated(model)]
+        gates = [gate for _, gate in gates_of(model, self.type, ScoreGate)]
         # Masks that rest need no ranking; after a resume the scores are those that were ranked last.
         if gates[0].scores.requires_grad and progress > self.start:
             self.prune(model, self.planned(progress))
@@ -48,7 +49,7 @@ class Scored(Gradual):
 
     def pools(self, model: nn.Module) -> list[list[ScoreGate]]:
         """Gates whose scores compete with each other in the hard variant; here those of one tensor."""
-        return [[gate] for _, gate in self.gated(model)]
+        return [[gate] for _, gate in gates_of(model, self.type, ScoreGate)]
 
     def prune(self, model: nn.Module, extent: float) -> None:
         """Set the gates' thresholds for a fraction of the full extent."""
@@ -61,10 +62,12 @@ class Scored(Gradual):
             for gate in (gate for gates in pools for gate in gates):
                 keep_above(gate, self.threshold * extent)
 
-    def loss(self, model: nn.Module, batch: Mapping[str, Tensor], outputs: Any, context: Context) -> dict[str, Tensor]:
+    def loss(
+        self, model: nn.Module, batch: Mapping[str, Tensor], outputs: object, context: Context
+    ) -> dict[str, Tensor]:
         if self.variant == "hard":
             return {}
-        gates = [gate for _, gate in self.gated(model)]
+        gates = [gate for _, gate in gates_of(model, self.type, ScoreGate)]
         weight = getattr(gates[0], "weight_of_penalty", 0.0)
         if weight == 0.0 or not gates[0].scores.requires_grad:
             return {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -76,25 +77,32 @@ def top(score: Tensor, number: int) -> Tensor:
     return score.sort(descending=True, stable=True).indices[:number].sort().values
 
 
-def encoder_sparsity(
-    heads: Sequence[Tensor],
-    ffn: Sequence[Tensor],
-    layers: Tensor,
-    hidden: Tensor,
-    head_cost: Sequence[int],
-    ffn_cost: Sequence[int],
-) -> Tensor:
-    """Fraction of the layers' matrices that is gone, from open probabilities (or from masks of 0 and 1).
+@dataclass(frozen=True)
+class Alive:
+    """Open probabilities, or masks of 0 and 1, of a model's parts.
+
+    Attributes:
+        heads, ffn: per layer, per KV group or neuron.
+        layers: (depth,).
+        hidden: (width,).
+    """
+
+    heads: Sequence[Tensor]
+    ffn: Sequence[Tensor]
+    layers: Tensor
+    hidden: Tensor
+
+
+def encoder_sparsity(alive: Alive, head_cost: Sequence[int], ffn_cost: Sequence[int]) -> Tensor:
+    """Fraction of the layers' matrices that is gone.
 
     A weight lives if its head or neuron, its layer and its hidden dimension do; gates are independent, so that the
     expectation of the product is the product of the probabilities (CoFi, section 3.1).
 
     Args:
-        heads, ffn: per layer, per KV group or neuron.
-        layers: (depth,).
-        hidden: (width,).
         head_cost, ffn_cost: per layer, weights of one KV group (or neuron) per hidden dimension.
     """
+    heads, ffn, layers, hidden = alive.heads, alive.ffn, alive.layers, alive.hidden
     inside = torch.stack(
         [h.sum() * hc + f.sum() * fc for h, f, hc, fc in zip(heads, ffn, head_cost, ffn_cost, strict=True)]
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
 from torch import nn
@@ -78,14 +78,15 @@ def cost_table(model: nn.Module, target: Target, context: Context, who: str) -> 
         UserError: costs would have to be measured and nothing here can; or the model ships in an arithmetic without a
             table. `who` names the setting's owner.
     """
-    precision: Any = target.precision or context.ships
+    precision = target.precision or context.ships
     if precision not in ("int8", "fp32") and target.kind in ("latency_ms", "speedup", "bytes"):
         raise UserError(
             f"{who}.target.{target.kind}: the recipe's model ships in {precision}, whose costs are not tabulated; "
             "set target.precision to int8 or fp32 to count in that"
         )
     if not target.timed:
-        table = counted(model, target.kind, precision)
+        # What is neither costs as fp32 does.
+        table = counted(model, target.kind, "int8" if precision == "int8" else "fp32")
     elif context.latency is None:
         raise UserError(f"{who}.target.{target.kind}: has to be measured; run it in a recipe's stage")
     else:

@@ -6,14 +6,19 @@ import json
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from compressft.errors import UserError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 FILE = "tokenizer.json"
+# The content of that file, or a part of it, whose form is another library's.
+Document: TypeAlias = dict[str, Any]
 
 
-def trim(tokenizer: Any, used: Iterable[int]) -> tuple[Any, list[int]]:
+def trim(tokenizer: PreTrainedTokenizerBase, used: Iterable[int]) -> tuple[PreTrainedTokenizerBase, list[int]]:
     """A tokenizer that keeps the pieces with these ids and what its model cannot do without.
 
     Special and added tokens always stay, and so do all single characters and bytes. WordPiece: the characters in both
@@ -53,13 +58,13 @@ def trim(tokenizer: Any, used: Iterable[int]) -> tuple[Any, list[int]]:
     return _reload(tokenizer, document, new), kept
 
 
-def _pieces(model: Mapping[str, Any]) -> dict[str, int]:
+def _pieces(model: Document) -> dict[str, int]:
     if model["type"] == "Unigram":
         return {piece: i for i, (piece, _) in enumerate(model["vocab"])}
     return dict(model["vocab"])
 
 
-def _named(model: Mapping[str, Any]) -> list[str]:
+def _named(model: Document) -> list[str]:
     """Tokens that the model itself refers to."""
     unknown = model.get("unk_token")
     if model["type"] == "Unigram" and model.get("unk_id") is not None:
@@ -67,7 +72,7 @@ def _named(model: Mapping[str, Any]) -> list[str]:
     return [unknown] if unknown else []
 
 
-def _word_piece(model: Mapping[str, Any], pieces: Mapping[str, int], wanted: set[int]) -> set[int]:
+def _word_piece(model: Document, pieces: Mapping[str, int], wanted: set[int]) -> set[int]:
     prefix = model["continuing_subword_prefix"]
     specials = {piece for piece, i in pieces.items() if i in wanted and len(piece) > 1 and piece[0] == "["}
     kept = set(wanted)
@@ -86,7 +91,7 @@ def _word_piece(model: Mapping[str, Any], pieces: Mapping[str, int], wanted: set
     return kept
 
 
-def _bpe(model: Mapping[str, Any], pieces: Mapping[str, int], wanted: set[int]) -> set[int]:
+def _bpe(model: Document, pieces: Mapping[str, int], wanted: set[int]) -> set[int]:
     parents: dict[int, set[int]] = {}
     for left, right in _merges(model):
         whole = pieces.get(left + right)
@@ -103,7 +108,7 @@ def _bpe(model: Mapping[str, Any], pieces: Mapping[str, int], wanted: set[int]) 
     return kept
 
 
-def _unigram(model: Mapping[str, Any], pieces: Mapping[str, int], wanted: set[int]) -> set[int]:
+def _unigram(model: Document, pieces: Mapping[str, int], wanted: set[int]) -> set[int]:
     # One character, a byte such as <0x0A>, or a word boundary with one character behind it.
     single = {i for piece, i in pieces.items() if len(piece.removeprefix("▁")) <= 1 or _is_byte(piece)}
     return wanted | single
@@ -113,19 +118,19 @@ def _is_byte(piece: str) -> bool:
     return len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
 
 
-RULES: dict[str, Callable[[Mapping[str, Any], Mapping[str, int], set[int]], set[int]]] = {
+RULES: dict[str, Callable[[Document, Mapping[str, int], set[int]], set[int]]] = {
     "WordPiece": _word_piece,
     "BPE": _bpe,
     "Unigram": _unigram,
 }
 
 
-def _merges(model: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _merges(model: Document) -> list[tuple[str, str]]:
     """Pairs; older files write them as one string with a blank."""
     return [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model["merges"]]  # type: ignore[misc]
 
 
-def _renumber(document: dict[str, Any], pieces: Mapping[str, int], new: Mapping[int, int]) -> None:
+def _renumber(document: Document, pieces: Mapping[str, int], new: Mapping[int, int]) -> None:
     model = document["model"]
     if model["type"] == "Unigram":
         if model.get("unk_id") is not None:
@@ -144,7 +149,7 @@ def _renumber(document: dict[str, Any], pieces: Mapping[str, int], new: Mapping[
         _renumber_processor(document["post_processor"], new)
 
 
-def _renumber_processor(processor: dict[str, Any], new: Mapping[int, int]) -> None:
+def _renumber_processor(processor: Document, new: Mapping[int, int]) -> None:
     for inner in processor.get("processors", ()):
         _renumber_processor(inner, new)
     for token in (processor.get("special_tokens") or {}).values():
@@ -154,7 +159,7 @@ def _renumber_processor(processor: dict[str, Any], new: Mapping[int, int]) -> No
             processor[name] = [processor[name][0], new[processor[name][1]]]
 
 
-def _reload(tokenizer: Any, document: dict[str, Any], new: Mapping[int, int]) -> Any:
+def _reload(tokenizer: PreTrainedTokenizerBase, document: Document, new: Mapping[int, int]) -> PreTrainedTokenizerBase:
     """Through files, as every user of the shipped folder will load it."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from compressft.errors import UserError
 from compressft.model.surgery import compress_linear
 from compressft.modules.gate import Gate, MaskGate
-from compressft.modules.linear import CompressedLinear, gate_of
+from compressft.modules.linear import CompressedLinear, gates_of
 from compressft.passes.shared.select import check_exclude, layer_linears
 from compressft.transform import SHAPES, WEIGHTS, Claim, Context, Resource, Transform, ramp
 
@@ -43,10 +43,9 @@ class Unstructured(Transform):
             linear = compress_linear(model, path)
             linear.gates[self.type] = self.gate(path, linear).to(linear.weight.device)
 
-    def gated(self, model: nn.Module) -> list[tuple[CompressedLinear, Any]]:
+    def gated(self, model: nn.Module) -> list[tuple[CompressedLinear, Gate]]:
         """(layer, gate) for every gate of this pass, in the model's order."""
-        found = ((module, gate_of(module, self.type)) for module in model.modules())
-        return [(module, gate) for module, gate in found if gate is not None]  # type: ignore[misc]
+        return gates_of(model, self.type, Gate)
 
     def finalize(self, model: nn.Module) -> None:
         for linear, _ in self.gated(model):
@@ -102,7 +101,7 @@ class Masked(Gradual):
         fraction = ramp(progress, self.start, self.end)
         # A point that rounding puts just behind its step still counts as reached.
         due = int(fraction * self.updates + 1e-9) + (fraction > 0)
-        gated = self.gated(model)
+        gated = gates_of(model, self.type, MaskGate)
         # The counter is state: a resumed run has the masks of the last update, whose weights are gone.
         if due > int(gated[0][1].updates):
             masks = self.choose([present(linear) for linear, _ in gated], self.planned(progress))

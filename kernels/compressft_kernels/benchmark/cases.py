@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,13 +14,13 @@ from torch.nn import functional as F
 import compressft_kernels as kernels
 from compressft_kernels import dispatch, reference
 from compressft_kernels.benchmark import peers
+from compressft_kernels.benchmark.peers import Operands as Operands
 from compressft_kernels.nf4 import BLOCK, NF4
 from compressft_kernels.nf4 import dense as dense_weight
 
 FORWARD, BOTH = "forward", "forward+backward"
 PASSES = (FORWARD, BOTH)
 
-Operands = dict[str, Any]
 Make = Callable[[torch.device, torch.dtype, int], Operands]
 
 
@@ -158,11 +157,11 @@ class _Binarise(torch.autograd.Function):
     """The straight-through estimator as it is written by hand."""
 
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, threshold: float) -> Tensor:
+    def forward(ctx: object, scores: Tensor, threshold: float) -> Tensor:
         return (scores > threshold).to(scores.dtype)
 
     @staticmethod
-    def backward(ctx: Any, dmask: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: object, dmask: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return dmask, None
 
 

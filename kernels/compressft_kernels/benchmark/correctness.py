@@ -84,7 +84,7 @@ def suite(cases: Iterable[Case], device: torch.device, dtypes: Iterable[torch.dt
     return [row for dtype in dtypes for case in cases for row in check(case, device, dtype)]
 
 
-def _start(table: Mapping[str, Any]) -> None:
+def _start(table: Mapping[str, object]) -> None:
     dispatch.TABLE.update(table)
 
 

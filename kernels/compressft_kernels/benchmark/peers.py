@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from compressft_kernels.kept import Kept
 
 Operands = dict[str, Any]
 # name -> (operands -> output, operands -> what it reads besides, or None)
@@ -71,12 +73,12 @@ def _sdpa(o: Operands, causal: bool) -> Tensor:
     k, v = _whole(o)
     queries = o["q"].shape[2]
     # Lower right: the last query sees all keys, so every query sees the prefix.
-    mask: Any = causal_lower_right(queries, k.shape[2]) if causal and queries > 1 else None
+    mask = causal_lower_right(queries, k.shape[2]) if causal and queries > 1 else None
     return F.scaled_dot_product_attention(o["q"], k, v, mask, enable_gqa=_grouped(o))
 
 
 @cache
-def _compiled_flex() -> Callable[..., Any]:
+def _compiled_flex() -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, dynamic=False)
@@ -92,14 +94,21 @@ def _flex_mask(o: Operands, causal: bool) -> Operands:
     def sees(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return key <= query + size + keys - queries
 
-    # None means the same for all rows and heads; it is the documented value.
-    every: Any = None
-    return {"block_mask": create_block_mask(sees, every, every, queries, size + keys, device=o["q"].device)}
+    # None: the same for all rows and heads.
+    return {"block_mask": create_block_mask(sees, None, None, queries, size + keys, device=o["q"].device)}
 
 
 def _flex(o: Operands) -> Tensor:
     k, v = _whole(o)
     return _compiled_flex()(o["q"], k, v, block_mask=o["block_mask"], enable_gqa=_grouped(o))
+
+
+class _Context(Kept, Protocol):
+    saved_tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+    causal: bool
+    groups: int
+    # Of the prefix's call and of the other.
+    rest: tuple[list[Tensor], list[Tensor]]
 
 
 class Merged(torch.autograd.Function):
@@ -110,7 +119,7 @@ class Merged(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, causal: bool) -> Tensor:
+    def forward(ctx: _Context, q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, causal: bool) -> Tensor:
         groups = q.shape[1] // k.shape[1]
         k, v, pk, pv = (t.repeat_interleave(groups, -3) for t in (k, v, pk, pv))
         folded = Merged._fold(q)
@@ -128,7 +137,7 @@ class Merged(torch.autograd.Function):
         return o
 
     @staticmethod
-    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: _Context, do: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v, pk, pv, o, lse = ctx.saved_tensors
         fold = Merged._fold
         far = (fold(do), fold(q), pk[None], pv[None], fold(o), fold(lse[..., None])[..., 0].contiguous())
@@ -148,7 +157,7 @@ class Merged(torch.autograd.Function):
         return t[0].unflatten(1, (batch, -1)).transpose(0, 1)
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> list[Any]:
+def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> list[Tensor]:
     """[output, log-sum-exp (B, H, T), whatever the backward wants besides]."""
     if q.device.type == "cpu":
         return [*torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)]
@@ -156,7 +165,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> list[Any]:
 
 
 def _flash_backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, rest: list[Any]
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, rest: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     if q.device.type == "cpu":
         function = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

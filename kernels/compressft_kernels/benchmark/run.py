@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import zip_longest
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from torch import Tensor
 from compressft_kernels import dispatch
 from compressft_kernels.benchmark import correctness, shapes, timing
 from compressft_kernels.benchmark.cases import BOTH, FORWARD, PASSES, Case, Operands, Way
+from compressft_kernels.benchmark.correctness import Row
 
 # What more than torch offers: (case, device) -> ways by name.
 Peers = Callable[[Case, torch.device], Mapping[str, Way]]
@@ -90,7 +90,7 @@ def measure_case(
     case: Case, which: str, device: torch.device, dtype: torch.dtype, ceilings: Mapping[str, float], *,
     more: Mapping[str, Way] | None = None, compiling: Compiling | None = None, wrong: str | None = None,
     seconds: float = 0.1,
-) -> dict[str, Any]:  # fmt: skip
+) -> Row:  # fmt: skip
     """The row of one case and pass.
 
     Args:
@@ -131,7 +131,7 @@ def measure_case(
             skipped[name] = "not compiled" if compiling is None else "the time for compiling was spent"
     memory_bound = 1e3 * case.bytes(which, dtype.itemsize) / ceilings["bytes_per_second"]
     ideal = max(memory_bound, 1e3 * case.flops[which] / ceilings["flops_per_second"])
-    row: dict[str, Any] = {"operation": case.operation, "case": case.name, "pass": which, "ideal_ms": ideal}
+    row: Row = {"operation": case.operation, "case": case.name, "pass": which, "ideal_ms": ideal}
     row |= {"bound_by": "bytes" if ideal == memory_bound else "flops"}
     row |= {"ratio": None, "ratio_eager": None, "roofline": None}
     if "ours" not in works:
@@ -178,7 +178,7 @@ def _saved(case: Case, call: Callable[[Operands], Tensor], operands: Operands) -
 
 def _checked(
     operations: Sequence[str], checks: Sequence[Case] | None, device: torch.device, dtypes: Sequence[torch.dtype]
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """The correctness suite; of the shipped checks on CUDA in processes."""
     wanted = [case if case.operation in operations else None for case in checks or shapes.checks()]
     if checks is None and device.type == "cuda":
@@ -191,7 +191,7 @@ def measure(
     cases: Sequence[Case] | None = None, checks: Sequence[Case] | None = None, more: Peers | None = None,
     tune: Callable[[list[Case]], bool] | None = None, compile_seconds: float = 120.0, seconds: float = 420.0,
     say: Callable[[str], None] = lambda line: None,
-) -> dict[str, Any]:  # fmt: skip
+) -> Row:  # fmt: skip
     """Check, then time.
 
     Args:
@@ -267,7 +267,7 @@ def _times(ratio: float | None, wrong: bool) -> str:
     return "wrong" if wrong else "-" if ratio is None else f"{ratio:.2f}x"
 
 
-def summary(document: Mapping[str, Any]) -> dict[str, list[dict[str, str]]]:
+def summary(document: Row) -> dict[str, list[dict[str, str]]]:
     """The rows to print, by operation. A wrong one's have no ratio; why, the document's and the rows' `wrong` say."""
     tables: dict[str, list[dict[str, str]]] = {}
     for row in document["rows"]:

@@ -7,7 +7,6 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ L2_TIMES, COPIES = 2.5, 48
 class Call:
     """What is timed, and what runs before it, untimed."""
 
-    run: Callable[[], Any]
+    run: Callable[[], object]
     before: Callable[[], None] | None = None
 
 
@@ -102,7 +101,7 @@ def _median(samples: list[tuple[float, float | None]], parts: int) -> Times:
     return Times(median, min(times), statistics.median(host) if host else None, len(samples))
 
 
-def tensors(value: Any) -> list[Tensor]:
+def tensors(value: object) -> list[Tensor]:
     """All tensors in operands, gradients or results."""
     if isinstance(value, Tensor):
         return [value]
@@ -113,7 +112,7 @@ def tensors(value: Any) -> list[Tensor]:
     return [t for item in value for t in tensors(item)] if isinstance(value, (list, tuple)) else []
 
 
-def held(value: Any) -> int:
+def held(value: object) -> int:
     """Bytes of the storages of all tensors in it."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors(value)}
     return sum(storages.values())
@@ -127,7 +126,7 @@ def copies(operand_bytes: int, device: torch.device) -> int:
     return max(1, min(COPIES, int(-(-L2_TIMES * cache // max(operand_bytes, 1)))))
 
 
-def peak_extra(run: Callable[[], Any], device: torch.device) -> int | None:
+def peak_extra(run: Callable[[], object], device: torch.device) -> int | None:
     """Bytes that a call allocates at its peak, besides what it returns; None on the CPU."""
     if device.type != "cuda":
         return None
@@ -139,7 +138,7 @@ def peak_extra(run: Callable[[], Any], device: torch.device) -> int | None:
     return max(0, torch.cuda.max_memory_allocated() - before - held(result))
 
 
-def saved(run: Callable[[], Tensor], operands: Any, elements: int) -> dict[str, int]:
+def saved(run: Callable[[], Tensor], operands: object, elements: int) -> dict[str, int]:
     """What autograd keeps for backward that is neither an operand nor the output.
 
     Returns:

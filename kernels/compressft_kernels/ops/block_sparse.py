@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from compressft_kernels import dispatch, reference
+from compressft_kernels.kept import Kept
 from compressft_kernels.ops.fallback import attempt, without_autocast
 from compressft_kernels.reference.block_sparse import check_block_sparse, scattered_gradients
 from compressft_kernels.reference.operands import autocast_dtype, rows
+
+if TYPE_CHECKING:
+    from compressft_kernels.block_sparse_triton import Index
 
 # Shapes: x (T, C bi), blocks (n, bo, bi), layout (R, C) with n live tiles.
 OPERANDS = "Tensor blocks, Tensor layout"
@@ -19,7 +23,7 @@ OPERANDS = "Tensor blocks, Tensor layout"
 _indexes = WeakIdKeyDictionary()
 
 
-def _index(layout: Tensor, n: int) -> Any:
+def _index(layout: Tensor, n: int) -> Index:
     """Where the live tiles are, kept while the layout is unchanged.
 
     Raises:
@@ -124,12 +128,16 @@ def _(dy: Tensor, x: Tensor | None, wanted: list[bool], blocks: Tensor, layout: 
     return dx, dy.new_empty(0) if x is None else dy.new_empty(blocks.shape, dtype=blocks.dtype)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+class _Context(Kept, Protocol):
+    saved_tensors: tuple[Tensor | None, Tensor, Tensor]
+
+
+def _setup(ctx: _Context, inputs: tuple[Tensor, Tensor | None, Tensor, Tensor], output: Tensor) -> None:
     x, _, blocks, layout = inputs
     ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, blocks, layout)
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: _Context, dy: Tensor) -> tuple[Tensor | None, ...]:
     wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[2]]
     x, blocks, layout = ctx.saved_tensors
     dx, dblocks = block_sparse_backward(dy, x, wanted, blocks, layout)

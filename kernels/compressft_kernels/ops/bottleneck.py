@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Protocol, TypeAlias, TypeVarTuple
 
 import torch
 from torch import Tensor
 
 from compressft_kernels import dispatch, reference
+from compressft_kernels.kept import Kept
 from compressft_kernels.nf4 import NF4, dense
 from compressft_kernels.ops.fallback import attempt, without_autocast
 from compressft_kernels.reference.bottleneck import Norm, adapter_gradients, check_adapter
 from compressft_kernels.reference.operands import autocast_dtype, rows
+
+Tensors = TypeVarTuple("Tensors")
 
 # Shapes: x (T, d), down_weight (r, d), up_weight (out, r), gamma and beta (d,).
 OPERANDS = (
@@ -48,19 +51,22 @@ def forward(
         )  # fmt: skip
 
     def twin() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        operands = _cast(x.dtype, down_weight, down_bias, up_weight, up_bias, gamma, beta)
-        norm = None if gamma is None else (*operands[4:], eps)
+        down, down_b, up, up_b, g, b = _cast(x.dtype, down_weight, down_bias, up_weight, up_bias, gamma, beta)
+        norm = None if g is None or b is None else (g, b, eps)
         added = x if residual_is_x else residual
         with without_autocast(x):
-            y = reference.adapter(x, *operands[:4], activation=activation, scale=scale, residual=added, norm=norm)
+            y = reference.adapter(
+                x, down, down_b, up, up_b, activation=activation, scale=scale, residual=added, norm=norm
+            )
         z, mean, rstd = _saved(x, down_weight, gamma, save)
         return y.contiguous(), z.zero_(), mean.zero_(), rstd.zero_()
 
     return attempt("adapter", x.device, kernel, twin)
 
 
-def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
-    return [None if t is None else t.to(dtype) for t in tensors]
+def _cast(dtype: torch.dtype, *tensors: *Tensors) -> tuple[*Tensors]:
+    # One for each that was given, which no type says of a generator.
+    return tuple(t.to(dtype) if isinstance(t, Tensor) else t for t in tensors)  # type: ignore[return-value]
 
 
 def _saved(x: Tensor, down_weight: Tensor, gamma: Tensor | None, save: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,7 +126,7 @@ adapter_backward = torch.library.custom_op(
 def _(
     x: Tensor, residual: Tensor | None, save: bool,
     down_weight: Tensor, down_bias: Tensor | None, up_weight: Tensor, up_bias: Tensor | None, gamma: Tensor | None,
-    *_: Any,
+    *_: object,
 ):  # fmt: skip
     y_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     return x.new_empty((x.shape[0], up_weight.shape[0]), dtype=y_dtype), *_saved(x, down_weight, gamma, save)
@@ -130,7 +136,7 @@ def _(
 def _(
     dy: Tensor, x: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, wanted: list[bool],
     down_weight: Tensor, down_bias: Tensor | None, up_weight: Tensor, up_bias: Tensor | None, gamma: Tensor | None,
-    beta: Tensor | None, *_: Any,
+    beta: Tensor | None, *_: object,
 ):  # fmt: skip
     like = (x, down_weight, down_bias, up_weight, up_bias, gamma, beta)
     return tuple(
@@ -139,7 +145,20 @@ def _(
     )
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+# x, residual, save, the weights with their biases, gamma, beta, and eps, activation, scale and residual_is_x.
+_Inputs: TypeAlias = tuple[
+    Tensor, Tensor | None, bool, Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None,
+    float, str, float, bool,
+]  # fmt: skip
+
+
+class _Context(Kept, Protocol):
+    # x, z, mean, rstd and the weights.
+    saved_tensors: tuple[Tensor, Tensor, Tensor, Tensor, *tuple[Tensor | None, ...]]
+    settings: list[float | str]
+
+
+def _setup(ctx: _Context, inputs: _Inputs, output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     x, _, _, down_weight, down_bias, up_weight, up_bias, gamma, beta, *ctx.settings = inputs
     _, z, mean, rstd = output
     ctx.mark_non_differentiable(z, mean, rstd)
@@ -147,7 +166,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.save_for_backward(x, z, mean, rstd, down_weight, down_bias, up_weight, up_bias, gamma, beta)
 
 
-def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: _Context, dy: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 13
     x, z, mean, rstd, *weights = ctx.saved_tensors

@@ -5,13 +5,14 @@ The operators are for devices that `dispatch` gives a kernel; elsewhere the publ
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from compressft_kernels import dispatch, reference
+from compressft_kernels.kept import Kept
 from compressft_kernels.nf4 import NF4
 from compressft_kernels.ops.fallback import attempt
 from compressft_kernels.reference.gated import effective, parts, weight_gradients
@@ -132,14 +133,16 @@ gated_linear_backward = torch.library.custom_op(
 
 
 @gated_linear.register_fake
-def _(x: Tensor, bias: Tensor | None, weight: Tensor, gate: Tensor | None, threshold: float, size: list[int], *_: Any):
+def _(
+    x: Tensor, bias: Tensor | None, weight: Tensor, gate: Tensor | None, threshold: float, size: list[int], *_: object
+):
     return x.new_empty(x.shape[0], size[0])
 
 
 @gated_linear_backward.register_fake
 def _(
     dy: Tensor, x: Tensor | None, wanted: list[bool], weight: Tensor, gate: Tensor | None, threshold: float,
-    size: list[int], *_: Any,
+    size: list[int], *_: object,
 ):  # fmt: skip
     want_x, want_weight, want_scores = wanted
     return (
@@ -149,13 +152,24 @@ def _(
     )
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+# x, bias, weight, gate, threshold, size and the tables of a quantised weight.
+_Inputs: TypeAlias = tuple[Tensor, Tensor | None, Tensor, Tensor | None, float, list[int], *tuple[Tensor | None, ...]]
+
+
+class _Context(Kept, Protocol):
+    saved_tensors: tuple[Tensor | None, Tensor, Tensor | None, *tuple[Tensor | None, ...]]
+    threshold: float
+    size: list[int]
+    wanted: list[bool]
+
+
+def _setup(ctx: _Context, inputs: _Inputs, output: Tensor) -> None:
     x, _, weight, gate, ctx.threshold, ctx.size, *tables = inputs
     ctx.wanted = [ctx.needs_input_grad[place] for place in (0, 2, 3)]
     ctx.save_for_backward(x if ctx.wanted[1] or ctx.wanted[2] else None, weight, gate, *tables)
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: _Context, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, gate, *tables = ctx.saved_tensors
     found = gated_linear_backward(dy, x, ctx.wanted, weight, gate, ctx.threshold, ctx.size, *tables)
     dx, dweight, dscores = (g if wanted else None for g, wanted in zip(found, ctx.wanted, strict=True))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from compressft_kernels import dispatch, reference
+from compressft_kernels.kept import Kept
 from compressft_kernels.ops.fallback import attempt, without_autocast
 from compressft_kernels.reference.operands import autocast_dtype
 from compressft_kernels.reference.prefix import check_prefix, prefix_gradients
@@ -86,28 +87,39 @@ prefix_backward = torch.library.custom_op(
 
 
 @prefix_forward.register_fake
-def _(q: Tensor, *_: Any):
+def _(q: Tensor, *_: object):
     return torch.empty_like(q), _like_lse(q)
 
 
 @prefix_backward.register_fake
 def _(
     do: Tensor, o: Tensor, lse: Tensor, wanted: list[bool],
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, *_: Any,
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, *_: object,
 ):  # fmt: skip
     own = [torch.empty_like(t) if want else t.new_empty(0) for t, want in zip((q, k, v), wanted[:3], strict=True)]
     prefixes = ((prefix_k, wanted[3]), (prefix_v, wanted[4]))
     return (*own, *(t.new_empty(t.shape) if want else q.new_empty(0) for t, want in prefixes))
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+# q, k, v, prefix_k, prefix_v, lengths, causal and scale.
+_Inputs: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, bool, float]
+
+
+class _Context(Kept, Protocol):
+    # o, lse and the tensors that were given.
+    saved_tensors: tuple[Tensor, Tensor, *tuple[Tensor | None, ...]]
+    causal: bool
+    scale: float
+
+
+def _setup(ctx: _Context, inputs: _Inputs, output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.causal, ctx.scale = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output, *tensors)
 
 
-def _backward(ctx: Any, do: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: _Context, do: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if do is None:
         return (None,) * 8
     wanted = list(ctx.needs_input_grad[:5])

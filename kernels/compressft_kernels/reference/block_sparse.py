@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from compressft_kernels.kept import Kept
 from compressft_kernels.reference.effective import effective_weight
 from compressft_kernels.reference.operands import describe, rows, to_compute
 
@@ -67,6 +68,15 @@ def _multiply(x_TLi: Tensor, lines: list[Line], y_TMo: Tensor) -> Tensor:
     return y_TMo
 
 
+class _Tiled(Kept, Protocol):
+    saved_tensors: tuple[Tensor, Tensor]
+    tiles: list[Tile]
+
+
+class _Scattered(Kept, Protocol):
+    saved_tensors: tuple[Tensor, Tensor, Tensor]
+
+
 class BlockSparseLinearFunction(torch.autograd.Function):
     """One product per tile row (forward, blocks' gradient) or tile column (x's gradient), over its live tiles."""
 
@@ -81,13 +91,15 @@ class BlockSparseLinearFunction(torch.autograd.Function):
         return y_TRo if bias is None else y_TRo.add_(bias.view(y_TRo.shape[1:]))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x_TCi, blocks, *_, ctx.tiles = inputs
+    def setup_context(
+        ctx: _Tiled, inputs: tuple[Tensor, Tensor, Tensor | None, int, list[Tile]], output: Tensor
+    ) -> None:
+        x_TCi, blocks, _, _, ctx.tiles = inputs
         ctx.save_for_backward(x_TCi, blocks)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_TRo: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: _Tiled, dy_TRo: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x_TCi, blocks = ctx.saved_tensors
         dx_TCi = dblocks = None
         if ctx.needs_input_grad[0]:
@@ -141,13 +153,13 @@ class ScatteredLinearFunction(torch.autograd.Function):
         return F.linear(x, _scattered(blocks, layout), bias)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: _Scattered, inputs: tuple[Tensor, Tensor, Tensor | None, Tensor], output: Tensor) -> None:
         x, blocks, _, layout = inputs
         ctx.save_for_backward(x, blocks, layout)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: _Scattered, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, blocks, layout = ctx.saved_tensors
         x = x if ctx.needs_input_grad[1] else None
         dx, dblocks = scattered_gradients(dy, x, ctx.needs_input_grad[0], blocks, layout)

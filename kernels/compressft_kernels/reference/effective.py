@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ _kept = WeakIdKeyDictionary()
 _steps = 0
 
 
-def _stepped(optimizer: Any, args: Any, kwargs: Any) -> None:
+def _stepped(optimizer: object, args: object, kwargs: object) -> None:
     """Fused and 8-bit optimisers write through pointers and leave `_version` as it was: any step outdates all."""
     global _steps
     _steps += 1
@@ -31,7 +30,7 @@ def _keepable(tensor: Tensor) -> bool:
     return plain and tensor.device.type == "cpu" and not tensor.is_inference()
 
 
-def _stamp(tensor: Tensor) -> tuple[Any, ...]:
+def _stamp(tensor: Tensor) -> tuple[Hashable, ...]:
     """What in-place changes, `set_` and an assignment to `.data` alter (the last one keeps the version)."""
     storage = StorageWeakRef(tensor.untyped_storage())
     return tensor._version, storage, tensor.dtype, tensor.storage_offset(), tensor.shape, tensor.stride()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from compressft_kernels.kept import Kept
 from compressft_kernels.nf4 import NF4, dequantise
 from compressft_kernels.reference.bits import unpack_mask
 from compressft_kernels.reference.effective import effective_weight
@@ -60,6 +61,16 @@ def weight_gradients(
     return dweight, dscores
 
 
+# x, weight, gate, bias, threshold, size and the tables of a quantised weight.
+_Inputs: TypeAlias = tuple[Tensor, Tensor, Tensor | None, Tensor | None, float, Size, *tuple[Tensor, ...]]
+
+
+class _Context(Kept, Protocol):
+    saved_tensors: tuple[Tensor, Tensor, Tensor | None, *tuple[Tensor, ...]]
+    threshold: float
+    size: Size
+
+
 class GatedLinearFunction(torch.autograd.Function):
     """Saves the weight as stored, the gate, and x where a gradient needs it; backward masks the weight again."""
 
@@ -85,13 +96,13 @@ class GatedLinearFunction(torch.autograd.Function):
         return F.linear(x, GatedLinearFunction._weight(weight, [*quant], gate, threshold, size, x.dtype), bias)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: _Context, inputs: _Inputs, output: Tensor) -> None:
         x, weight, gate, _, ctx.threshold, ctx.size, *quant = inputs
         ctx.save_for_backward(x if ctx.needs_input_grad[1] or ctx.needs_input_grad[2] else None, weight, gate, *quant)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: _Context, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, gate, *quant = ctx.saved_tensors
         dx = dweight = dscores = dbias = None
         if ctx.needs_input_grad[0]:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compressft.errors import UserError
 from compressft.model.anatomy import anatomy
+from compressft.modules.pretrained import Generates, generating, pretrained
 from compressft.tasks.task import IGNORE
+
+if TYPE_CHECKING:
+    from transformers.utils.generic import ModelOutput
 
 
 def mixed_forward(
-    names: Sequence[str], models: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+    names: Sequence[str], models: Mapping[str, nn.Module], args: tuple[object, ...], kwargs: Mapping[str, object]
+) -> ModelOutput:
     """`logits` of each row from the model of its name, and the whole batch's mean `loss` where there are labels.
 
     Args:
@@ -27,7 +31,7 @@ def mixed_forward(
         UserError: an unknown name, another number of names than rows, a cache, a model without logits, or logits of
             shapes that do not go together.
     """
-    from transformers.utils import ModelOutput  # type: ignore[attr-defined]
+    from transformers.utils.generic import ModelOutput
 
     if kwargs.get("past_key_values") is not None:
         raise UserError("adapter_names: a key/value cache is of one method; call generate with adapter_names")
@@ -36,7 +40,7 @@ def mixed_forward(
     weights: list[int] = []
     for name, where, part in _parts(names, models, args, kwargs):
         model = models[name]
-        own: dict[str, Any] = {key: part(value) for key, value in kwargs.items()} | {"return_dict": True}
+        own: dict[str, object] = {key: part(value) for key, value in kwargs.items()} | {"return_dict": True}
         out = model(*(part(value) for value in args), **own)
         if getattr(out, "logits", None) is None:
             raise UserError(f"adapter_names: a {type(model).__name__} gives no logits to put together")
@@ -56,7 +60,7 @@ def mixed_forward(
 
 
 def mixed_generate(
-    names: Sequence[str], models: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    names: Sequence[str], models: Mapping[str, nn.Module], args: tuple[object, ...], kwargs: Mapping[str, object]
 ) -> Tensor:
     """Each row's continuation by the model of its name, (rows x sequences of each, tokens), int64; short ones padded.
 
@@ -74,8 +78,9 @@ def mixed_generate(
     places: list[Tensor] = []
     padding = 0
     for name, where, part in _parts(names, models, args, kwargs):
-        model = models[name]
+        model = generating(models[name])
         ids = model.generate(*(part(value) for value in args), **{key: part(value) for key, value in kwargs.items()})
+        assert isinstance(ids, Tensor)
         of_each = ids.shape[0] // len(where)
         found.append(ids)
         places.append((where[:, None] * of_each + torch.arange(of_each, device=where.device)).flatten())
@@ -85,20 +90,22 @@ def mixed_generate(
     return torch.cat(padded)[torch.cat(places).argsort()]
 
 
-def _padding(model: Any, kwargs: Mapping[str, Any]) -> int:
+def _padding(model: Generates, kwargs: Mapping[str, object]) -> int:
     """The id behind a finished sequence, by `generate`'s own order: what is asked for, then the end of a text."""
     settings = kwargs.get("generation_config") or model.generation_config
     for field in ("pad_token_id", "eos_token_id"):
         value = kwargs.get(field)
         value = getattr(settings, field) if value is None else value
-        if value is not None:
-            return int(value[0] if isinstance(value, list | tuple) else value)
+        first = value[0] if isinstance(value, list | tuple) else value
+        if first is not None:
+            assert isinstance(first, int | Tensor)
+            return int(first)
     return 0
 
 
 def _parts(
-    names: Sequence[str], models: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Iterator[tuple[str, Tensor, Callable[[Any], Any]]]:
+    names: Sequence[str], models: Mapping[str, nn.Module], args: tuple[object, ...], kwargs: Mapping[str, object]
+) -> Iterator[tuple[str, Tensor, Callable[[object], object]]]:
     """Each name once, the indices of its rows, and what cuts them out of an argument."""
     unknown = sorted(set(names) - set(models))
     if unknown:
@@ -110,17 +117,17 @@ def _parts(
     for name in dict.fromkeys(names):
         where = torch.tensor([i for i, other in enumerate(names) if other == name], device=given[0].device)
 
-        def part(value: Any, where: Tensor = where) -> Any:
+        def part(value: object, where: Tensor = where) -> object:
             return value[where] if isinstance(value, Tensor) and value.shape[:1] == (rows,) else value
 
         yield name, where, part
 
 
-def _counted(model: Any, labels: Tensor | None) -> int:
+def _counted(model: nn.Module, labels: object) -> int:
     """How many labels a mean loss is over: what the model leaves out is -100, and a language model's first token."""
-    if labels is None:
+    if not isinstance(labels, Tensor):
         return 0
     if labels.is_floating_point():
         return labels.numel()
-    shifted = anatomy(model).family.causal and model.get_output_embeddings() is not None
+    shifted = anatomy(model).family.causal and pretrained(model).get_output_embeddings() is not None
     return int((labels[:, 1:] if shifted and labels.dim() > 1 else labels).ne(IGNORE).sum())

@@ -8,7 +8,7 @@ import torch
 from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from compressft.adapters.adapted import Adapted
+from compressft.adapters.named_adapters import Adapted
 from compressft.errors import UserError
 from tests.adapters.saved import LORA, adapted_on, config_of, loaded, rewrite, same
 from tests.methods.added import shaken

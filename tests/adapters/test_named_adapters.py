@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from compressft import get_model
-from compressft.adapters.adapted import Adapted
+from compressft.adapters.named_adapters import Adapted
 from compressft.errors import UserError
 from compressft.methods import METHODS
 from compressft.methods.adapter import Adapter

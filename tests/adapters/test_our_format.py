@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compressft.adapters.adapted import Adapted
+from compressft.adapters.named_adapters import Adapted
 from compressft.errors import UserError
 from compressft.methods import METHODS
 from compressft.transform import trainable

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from compressft.errors import UserError
 from compressft.model.anatomy import anatomy
 from compressft.model.saved.delta import DELTA
 from compressft.model.saved.folders import read_manifest, verify_files
-from compressft.model.saved.manifest import check_types, require
+from compressft.model.saved.manifest import AdapterContents, Contents, as_adapter, check_types, require
 from compressft.model.saved.sparse import ROWS, unpack
 from compressft.model.saved.state import layers_hash, plain_state
 from compressft.model.surgery import adapter_in, pfeiffer_path
@@ -22,7 +22,9 @@ from compressft.modules.bottleneck import Bottleneck
 from compressft.modules.invertible import INVERTIBLE, Invertible
 from compressft.modules.kinds import KINDS
 from compressft.utils.foreign import load_tensors
-from compressft.utils.texts import read_object
+from compressft.utils.texts import JSON, read_object
+
+Filled = TypeVar("Filled", bound=nn.Module)
 
 # What a saved adapter's folder is made of, in every package's format; our own fields are under the key.
 ADAPTER_CONFIG, ADAPTER_TENSORS, ADAPTER_KEY = "adapter_config.json", "adapter_model.safetensors", "compressft"
@@ -69,7 +71,7 @@ def read_adapters(model: nn.Module, folders: Sequence[str], who: str) -> list[Sa
     return [_read(model, folder, manifest, who) for folder, manifest in zip(folders, manifests, strict=True)]
 
 
-def _manifest(folder: Path, who: str) -> dict[str, Any]:
+def _manifest(folder: Path, who: str) -> Contents:
     if not folder.is_dir():
         raise UserError(f"{who}: folder {str(folder)!r} does not exist; give the delta/ folder of a run")
     if (folder / ADAPTER_CONFIG).is_file():
@@ -82,7 +84,7 @@ def _manifest(folder: Path, who: str) -> dict[str, Any]:
     return manifest
 
 
-def _saved(folder: Path, who: str) -> dict[str, Any]:
+def _saved(folder: Path, who: str) -> AdapterContents:
     """What the folder of an adapter that we saved says, which is what a manifest does."""
     path = folder / ADAPTER_CONFIG
     entry = read_object(path).get(ADAPTER_KEY)
@@ -92,19 +94,20 @@ def _saved(folder: Path, who: str) -> dict[str, Any]:
         )
     require(entry, ("layers_hash", "shapes", "modules", "files"), path)
     check_types(entry, "adapter", path, f"{ADAPTER_KEY}.")
+    entry = as_adapter(entry)
     if ADAPTER_TENSORS not in entry["files"]:
         raise UserError(f"{path}: field {ADAPTER_KEY}.files does not name {ADAPTER_TENSORS}; restore the file")
     verify_files(folder, entry["files"])
     return entry
 
 
-def _read(model: nn.Module, folder: str, manifest: dict[str, Any], who: str) -> SavedAdapter:
+def _read(model: nn.Module, folder: str, manifest: Contents, who: str) -> SavedAdapter:
     parts = anatomy(model)
     file = DELTA if DELTA in manifest["files"] else ADAPTER_TENSORS
     table, stored = manifest["modules"], load_tensors(Path(folder).expanduser() / file)
     places = [f"{pfeiffer_path(layer)}.adapter" for layer in parts.layers]
     coupling = parts.path(INVERTIBLE)
-    bottlenecks = {path for path, entry in table.items() if KINDS.get(entry["kind"], nn.Module) is Bottleneck}
+    bottlenecks = {path for path, entry in table.items() if KINDS.get(str(entry["kind"]), nn.Module) is Bottleneck}
     outside = [path for path in bottlenecks if not path.startswith(tuple(places))]
     if outside or not bottlenecks or len(manifest["shapes"]) != len(parts.layers):
         raise UserError(
@@ -124,10 +127,12 @@ def _read(model: nn.Module, folder: str, manifest: dict[str, Any], who: str) -> 
     layers = []
     for place in places:
         found = sorted((path for path in bottlenecks if path == place or path.startswith(f"{place}.")), key=_last)
-        layers.append(tuple(_filled(table[path], path, stored, f"{who}: {folder!r}") for path in found))
+        layers.append(tuple(_filled(Bottleneck, table[path], path, stored, f"{who}: {folder!r}") for path in found))
     if not all(layers):
         raise UserError(f"{who}: {folder!r} lacks the adapters of some layers; train it again")
-    invertible = _filled(table[coupling], coupling, stored, f"{who}: {folder!r}") if coupling in table else None
+    invertible = (
+        _filled(Invertible, table[coupling], coupling, stored, f"{who}: {folder!r}") if coupling in table else None
+    )
     return SavedAdapter(folder, tuple(layers), invertible)
 
 
@@ -137,12 +142,13 @@ def _last(path: str) -> int:
     return int(name) if name.isdigit() else 0
 
 
-def _filled(entry: dict[str, Any], path: str, stored: dict[str, Tensor], who: str) -> Any:
+def _filled(kind: type[Filled], entry: Mapping[str, JSON], path: str, stored: dict[str, Tensor], who: str) -> Filled:
     """The described module with its stored tensors."""
     arguments = dict(entry)
     own = {name: tensor for name, tensor in stored.items() if name.startswith(f"{path}.")}
     try:
-        new: Any = KINDS[arguments.pop("kind")].rebuild(None, arguments)
+        new = KINDS[str(arguments.pop("kind"))].rebuild(None, arguments)
+        assert isinstance(new, kind)
         tensors = unpack(own, shapes={f"{path}.{name}": tensor.shape for name, tensor in new.state_dict().items()})
         new.load_state_dict({name.removeprefix(f"{path}."): tensor for name, tensor in tensors.items()})
     except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -165,17 +171,17 @@ def swap_adapter(model: nn.Module, folder: str, position: int = 0) -> None:
     who = "swap_adapter"
     (saved,) = read_adapters(model, [folder], who)
     parts = anatomy(model)
-    backbone: Any = parts.backbone
-    stacks: list[Any] = [adapter_in(model, layer) for layer in parts.layers]
+    stacks = [adapter_in(model, layer) for layer in parts.layers]
     if any(len(found) != 1 for found in saved.layers):
         raise UserError(f"{who}: {folder!r} holds a stack of adapters; give a run that trained one alone")
     if any(stack is None or str(position) not in stack._modules for stack in stacks):
         raise UserError(f"{who}: the model has no stack of adapters with position {position}")
-    present = getattr(backbone, INVERTIBLE, None)
+    present = getattr(parts.backbone, INVERTIBLE, None)
     if (present is None) != (saved.invertible is None):
         raise UserError(f"{who}: only one of {folder!r} and the model has an invertible adapter; give two alike")
     for stack, (new,) in zip(stacks, saved.layers, strict=True):
-        setattr(stack, str(position), new.to(stack.get_submodule(str(position)).up_bias.device))
+        assert stack is not None
+        setattr(stack, str(position), new.to(stack.get_submodule(str(position)).get_parameter("up_bias").device))
     if present is not None and saved.invertible is not None:
         if present.describe() != saved.invertible.describe():
             raise UserError(f"{who}: the invertible adapters' sizes or activations differ")

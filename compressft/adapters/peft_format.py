@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,12 @@ from compressft.errors import UserError
 from compressft.methods.peft import KEEP_THE_BASE, Peft
 from compressft.model.saved.state import layers_hash, plain_state
 from compressft.modules.prefix import Prefix
-from compressft.modules.tuner import ORIGIN, PeftTuner, peft_config, peft_fields, plain
+from compressft.modules.tuner import ORIGIN, PeftTuner, kind_of, peft_config, peft_fields, plain
 from compressft.transform import Context
+from compressft.utils.texts import JSON
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 BINARY = "adapter_model.bin"
 # Starts after which the base is as it was.
@@ -61,7 +65,7 @@ def _of_tuners(settled: Settled) -> set[str]:
     return {name for name in settled.changed if OURS in name}
 
 
-def note(settled: Settled) -> dict[str, Any]:
+def note(settled: Settled) -> dict[str, str]:
     """What we keep besides PEFT's own fields, in the header of the tensors' file."""
     return {"layers_hash": layers_hash(settled.plain, settled.base)}
 
@@ -77,7 +81,8 @@ def write(settled: Settled, folder: Path) -> None:
     saved = modules_to_save(settled, _of_tuners(settled))
     config = peft_config(tuner.config)
     config.task_type = task_type(settled.plain)
-    config.modules_to_save = saved or None
+    # A field of the tuners' configurations.
+    setattr(config, "modules_to_save", saved or None)  # noqa: B010
     with _quiet():
         model = get_peft_model(shared_copy(settled.plain), config)
         state = {name.removeprefix(THEIRS).replace(COPIES, ""): tensor for name, tensor in model.state_dict().items()}
@@ -121,7 +126,7 @@ def read(base: nn.Module, folder: Path) -> Settled:
     return Settled(tree.eval(), base, method, own_head(tree, base))
 
 
-def _config(values: Mapping[str, Any], folder: Path) -> Any:
+def _config(values: Mapping[str, JSON], folder: Path) -> PeftConfig:
     """PEFT's configuration object."""
     try:
         import peft  # noqa: F401
@@ -134,14 +139,15 @@ def _config(values: Mapping[str, Any], folder: Path) -> Any:
         config = peft_config({**kept, "peft_type": values.get("peft_type")})
     except ValueError as error:
         raise UserError(f"{folder / CONFIG}: {error}") from None
-    kind = config.peft_type.value
+    kind = kind_of(config)
     if config.is_prompt_learning or kind == "ADALORA":
         raise UserError(
             f"{folder / CONFIG}: peft_type {kind} is not read; PREFIX_TUNING is, and what changes linear layers alone "
             "(LORA, IA3, LOHA, ...)"
         )
-    if getattr(config, "bias", "none") != "none":
-        raise UserError(f"{folder / CONFIG}: bias {config.bias!r} also trains the base's biases; 'none' is read")
+    bias = getattr(config, "bias", "none")
+    if bias != "none":
+        raise UserError(f"{folder / CONFIG}: bias {bias!r} also trains the base's biases; 'none' is read")
     start = getattr(config, "init_lora_weights", True)
     if not (isinstance(start, bool) or start in LEAVE_THE_BASE):
         raise UserError(
@@ -151,11 +157,11 @@ def _config(values: Mapping[str, Any], folder: Path) -> Any:
     return config
 
 
-def _is_set(value: Any) -> bool:
+def _is_set(value: object) -> bool:
     return value is not None and value != {} and value != []
 
 
-def _loaded(base: nn.Module, folder: Path, config: Any) -> dict[str, Tensor]:
+def _loaded(base: nn.Module, folder: Path, config: PeftConfig) -> dict[str, Tensor]:
     """The folder's tensors under our names, loaded by PEFT into a model of its own."""
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
     from peft.tuners.tuners_utils import BaseTunerLayer

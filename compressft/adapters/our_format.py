@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -15,12 +14,13 @@ from compressft.methods import METHODS
 from compressft.model.anatomy import anatomy
 from compressft.model.saved.delta import DELTA
 from compressft.model.saved.folders import MANIFEST, read_manifest, verify_files
-from compressft.model.saved.manifest import check_types
+from compressft.model.saved.manifest import AdapterContents, Contents, Manifest, as_adapter, check_types
 from compressft.model.saved.sparse import VALUES, pack, unpack
 from compressft.model.saved.state import layers_hash, plain_state
 from compressft.model.shrink import resize, shapes
 from compressft.model.source import content_hash
 from compressft.modules.lsh import Lsh, without_cache
+from compressft.modules.pretrained import pretrained
 from compressft.modules.structure import describe
 from compressft.recipe.document import refuse_edited
 from compressft.recipe.program import parse_transform
@@ -28,7 +28,7 @@ from compressft.recipe.recipe import parse_recipe
 from compressft.transform import Transform
 from compressft.utils.files import file_hash
 from compressft.utils.strict_yaml import read_yaml
-from compressft.utils.texts import read_text
+from compressft.utils.texts import JSON, read_text
 
 FORMAT = 1
 FIELDS = {
@@ -64,15 +64,17 @@ def write(settled: Settled, folder: Path) -> None:
     assert settled.method is not None
     base = {name: tensor for name, tensor in settled.base.items() if name not in settled.head}
     packed = pack(settled.changed, base)
-    model: Any = settled.model
+    model = pretrained(settled.model)
     write_tensors(folder / TENSORS, packed)
+    labels = model.config.id2label
+    assert labels is not None
     entry = {
         "format": FORMAT,
         "kind": "adapter",
         "method": settled.method.model_dump(mode="json"),
         "base": origin(settled.plain),
         "architecture": type(settled.plain).__name__,
-        "labels": {str(number): label for number, label in model.config.id2label.items()},
+        "labels": {str(number): label for number, label in labels.items()},
         "layers_hash": layers_hash(settled.plain, settled.base),
         "origin_hash": _origin_hash(packed, base),
         "shapes": shapes(model),
@@ -93,7 +95,7 @@ def _origin_hash(packed: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> st
     return content_hash({name: base[name] for name in names}) if names else None
 
 
-def manifest(folder: Path) -> dict[str, Any]:
+def manifest(folder: Path) -> AdapterContents:
     """What `adapter_config.json` says under our key, its files compared with their hashes.
 
     Raises:
@@ -112,6 +114,7 @@ def manifest(folder: Path) -> dict[str, Any]:
     if entry["format"] != FORMAT:
         raise UserError(f"{path}: format {entry['format']!r}; this compressft reads {FORMAT}")
     check_types(entry, "adapter", path, f"{KEY}.")
+    entry = as_adapter(entry)
     if TENSORS not in entry["files"]:
         raise UserError(f"{path}: field {KEY}.files does not name {TENSORS}; restore the file")
     verify_files(folder, entry["files"])
@@ -137,7 +140,7 @@ def read(base: nn.Module, folder: Path) -> Settled:
     return _settle(base, folder, parse_method(entry["method"], folder), entry, changed)
 
 
-def parse_method(fields: Any, folder: Path) -> Transform:
+def parse_method(fields: Mapping[str, JSON], folder: Path) -> Transform:
     """A method from its stored fields.
 
     Raises:
@@ -172,7 +175,7 @@ def read_delta(base: nn.Module, folder: Path) -> Settled:
 
 def _pretrained_hashes(base: nn.Module, tensors: Mapping[str, Tensor]) -> set[str]:
     """Hashes that `base_tensors` may have given for this model, whose pooler may be pretrained or not."""
-    if base.get_output_embeddings() is not None:  # type: ignore[operator]
+    if pretrained(base).get_output_embeddings() is not None:
         # A language model's output layer is pretrained too.
         return {content_hash(tensors)}
     parts = anatomy(base)
@@ -182,7 +185,7 @@ def _pretrained_hashes(base: nn.Module, tensors: Mapping[str, Tensor]) -> set[st
     return {content_hash(backbone), content_hash(bare)}
 
 
-def _method_of_run(folder: Path, entry: Mapping[str, Any]) -> Transform | None:
+def _method_of_run(folder: Path, entry: Manifest) -> Transform | None:
     recipe = folder.parent / "recipe.yaml"
     if not recipe.is_file():
         return None
@@ -191,7 +194,7 @@ def _method_of_run(folder: Path, entry: Mapping[str, Any]) -> Transform | None:
 
 
 def _settle(
-    base: nn.Module, folder: Path, method: Transform | None, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    base: nn.Module, folder: Path, method: Transform | None, entry: Contents, tensors: Mapping[str, Tensor]
 ) -> Settled:
     tree = shared_copy(base)
     if len(entry["shapes"]) != len(shapes(tree)) or entry.get("width") not in (None, anatomy(tree).width):

@@ -7,13 +7,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from compressft.adapters.by_row import mixed_forward, mixed_generate
 from compressft.adapters.folders import DEFAULT, named, read, save
-from compressft.adapters.mixed import mixed_forward, mixed_generate
 from compressft.adapters.settled import Settled, continue_from, own_head, own_what_is_trained, shared_copy
 from compressft.errors import UserError, nearest
 from compressft.methods import METHODS
@@ -21,7 +21,13 @@ from compressft.model.count import count
 from compressft.model.surgery import restore_plain
 from compressft.modules.kinds import Extra
 from compressft.modules.linear import CompressedLinear
+from compressft.modules.pretrained import pretrained
 from compressft.transform import Context, Transform, trainable, ungrouped
+
+if TYPE_CHECKING:
+    from torch.nn.modules.module import _IncompatibleKeys
+    from transformers import PreTrainedModel
+    from transformers.utils.generic import ModelOutput
 
 BASE = "__base__"
 
@@ -62,7 +68,7 @@ class Adapted(nn.Module):
                 raise
             return getattr(self.model, name)
 
-    def add_adapter(self, name: str, method: Transform | Mapping[str, Any] | str, seed: int = 0) -> None:
+    def add_adapter(self, name: str, method: Transform | Mapping[str, object] | str, seed: int = 0) -> None:
         """Prepare another method on the base under a new name, and make it the active one.
 
         Raises:
@@ -127,7 +133,7 @@ class Adapted(nn.Module):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        *args: Any,
+        *args: object,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
@@ -135,8 +141,8 @@ class Adapted(nn.Module):
         decoder_attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         adapter_names: Sequence[str] | None = None,
-        **kwargs: Any,
-    ) -> Any:
+        **kwargs: object,
+    ) -> ModelOutput:
         """The active tree's output; arguments are its own (transformers' Trainer looks for these names).
 
         Args:
@@ -162,7 +168,9 @@ class Adapted(nn.Module):
             return self.model(*args, **kwargs)
         return mixed_forward(adapter_names, self._by_name(), args, kwargs)
 
-    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+    def generate(
+        self, *args: object, adapter_names: Sequence[str] | None = None, **kwargs: object
+    ) -> Tensor | ModelOutput:
         """What the active tree generates; arguments are transformers' own.
 
         Args:
@@ -173,10 +181,10 @@ class Adapted(nn.Module):
             return self.model.generate(*args, **kwargs)
         return mixed_generate(adapter_names, self._by_name(), args, kwargs)
 
-    def _by_name(self) -> dict[str, Any]:
+    def _by_name(self) -> dict[str, nn.Module]:
         return {**self.trees, BASE: self.base_model}
 
-    def param_groups(self) -> list[dict[str, Any]]:
+    def param_groups(self) -> list[dict[str, object]]:
         """What the active method trains, for a torch optimiser: parameters with rates or decay of its own, and others.
 
         Raises:
@@ -187,7 +195,7 @@ class Adapted(nn.Module):
         others = ungrouped((parameter for _, parameter in trainable(self.model)), own)
         return [*own, *([{"params": others}] if others else [])]
 
-    def loss_terms(self, batch: Mapping[str, Tensor], outputs: Any) -> dict[str, Tensor]:
+    def loss_terms(self, batch: Mapping[str, Tensor], outputs: object) -> dict[str, Tensor]:
         """What the active method adds to the loss, scalars by name: `outputs` is of `batch`. Errors as `param_groups`.
 
         Gates and differences that are learned have a penalty, most methods nothing.
@@ -220,7 +228,7 @@ class Adapted(nn.Module):
         print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
 
     @torch.no_grad()
-    def merge_and_unload(self) -> Any:
+    def merge_and_unload(self) -> PreTrainedModel:
         """The active adapter merged into a copy of the base: a plain transformers model. Nothing here changes.
 
         Raises:
@@ -240,9 +248,9 @@ class Adapted(nn.Module):
                 "export keeps it in the graph"
             )
         restore_plain(merged)
-        return merged
+        return pretrained(merged)
 
-    def settled(self, name: str | None = None) -> Any:
+    def settled(self, name: str | None = None) -> nn.Module:
         """A copy of a tree (default: the active one) after its method's `finalize`: what ships, all tensors its own."""
         name = self.active if name is None else name
         assert name is not None
@@ -334,21 +342,21 @@ class Adapted(nn.Module):
         self.set_adapter(name)
 
 
-def _without_the_base(adapted: Adapted, state: dict[str, Any], prefix: str, _: Any) -> None:
+def _without_the_base(adapted: Adapted, state: dict[str, Tensor], prefix: str, _: object) -> None:
     """Leave in a state what trees have of their own: the base is saved elsewhere, and its tensors are in every tree."""
     shared = {tensor.data_ptr() for tensor in (*adapted.base_model.parameters(), *adapted.base_model.buffers())}
     for name in [name for name in state if name.startswith(prefix) and state[name].data_ptr() in shared]:
         del state[name]
 
 
-def _ignore_the_base(adapted: Adapted, found: Any) -> None:
+def _ignore_the_base(adapted: Adapted, found: _IncompatibleKeys) -> None:
     """What `_without_the_base` leaves out is not missing."""
     kept = adapted.state_dict()
     found.missing_keys[:] = [name for name in found.missing_keys if any(name.endswith(own) for own in kept)]
 
 
 def get_model(
-    model: nn.Module, method: Transform | Mapping[str, Any] | str, name: str = "default", seed: int = 0
+    model: nn.Module, method: Transform | Mapping[str, object] | str, name: str = "default", seed: int = 0
 ) -> Adapted:
     """Put a method on a model: freeze it, add what is trained.
 
@@ -365,7 +373,7 @@ def get_model(
     return adapted
 
 
-def as_method(value: Transform | Mapping[str, Any] | str) -> Transform:
+def as_method(value: Transform | Mapping[str, object] | str) -> Transform:
     """A method from what a recipe may say.
 
     Raises:
