@@ -76,9 +76,9 @@ def side_batches(feeds: Feeds, stage: Stage) -> list[int]:
 def seen(feeds: Feeds, stage: Stage) -> list[int]:
     """Tokens of each row that an epoch of a stage trains on, of all its feeds."""
     first, *others = feeds.each(stage)
-    lengths = [first.task.length(row) for row in first.features(stage)[0]]
+    lengths = [first.task.tokens(row) for row in first.features(stage)[0]]
     for rows, count in zip(others, side_batches(feeds, stage), strict=True):
-        own = [rows.task.length(row) for row in rows.train]
+        own = [rows.task.tokens(row) for row in rows.train]
         lengths += [own[i % len(own)] for i in range(count * stage.train.batch_size)]
     return lengths
 

@@ -107,6 +107,9 @@ class Embedding(Task):
     def length(self, row: Mapping[str, Any]) -> int:
         return max(len(one["input_ids"]) for one in (row, *row[OTHERS]))
 
+    def tokens(self, row: Mapping[str, Any]) -> int:
+        return (1 + len(row[OTHERS])) * self.length(row)
+
     def pieces(self, row: Mapping[str, Any]) -> Sequence[int]:
         return [i for one in (row, *row[OTHERS]) for i in one["input_ids"]]
 

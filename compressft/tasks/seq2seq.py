@@ -91,6 +91,9 @@ class Seq2Seq(Task):
     def length(self, row: Mapping[str, Any]) -> int:
         return max(len(row["input_ids"]), len(row.get("labels", ())))
 
+    def tokens(self, row: Mapping[str, Any]) -> int:
+        return len(row["input_ids"]) + len(row.get("labels", ()))
+
     def pieces(self, row: Mapping[str, Any]) -> Sequence[int]:
         return [*row["input_ids"], *row.get("labels", ())]
 

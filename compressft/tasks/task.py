@@ -153,6 +153,10 @@ class Task(ABC):
         """Tokens of a row (a feature) as batches are padded: rows of one length go together."""
         return len(row["input_ids"])
 
+    def tokens(self, row: Mapping[str, Any]) -> int:
+        """Tokens that a row of its length takes in a batch, of all its texts."""
+        return self.length(row)
+
     def pieces(self, row: Mapping[str, Any]) -> Sequence[int]:
         """All token ids that a row (a feature) has, wherever they stand."""
         return row["input_ids"]

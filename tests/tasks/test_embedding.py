@@ -143,6 +143,7 @@ def test_batches_hold_all_first_texts_then_all_second_ones(tokenizer):
         max(len(tokenizer(text)["input_ids"]) for text in three)
         for three in zip(TEXTS, PAIRED, TEXTS[::-1], strict=True)
     ]
+    assert [task.tokens(one) for one in features] == [3 * task.length(one) for one in features]
     assert set(task.pieces(features[0])) == {
         i for text in (TEXTS[0], PAIRED[0], TEXTS[2]) for i in tokenizer(text)["input_ids"]
     }

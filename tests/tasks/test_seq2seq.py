@@ -86,6 +86,7 @@ def test_prefix_and_lengths(tokenizer):
     assert [len(one["labels"]) for one in features] == [3, 4, 4]
     assert all(one["labels"][-1] == tokenizer.sep_token_id for one in features), "the end is learned, cut or not"
     assert [task.length(one) for one in features] == [6, 6, 5]
+    assert [task.tokens(one) for one in features] == [6 + 3, 6 + 4, 5 + 4]
     assert set(task.pieces(features[2])) == {*features[2]["input_ids"], *features[2]["labels"]}
     said = task.cut(rows)
     assert said == (
