@@ -198,7 +198,8 @@ class CompressionTrainer(Trainer):
         rows: Any = self.eval_dataset
         size, scores, lost, seen = self.args.per_device_eval_batch_size, Scores(self.task), 0.0, 0
         starts = range(0, len(rows), size)[ranks.number() :: ranks.count()]
-        self.callback_handler.eval_dataloader = starts
+        # Callbacks show how many batches there are.
+        self.callback_handler.eval_dataloader = starts  # type: ignore[assignment]
         for start in starts:
             part = rows[start : start + size]
             lost, seen = lost + self._answer(part, scores) * len(part), seen + len(part)

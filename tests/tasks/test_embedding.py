@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console
 
 from compressft.data.rows import ROW_KEY
 from compressft.errors import UserError
@@ -23,14 +20,11 @@ from compressft.model.load import load_empty, load_model
 from compressft.model.saved.compressed import load_compressed, save_compressed
 from compressft.objectives.distill import Distill
 from compressft.recipe.program import parse_task
-from compressft.recipe.recipe import parse_recipe
-from compressft.run.evaluate import evaluate
-from compressft.run.flow import run
 from compressft.tasks import make_task
 from compressft.tasks.embedding import OTHERS, ranking
 from compressft.transform import Context, without_labels
 from tests.tiny import TINY, VOCABULARY, tiny
-from tests.tiny_folder import WORDS, save_tiny, write_jsonl
+from tests.tiny_folder import save_tiny
 
 TEXTS = ["a short one", "where is the card that I ordered two weeks ago?", "hm"]
 PAIRED = ["one that is short", "my card has not come yet", "hm hm"]
@@ -290,51 +284,3 @@ def test_correlation_is_that_of_the_cosines(tokenizer):
     scores.add(vectors[12:], wanted[12:])
     cosines = (vectors[:, 0] * vectors[:, 1]).sum(-1)
     assert scores.metrics()["spearman"] == pytest.approx(spearmanr(cosines, wanted)[0])
-
-
-# Whole runs.
-
-
-def pairs(number):
-    texts = [" ".join(WORDS[(i * 3 + k) % len(WORDS)] for k in range(2 + i % 5)) for i in range(number)]
-    return [{"text": text, "text_b": f"{text} {WORDS[i % 8]}", "score": i % 6} for i, text in enumerate(texts)]
-
-
-@pytest.mark.dear
-def test_masked_texts_then_pairs_ship_as_one_verified_file(tmp_path):
-    """A program: the backbone of a masked language model goes on to give embeddings, is quantised and exported."""
-    model = save_tiny(tmp_path / "base", max_position_embeddings=48)
-    data = write_jsonl(tmp_path / "rows.jsonl", pairs(48))
-    document = {
-        "name": "pairs",
-        "model": str(model),
-        "data": {"train": str(data), "max_length": 16},
-        "stages": [
-            {"name": "domain", "task": "masked-lm", "train": {"max_steps": 2, "batch_size": 8}},
-            {"name": "pairs", "task": "embedding", "passes": ["int8"], "train": {"epochs": 1, "batch_size": 8}},
-        ],
-        "export": {"latency_shapes": [[1, 8]], "latency_rounds": 1},
-    }
-    report = run(parse_recipe(document), tmp_path / "out", console=Console(quiet=True))
-    assert report["quality"]["metric"] == "mrr" and report["quality"]["onnx"] == pytest.approx(
-        report["quality"]["torch"], abs=0.05
-    )
-    # Vectors have length one: errors are of that scale.
-    assert report["parity"]["label_agreement"] is None and report["parity"]["max_abs_error"] < 0.05
-    for folder in ("model", "delta", "onnx"):
-        found = evaluate(tmp_path / "out" / folder, data)
-        assert found["mrr"] == pytest.approx(evaluate(tmp_path / "out", data)["mrr"], abs=0.05), folder
-    session_output(tmp_path / "out" / "onnx" / "model.onnx")
-    manifest = json.loads((tmp_path / "out" / "onnx" / "compressft.json").read_text())
-    assert manifest["task"] == "embedding"
-
-
-def session_output(path):
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    assert [one.name for one in session.get_outputs()] == ["sentence_embedding"]
-    ids = np.array([[101, 2000, 2001, 102]])
-    given_ = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
-    (vector,) = session.run(None, {one.name: given_[one.name] for one in session.get_inputs()})
-    assert np.linalg.norm(vector[0]) == pytest.approx(1.0, abs=1e-3)

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console
 
 from compressft.data.rows import ROW_KEY
 from compressft.errors import UserError
 from compressft.evaluation.logits import model_logits, scoring_run
 from compressft.recipe.program import parse_task
-from compressft.recipe.recipe import parse_recipe
-from compressft.run.evaluate import evaluate
-from compressft.run.flow import run
 from compressft.tasks import make_task
 from compressft.tasks.task import IGNORE
 from compressft.tasks.written import bleu, bleu_counts, rouge_l
 from tests.tiny import PAIRS
-from tests.tiny_folder import WORDS, write_jsonl
 
 TEXTS = ["a short one", "where is the card that I ordered two weeks ago?", "hm"]
 TARGETS = ["short", "a card is late, and its owner asks for it", "hm hm hm"]
@@ -164,66 +157,3 @@ def test_bleu_adds_up_to_sacrebleus_own(texts):
     wanted = BLEU().corpus_score([one for one, _ in pairs], [[other for _, other in pairs]]).score / 100
     counts = np.sum([bleu_counts(one, other) for one, other in pairs], axis=0)
     assert bleu(counts) == pytest.approx(wanted)
-
-
-# Whole runs.
-
-
-def copies(number):
-    """The first two words of a text, to be written down."""
-    generator = np.random.default_rng(0)
-    texts = [[WORDS[i] for i in generator.integers(0, len(WORDS), 3)] for _ in range(number)]
-    return [{"text": " ".join(text), "target": " ".join(text[:2])} for text in texts]
-
-
-@pytest.mark.dear
-@pytest.mark.parametrize("family", PAIRS)
-def test_a_run_learns_to_write_and_its_folders_write_the_same(tokenizer, tmp_path, family):
-    wide = {"d_model": 64, "d_kv": 16} if family == "t5" else {"d_model": 64}
-    settings = {**PAIRS[family][1], "vocab_size": len(tokenizer), **SPECIAL, **wide}
-    torch.manual_seed(0)
-    model = transformers.AutoModelForSeq2SeqLM.from_config(transformers.AutoConfig.for_model(family, **settings))
-    model.save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    data = write_jsonl(tmp_path / "rows.jsonl", copies(160))
-    document = {
-        "name": "writes",
-        "model": str(tmp_path / "base"),
-        "task": {"type": "seq2seq", "target_length": 6},
-        "data": {"train": str(data), "max_length": 8},
-        "stages": [
-            {"name": "full", "train": {"epochs": 4, "batch_size": 16, "learning_rate": 3e-3, "precision": "fp32"}},
-            {
-                "name": "student",
-                "method": {"type": "adapter", "placement": "houlsby"},
-                "objectives": [{"type": "distill", "teacher": "full"}],
-                "train": {"epochs": 1, "batch_size": 16, "precision": "fp32"},
-            },
-        ],
-        "export": {"enabled": False},
-    }
-    report = run(parse_recipe(document), tmp_path / "out", console=Console(quiet=True))
-    assert report["quality"]["metric"] == "rouge_l"
-    losses = [row["validation"]["loss"] for row in report["stages"]]
-    assert losses[0] < 0.7 * math.log(len(tokenizer)), "of a model that guesses among all pieces"
-    if family == "t5":
-        # One that has learned to write the commonest word has more than one that writes nothing.
-        assert report["quality"]["baseline"] > 0.1
-    for folder in ("model", "delta"):
-        assert evaluate(tmp_path / "out" / folder, data)["rouge_l"] == pytest.approx(
-            evaluate(tmp_path / "out", data)["rouge_l"]
-        )
-
-
-def test_an_export_is_refused_before_anything_is_trained(tokenizer, tmp_path):
-    data = write_jsonl(tmp_path / "rows.jsonl", copies(8))
-    document = {
-        "name": "writes",
-        "model": "t5",
-        "task": "seq2seq",
-        "data": {"train": str(data)},
-        "stages": [{"name": "only"}],
-    }
-    with pytest.raises(UserError, match="models of task 'seq2seq' have no ONNX file"):
-        run(parse_recipe(document), tmp_path / "out", console=Console(quiet=True))
-    assert not (tmp_path / "out").exists()
