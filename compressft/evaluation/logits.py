@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from compressft.evaluation.inputs import empty_past
 from compressft.evaluation.scores import Scores
-from compressft.tasks.task import Task
+from compressft.tasks.task import Feature, Task
 from compressft.utils.foreign import foreign
 from compressft.utils.machine import default_threads
 from compressft.utils.phases import steps
 
 # Rows to the outputs of their padded batch, (rows, ...) fp32: logits (B, C) or (B, T, C), or what the task gives.
-Run = Callable[[Sequence[Mapping[str, Any]]], np.ndarray]
+Run = Callable[[Sequence[Feature]], np.ndarray]
 
 
 def open_session(model: str | Path | bytes, threads: int | None = None, exact: bool = False) -> Any:
@@ -49,19 +49,19 @@ def session_run(session: Any, task: Task) -> Run:
     """The model of a session as a `Run`."""
     assert task.ships is not None
 
-    def run(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    def run(rows: Sequence[Feature]) -> np.ndarray:
         outputs = session.run([task.ships], feed(session, task.inputs(rows)))[0]
         return task.by_row(torch.from_numpy(outputs), len(rows)).numpy()
 
     return run
 
 
-def session_logits(session: Any, task: Task, features: Sequence[Mapping[str, Any]], batch: int) -> list[np.ndarray]:
+def session_logits(session: Any, task: Task, features: Sequence[Feature], batch: int) -> list[np.ndarray]:
     """Logits per row of an onnxruntime session; see `by_row`."""
     return by_row(session_run(session, task), task, features, batch)
 
 
-def by_row(run: Run, task: Task, features: Sequence[Mapping[str, Any]], batch: int) -> list[np.ndarray]:
+def by_row(run: Run, task: Task, features: Sequence[Feature], batch: int) -> list[np.ndarray]:
     """Outputs per row (paddings cut off for token tasks), in the rows' order, computed in padded batches.
 
     Batches take neighbours in length, as a server that sorts its queue would. All logits are held at once: for samples.
@@ -99,7 +99,7 @@ def model_run(model: nn.Module, task: Task) -> Run:
     device = next(model.parameters()).device
 
     @torch.no_grad()
-    def run(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    def run(rows: Sequence[Feature]) -> np.ndarray:
         batch = {name: value.to(device) for name, value in task.inputs(rows).items()}
         return task.by_row(model(**batch).logits.float(), len(rows)).cpu().numpy()
 
@@ -114,21 +114,19 @@ def scoring_run(model: nn.Module, task: Task) -> Run:
     device = next(model.parameters()).device
 
     @torch.no_grad()
-    def run(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    def run(rows: Sequence[Feature]) -> np.ndarray:
         batch = {name: value.to(device) for name, value in task.inputs(rows).items()}
         return task.generate(model, batch).cpu().numpy()
 
     return run
 
 
-def model_logits(
-    model: nn.Module, task: Task, features: Sequence[Mapping[str, Any]], batch: int = 32
-) -> list[np.ndarray]:
+def model_logits(model: nn.Module, task: Task, features: Sequence[Feature], batch: int = 32) -> list[np.ndarray]:
     """Logits per row of a torch model in eval mode; see `by_row`."""
     return by_row(model_run(model, task), task, features, batch)
 
 
-def scored(run: Run, task: Task, features: Sequence[Mapping[str, Any]], batch: int = 32) -> dict[str, float]:
+def scored(run: Run, task: Task, features: Sequence[Feature], batch: int = 32) -> dict[str, float]:
     """The task's metrics of a model on rows, with one batch of its outputs in memory at a time.
 
     Args:

@@ -39,7 +39,7 @@ from compressft.model.source import load_tokenizer
 from compressft.modules.structure import describe
 from compressft.recipe.recipe import Recipe
 from compressft.tasks import make_task
-from compressft.tasks.task import Task
+from compressft.tasks.task import Feature, Task
 from compressft.utils.entries import MEASURING
 from compressft.utils.files import write_atomically
 from compressft.utils.machine import hardware, versions
@@ -157,7 +157,7 @@ def export(recipe: Recipe, root: Path, splits: Splits, console: Console) -> dict
 
 
 @phase("evaluation")
-def score(model: nn.Module, task: Task, features: Sequence[Mapping[str, Any]], recipe: Recipe) -> float:
+def score(model: nn.Module, task: Task, features: Sequence[Feature], recipe: Recipe) -> float:
     """The task's metric of a torch model on a split, in the recipe's evaluation batches."""
     return scored(scoring_run(model, task), task, features, recipe.evaluation_batch)[task.metric]
 

@@ -18,7 +18,7 @@ from compressft.evaluation.logits import (
     session_run,
 )
 from compressft.evaluation.scores import Scores
-from compressft.tasks.task import Task
+from compressft.tasks.task import Feature, Task
 from compressft.utils.phases import phase, steps
 
 KERNELS = ("exact", "default")
@@ -72,7 +72,7 @@ class Comparison:
         self.error = 0.0
         self.same = self.places = 0
 
-    def add(self, trained: np.ndarray, exported: np.ndarray, rows: Sequence[Mapping[str, Any]]) -> None:
+    def add(self, trained: np.ndarray, exported: np.ndarray, rows: Sequence[Feature]) -> None:
         """One batch.
 
         Args:
@@ -112,7 +112,7 @@ class Comparison:
 
 @phase("verification")
 def verify(
-    file: Path, model: nn.Module, task: Task, splits: Mapping[str, Sequence[Mapping[str, Any]]], limits: Any
+    file: Path, model: nn.Module, task: Task, splits: Mapping[str, Sequence[Feature]], limits: Any
 ) -> list[Check]:
     """Every split, with exact and with default kernels, at batch 1 and in padded batches.
 

@@ -60,9 +60,9 @@ def load_model(name: str, auto_class: str = "AutoModel", new_head: bool = False,
                 setattr(model.config, field, kwargs[field])
         refuse_broken(model, name)
         return model
-    config, pad = load_config(source), kwargs.pop("pad_token_id", None)
-    kind: Any = embedding_class(type(config)) if auto_class == AUTO_CLASS else getattr(transformers, auto_class)
-    renewed = new_head and answers_others(config, kwargs)
+    kind: Any = embedding_class(type(load_config(source))) if auto_class == AUTO_CLASS else None
+    kind, pad = kind or getattr(transformers, auto_class), kwargs.pop("pad_token_id", None)
+    renewed = new_head and answers_others(load_config(source), kwargs)
     with foreign(f"model: {name!r} could not be loaded"):
         model = kind.from_pretrained(
             source,

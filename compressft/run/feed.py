@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import Dataset, Sampler
@@ -16,10 +16,13 @@ from compressft.recipe.program import Stage
 from compressft.recipe.recipe import Feed, Recipe
 from compressft.tasks import TASKS, make_task
 from compressft.tasks.corrupt import generator
-from compressft.tasks.task import Task
+from compressft.tasks.task import Feature, Task
 from compressft.transform import TrainingData
 from compressft.utils.foreign import load_config
 from compressft.utils.phases import phase
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class FeedRows:
@@ -30,9 +33,9 @@ class FeedRows:
         self.task = task
         self.splits = splits
         self.joined: list[Row] = []
-        self._encoded: dict[str, list[dict[str, Any]]] = {}
+        self._encoded: dict[str, list[Feature]] = {}
 
-    def _rows(self, name: str) -> list[dict[str, Any]]:
+    def _rows(self, name: str) -> list[Feature]:
         if name not in self._encoded:
             encode = self.task.encode_unlabelled if name == "unlabelled" else self.task.encode
             with phase("loading"):
@@ -41,17 +44,17 @@ class FeedRows:
         return self._encoded[name]
 
     @property
-    def train(self) -> list[dict[str, Any]]:
+    def train(self) -> list[Feature]:
         """Training rows."""
         return self._rows("train")
 
     @property
-    def validation(self) -> list[dict[str, Any]]:
+    def validation(self) -> list[Feature]:
         """Validation rows."""
         return self._rows("validation")
 
     @property
-    def unlabelled(self) -> list[dict[str, Any]]:
+    def unlabelled(self) -> list[Feature]:
         """Rows for which a teacher answers."""
         return self._rows("unlabelled")
 
@@ -66,19 +69,19 @@ class FeedRows:
         self.joined = rows
         self._encoded.pop("train", None)
 
-    def retokenise(self, tokenizer: Any) -> None:
+    def retokenise(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Go on with another tokenizer."""
         self.task = self.task.remade(tokenizer)
         self._encoded = {}
 
-    def data(self, retokenise: Callable[[Any], None] | None = None) -> TrainingData:
+    def data(self, retokenise: Callable[[PreTrainedTokenizerBase], None] | None = None) -> TrainingData:
         """What Transforms see of the rows.
 
         Args:
             retokenise: makes others go on with another tokenizer too; None where these rows are all there are.
         """
 
-        def replace(tokenizer: Any) -> list[dict[str, Any]]:
+        def replace(tokenizer: PreTrainedTokenizerBase) -> list[Feature]:
             (retokenise or self.retokenise)(tokenizer)
             return self.train
 
@@ -93,7 +96,7 @@ class FeedRows:
             task.pieces,
         )
 
-    def features(self, stage: Stage) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    def features(self, stage: Stage) -> tuple[list[Feature], list[Feature]]:
         """What this stage trains on, and validation; rows without labels where something answers for them."""
         taught = any(objective.answers for objective in stage.objectives)
         return self.train + (self.unlabelled if taught else []), self.validation
@@ -136,7 +139,7 @@ class Feeds:
             if name in one.feed.more:
                 one.take([row for more in one.feed.more for row in self.joined.get(more, ())])
 
-    def retokenise(self, tokenizer: Any) -> None:
+    def retokenise(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Go on with another tokenizer, everywhere."""
         for rows in self.all:
             rows.retokenise(tokenizer)
@@ -147,7 +150,7 @@ class Feeds:
 
 
 @phase("loading")
-def load_feed(feed: Feed, model: str, tokenizer: Any) -> FeedRows:
+def load_feed(feed: Feed, model: str, tokenizer: PreTrainedTokenizerBase) -> FeedRows:
     """A feed's rows, and its task with the labels of all training rows as given.
 
     Args:
@@ -157,14 +160,15 @@ def load_feed(feed: Feed, model: str, tokenizer: Any) -> FeedRows:
         UserError: a file, column, row or label is wrong.
     """
     kind, config = TASKS[feed.task.type], load_config(resolve(model))
-    splits = load_splits(feed.data, kind.fields, tokenizer.mask_token)
+    mask: str | None = getattr(tokenizer, "mask_token", None)
+    splits = load_splits(feed.data, kind.fields, mask)
     known = kind.labels_of(splits.known)
     refuse_alike(known)
     labels = in_order_of(known, config)
     return FeedRows(feed, make_task(feed.task, tokenizer, feed.data.max_length, labels, config), splits)
 
 
-def load_feeds(recipe: Recipe, tokenizer: Any) -> Feeds:
+def load_feeds(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Feeds:
     """The rows of all of a recipe's stages, read before anything is trained.
 
     Raises:
@@ -188,7 +192,7 @@ def load_feeds(recipe: Recipe, tokenizer: Any) -> Feeds:
     return feeds
 
 
-def load_shipped(recipe: Recipe, tokenizer: Any) -> FeedRows:
+def load_shipped(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> FeedRows:
     """The rows of the last stage alone: what evaluation and export want."""
     return load_feed(recipe.shipped, recipe.model, tokenizer)
 
@@ -210,10 +214,10 @@ def model_info(recipe: Recipe, rows: FeedRows, recipe_hash: str) -> dict[str, An
     }
 
 
-class Corrupted(Dataset[dict[str, Any]]):
+class Corrupted(Dataset[Feature]):
     """Training rows of a task that changes them: each one again in every epoch, by seed, epoch and row alone."""
 
-    def __init__(self, features: Sequence[dict[str, Any]], task: Task, seed: int) -> None:
+    def __init__(self, features: Sequence[Feature], task: Task, seed: int) -> None:
         self.features = features
         self.task = task
         self.seed = seed
@@ -222,11 +226,11 @@ class Corrupted(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.features)
 
-    def __getitem__(self, row: int) -> dict[str, Any]:
+    def __getitem__(self, row: int) -> Feature:
         return self.task.corrupt(self.features[row], generator(self.seed, self.epoch, row))
 
 
-def training_rows(features: Sequence[dict[str, Any]], task: Task, seed: int) -> Any:
+def training_rows(features: Sequence[Feature], task: Task, seed: int) -> Any:
     """What training reads: the features, or what the task makes of them in every epoch."""
     return Corrupted(features, task, seed) if task.corrupts else features
 

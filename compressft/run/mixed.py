@@ -17,7 +17,7 @@ from compressft.model.anatomy import anatomy
 from compressft.modules.kinds import Extra
 from compressft.recipe.program import Stage
 from compressft.run.feed import Feeds, LengthGroupedSampler
-from compressft.tasks.task import Task
+from compressft.tasks.task import Feature, Task
 
 # Which feed a batch is of, and a row; no model is given it.
 FEED = "feed"
@@ -36,7 +36,7 @@ class Side:
 
     view: nn.Module
     task: Task
-    rows: Dataset[dict[str, Any]] | Sequence[dict[str, Any]]
+    rows: Dataset[Feature] | Sequence[Feature]
     batches: int
 
 
@@ -83,7 +83,7 @@ def seen(feeds: Feeds, stage: Stage) -> list[int]:
     return lengths
 
 
-class Joined(Dataset[dict[str, Any]]):
+class Joined(Dataset[Feature]):
     """The rows of all feeds, one after the other; each row says whose it is."""
 
     def __init__(self, parts: Sequence[Any]) -> None:
@@ -93,15 +93,15 @@ class Joined(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return sum(len(part) for part in self.parts)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Feature:
         feed = max(k for k, start in enumerate(self.starts) if start <= index)
         return {**self.parts[feed][index - self.starts[feed]], FEED: feed}
 
 
-def collate_by(tasks: Sequence[Task]) -> Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]]:
+def collate_by(tasks: Sequence[Task]) -> Callable[[Sequence[Feature]], dict[str, Tensor]]:
     """Batches of one feed's rows, as its task pads them; `feed` () int64 says whose they are."""
 
-    def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    def collate(rows: Sequence[Feature]) -> dict[str, Tensor]:
         feed = rows[0][FEED]
         batch = tasks[feed].collate([{key: value for key, value in row.items() if key != FEED} for row in rows])
         return {**batch, FEED: torch.tensor(feed)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -31,6 +31,9 @@ from compressft.utils import ranks
 from compressft.utils.foreign import load_config
 from compressft.utils.memory import give_back
 from compressft.utils.phases import SECONDS, keep, phase
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def train_stages(run: Run, feeds: Feeds) -> Trained:
@@ -112,7 +115,7 @@ def start(run: Run, feeds: Feeds) -> Begun:
     return Begun(model, known_costs(run, model, feeds), base)
 
 
-def check_vocabulary(name: str, model: Any, tokenizer: Any) -> None:
+def check_vocabulary(name: str, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a tokenizer whose pieces have no row in the model's table.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import nn
@@ -32,6 +32,9 @@ from compressft.utils import ranks
 from compressft.utils.collector import importing
 from compressft.utils.machine import peak_memory
 from compressft.utils.phases import phase
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Rows, pieces of a vocabulary, and share of the logits' standard deviation, for the checks around finalize and save.
 # One flipped int8 rounding moves a logit by about 1 %; a lost mask or range by more than all of it.
@@ -159,7 +162,7 @@ def unchanged(step: str, before: Sequence[Any], after: Sequence[Any]) -> None:
         )
 
 
-def refuse_reader(teacher: Any, name: str, tokenizer: Any, who: str) -> None:
+def refuse_reader(teacher: Any, name: str, tokenizer: PreTrainedTokenizerBase, who: str) -> None:
     """Refuse a teacher to whom the student's token ids say other words.
 
     Raises:
@@ -175,7 +178,7 @@ def refuse_reader(teacher: Any, name: str, tokenizer: Any, who: str) -> None:
         raise UserError(f"{who} has another tokenizer, and would read other words; take a teacher of the same one")
 
 
-def _fit_teacher(teacher: Any, name: str, task: Task, tokenizer: Any) -> None:
+def _fit_teacher(teacher: Any, name: str, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a teacher who reads or answers otherwise than the student; bring its labels into the task's order.
 
     Args:

@@ -25,7 +25,7 @@ from compressft.recipe.parts import TrainConfig
 from compressft.run.feed import LengthGroupedSampler, lengths_of, training_rows
 from compressft.run.mixed import FEED, Joined, MixedBatches, Side, collate_by
 from compressft.run.step import Asked, loss_terms, total
-from compressft.tasks.task import Task
+from compressft.tasks.task import Feature, Task
 from compressft.transform import Context, Transform, ungrouped, without_labels
 from compressft.utils import ranks
 from compressft.utils.memory import trim
@@ -72,8 +72,8 @@ class Lesson:
 
     task: Task
     config: TrainConfig
-    train: Sequence[dict[str, Any]]
-    validation: Sequence[dict[str, Any]]
+    train: Sequence[Feature]
+    validation: Sequence[Feature]
     sides: Sequence[Side] = ()
 
 
@@ -209,7 +209,7 @@ class CompressionTrainer(Trainer):
         everybody.join(ranks.gathered(scores.kept))
         return {"loss": lost / seen, **everybody.metrics()}
 
-    def _answer(self, rows: Sequence[dict[str, Any]], scores: Scores) -> float:
+    def _answer(self, rows: Sequence[Feature], scores: Scores) -> float:
         """The loss of a batch, whose answers are scored; nothing of it is left when the next one is computed."""
         task, plain = self.task, self.model
         batch: Any = self._prepare_inputs(task.collate(rows))  # type: ignore[arg-type]

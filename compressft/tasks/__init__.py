@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compressft.tasks.causal import CausalLM
 from compressft.tasks.classify import SequenceClassification
@@ -13,6 +13,9 @@ from compressft.tasks.regress import Regression
 from compressft.tasks.seq2seq import Seq2Seq
 from compressft.tasks.tag import TokenClassification
 from compressft.tasks.task import Task, TaskSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TASKS: dict[str, type[Task]] = {
     "sequence-classification": SequenceClassification,
@@ -26,7 +29,11 @@ TASKS: dict[str, type[Task]] = {
 
 
 def make_task(
-    settings: TaskSettings | str, tokenizer: Any, max_length: int, labels: Sequence[str] = (), config: Any = None
+    settings: TaskSettings | str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    labels: Sequence[str] = (),
+    config: Any = None,
 ) -> Task:
     """The task of a recipe, ready to encode rows; a name alone has the task's own defaults.
 

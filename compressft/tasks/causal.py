@@ -13,7 +13,7 @@ from torch import Tensor
 from compressft.data.fields import Fields
 from compressft.data.rows import ROW_KEY, Row
 from compressft.errors import UserError
-from compressft.tasks.task import ENCODING, IGNORE, Task
+from compressft.tasks.task import ENCODING, IGNORE, Feature, Task
 from compressft.utils.phases import steps
 
 
@@ -38,7 +38,7 @@ class CausalLM(Task):
         # Running text goes on in the next block.
         return super().cut(rows) if rows and "prompt" in rows[0] else None
 
-    def encode(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    def encode(self, rows: Sequence[Row]) -> list[Feature]:
         if rows and "prompt" in rows[0]:
             return [self._answered(row) for row in steps(rows, ENCODING)]
         end = self.tokenizer.eos_token_id
@@ -53,7 +53,7 @@ class CausalLM(Task):
             raise UserError("data: the text has fewer than two tokens")
         return [{"input_ids": b, "attention_mask": [1] * len(b), "labels": list(b)} for b in blocks]
 
-    def _answered(self, row: Row) -> dict[str, Any]:
+    def _answered(self, row: Row) -> Feature:
         end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         prompt, text = (
             [*self.tokenizer(row[name], add_special_tokens=False)["input_ids"], *end] for name in ("prompt", "text")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from compressft.data.fields import Fields
 from compressft.data.rows import Row
-from compressft.tasks.task import Task
+from compressft.tasks.task import Feature, Task
 
 
 class SequenceClassification(Task):
@@ -22,7 +21,7 @@ class SequenceClassification(Task):
     teachable = True
     chooses = True
 
-    def encode(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    def encode(self, rows: Sequence[Row]) -> list[Feature]:
         features = self._tokenise(rows)
         for feature, row in zip(features, rows, strict=True):
             if "label" in row:

@@ -15,7 +15,7 @@ from compressft.data.fields import Fields
 from compressft.data.rows import ROW_KEY, Row
 from compressft.errors import UserError
 from compressft.model.embedder import AUTO_CLASS, Pooling
-from compressft.tasks.task import Task, TaskSettings
+from compressft.tasks.task import Feature, Task, TaskSettings
 from compressft.transform import without_labels
 
 # Of a feature: those of the texts that the first one is compared with.
@@ -78,7 +78,7 @@ class Embedding(Task):
     def model_arguments(self) -> dict[str, Any]:
         return {"pad_token_id": self.tokenizer.pad_token_id, "pooling": self.settings.pooling}
 
-    def encode(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    def encode(self, rows: Sequence[Row]) -> list[Feature]:
         texts = [name for name in ("text", "text_b", "negative") if rows and name in rows[0]]
         parts = [self._tokenise([{"text": row[name], ROW_KEY: row[ROW_KEY]} for row in rows]) for name in texts]
         features = []
@@ -104,16 +104,16 @@ class Embedding(Task):
             )
         return (row["score"] - least) / (most - least)
 
-    def length(self, row: Mapping[str, Any]) -> int:
+    def length(self, row: Feature) -> int:
         return max(len(one["input_ids"]) for one in (row, *row[OTHERS]))
 
-    def tokens(self, row: Mapping[str, Any]) -> int:
+    def tokens(self, row: Feature) -> int:
         return (1 + len(row[OTHERS])) * self.length(row)
 
-    def pieces(self, row: Mapping[str, Any]) -> Sequence[int]:
+    def pieces(self, row: Feature) -> Sequence[int]:
         return [i for one in (row, *row[OTHERS]) for i in one["input_ids"]]
 
-    def collate(self, features: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    def collate(self, features: Sequence[Feature]) -> dict[str, Tensor]:
         """All first texts, then all second ones, then the negatives: (texts * B, T); `labels` (B,) float."""
         parts = [[{**without_labels(row), OTHERS: None} for row in features]]
         parts += [list(one) for one in zip(*(row[OTHERS] for row in features), strict=True)]
@@ -130,7 +130,7 @@ class Embedding(Task):
         """(texts * B, d) -> (B, texts, d)."""
         return logits.unflatten(0, (-1, rows)).transpose(0, 1)
 
-    def own(self, answer: Any, row: Mapping[str, Any]) -> Any:
+    def own(self, answer: Any, row: Feature) -> Any:
         return answer
 
     def loss(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ from compressft.data.fields import Fields
 from compressft.data.rows import Row
 from compressft.errors import UserError
 from compressft.tasks.corrupt import budget, choose, generator, hide, whole_words
-from compressft.tasks.task import ENCODING, IGNORE, Task, TaskSettings
+from compressft.tasks.task import ENCODING, IGNORE, Feature, Task, TaskSettings
 from compressft.utils.phases import steps
 
 # What a feature keeps of its row as it was: ids, and the word that each is a piece of.
@@ -64,11 +64,11 @@ class MaskedLM(Task):
         # Packed texts go on in the next row.
         return None if self.settings.packed else super().cut(rows)
 
-    def encode(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    def encode(self, rows: Sequence[Row]) -> list[Feature]:
         features = self._packed(rows) if self.settings.packed else self._apart(rows)
         return [self.corrupt(feature, generator(0, 0, i)) for i, feature in enumerate(features)]
 
-    def corrupt(self, feature: dict[str, Any], draws: random.Random) -> dict[str, Any]:
+    def corrupt(self, feature: Feature, draws: random.Random) -> Feature:
         """Hide other tokens of a row; `labels` are the hidden ones."""
         ids, words = feature[WHOLE], feature[WORDS]
         units = whole_words(words) if self.settings.whole_words else [[i] for i, w in enumerate(words) if w is not None]
@@ -79,14 +79,14 @@ class MaskedLM(Task):
         hidden = hide(ids, places, self.tokenizer.mask_token_id, len(self.tokenizer), draws)
         return {**feature, "input_ids": hidden, "labels": labels}
 
-    def _apart(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    def _apart(self, rows: Sequence[Row]) -> list[Feature]:
         features = []
         for row in steps(rows, ENCODING):
             encoded = self.tokenizer(row["text"], truncation=True, max_length=self.max_length)
             features.append(self._feature_of(encoded["input_ids"], encoded.word_ids(0)))
         return [feature for feature in features if any(word is not None for word in feature[WORDS])]
 
-    def _packed(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    def _packed(self, rows: Sequence[Row]) -> list[Feature]:
         ids: list[int] = []
         words: list[int | None] = []
         for row in steps(rows, ENCODING):
@@ -117,7 +117,7 @@ class MaskedLM(Task):
         at = ids.index(self.tokenizer.mask_token_id)
         return ids[:at], ids[at + 1 :]
 
-    def _feature_of(self, ids: Sequence[int], words: Sequence[int | None]) -> dict[str, Any]:
+    def _feature_of(self, ids: Sequence[int], words: Sequence[int | None]) -> Feature:
         return {"input_ids": list(ids), "attention_mask": [1] * len(ids), WHOLE: list(ids), WORDS: list(words)}
 
     def evidence(self, answers: Tensor, truth: Tensor) -> Tensor:

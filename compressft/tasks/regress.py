@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compressft.data.fields import Fields
 from compressft.data.rows import Row
-from compressft.tasks.task import Task
+from compressft.tasks.task import Feature, Task
 
 
 class Regression(Task):
@@ -26,7 +26,7 @@ class Regression(Task):
     def model_arguments(self) -> dict[str, Any]:
         return {"pad_token_id": self.tokenizer.pad_token_id, "num_labels": 1, "problem_type": "regression"}
 
-    def encode(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    def encode(self, rows: Sequence[Row]) -> list[Feature]:
         features = self._tokenise(rows)
         for feature, row in zip(features, rows, strict=True):
             if "score" in row:

@@ -13,7 +13,7 @@ from torch import Tensor
 from compressft.data.fields import Fields
 from compressft.data.rows import ROW_KEY, Row
 from compressft.errors import UserError
-from compressft.tasks.task import ENCODING, IGNORE, UNCUT, Task, TaskSettings
+from compressft.tasks.task import ENCODING, IGNORE, UNCUT, Feature, Task, TaskSettings
 from compressft.tasks.written import bleu, bleu_counts, rouge_l
 from compressft.utils.phases import steps
 
@@ -57,12 +57,12 @@ class Seq2Seq(Task):
     def model_arguments(self) -> dict[str, Any]:
         return {}
 
-    def encode(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    def encode(self, rows: Sequence[Row]) -> list[Feature]:
         return [self._encoded(row) for row in steps(rows, ENCODING)]
 
-    def _encoded(self, row: Row) -> dict[str, Any]:
+    def _encoded(self, row: Row) -> Feature:
         text = self.tokenizer(self.settings.prefix + row["text"], truncation=True, max_length=self.max_length)
-        feature: dict[str, Any] = {name: list(text[name]) for name in ("input_ids", "attention_mask")}
+        feature: Feature = {name: list(text[name]) for name in ("input_ids", "attention_mask")}
         if "target" not in row:
             return feature
         ids = self.tokenizer(text_target=row["target"], truncation=True, max_length=self._most)["input_ids"]
@@ -88,19 +88,19 @@ class Seq2Seq(Task):
                 said.append(f"{number} of {len(rows)} {what} ({share}%) are longer than {field} {most} and are cut")
         return "; ".join(said) or None
 
-    def length(self, row: Mapping[str, Any]) -> int:
+    def length(self, row: Feature) -> int:
         return max(len(row["input_ids"]), len(row.get("labels", ())))
 
-    def tokens(self, row: Mapping[str, Any]) -> int:
+    def tokens(self, row: Feature) -> int:
         return len(row["input_ids"]) + len(row.get("labels", ()))
 
-    def pieces(self, row: Mapping[str, Any]) -> Sequence[int]:
+    def pieces(self, row: Feature) -> Sequence[int]:
         return [*row["input_ids"], *row.get("labels", ())]
 
-    def own(self, answer: Any, row: Mapping[str, Any]) -> Any:
+    def own(self, answer: Any, row: Feature) -> Any:
         return answer[: len(row["labels"])]
 
-    def collate(self, features: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    def collate(self, features: Sequence[Feature]) -> dict[str, Tensor]:
         """Texts as ever; of targets `labels` (B, U), and what the decoder is given: one token later, with its mask."""
         answered = [{k: v for k, v in row.items() if k not in ("labels", REFERENCE)} for row in features]
         batch = super().collate(answered)
@@ -125,7 +125,7 @@ class Seq2Seq(Task):
             )
         return found
 
-    def inputs(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    def inputs(self, rows: Sequence[Feature]) -> dict[str, Tensor]:
         batch = self.collate([dict(row) for row in rows])
         batch.pop("labels", None)
         return batch
@@ -140,7 +140,7 @@ class Seq2Seq(Task):
             do_sample=False,
         )
 
-    def truth(self, rows: Sequence[Mapping[str, Any]]) -> Any:
+    def truth(self, rows: Sequence[Feature]) -> Any:
         """The texts that are to be written, whole."""
         return np.array([row[REFERENCE] for row in rows], dtype=object)
 

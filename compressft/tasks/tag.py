@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from compressft.data.fields import Fields
 from compressft.data.rows import ROW_KEY, Row
 from compressft.errors import UserError
-from compressft.tasks.task import IGNORE, Task, _at_once
+from compressft.tasks.task import IGNORE, Feature, Task, _at_once
 from compressft.tasks.words import wants_blanks, with_blanks
 
 
@@ -31,7 +30,7 @@ class TokenClassification(Task):
     def labels_of(cls, rows: Sequence[Row]) -> tuple[str, ...]:
         return tuple(sorted({tag for row in rows for tag in row["tags"]}))
 
-    def encode(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    def encode(self, rows: Sequence[Row]) -> list[Feature]:
         features = []
         for some in _at_once(rows):
             words = [row["tokens"] for row in some]
@@ -72,7 +71,7 @@ class TokenClassification(Task):
 
         return [end for _, _, end in get_entities(list(tags))] if self.bio else list(range(len(tags)))
 
-    def _no_label(self, feature: dict[str, Any]) -> list[int]:
+    def _no_label(self, feature: Feature) -> list[int]:
         return [IGNORE] * len(feature["input_ids"])
 
     def _align(self, words: list[int | None], row: Row) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
 import torch
@@ -19,6 +19,11 @@ from compressft.transform import without_labels
 from compressft.utils.phases import phase, steps
 from compressft.utils.strict import Strict
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# An encoded row: token ids, `labels`, and what else its task keeps of it.
+Feature: TypeAlias = dict[str, Any]
 IGNORE = -100
 # More tokens than any row has.
 UNCUT = 2**30
@@ -76,7 +81,7 @@ class Task(ABC):
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         max_length: int,
         labels: Sequence[str] = (),
         settings: TaskSettings | None = None,
@@ -89,7 +94,7 @@ class Task(ABC):
         self.config = config
         self.label_ids = {name: i for i, name in enumerate(self.labels)}
 
-    def remade(self, tokenizer: Any = None, max_length: int | None = None) -> Task:
+    def remade(self, tokenizer: PreTrainedTokenizerBase = None, max_length: int | None = None) -> Task:
         """The same task with another tokenizer or length."""
         tokenizer = self.tokenizer if tokenizer is None else tokenizer
         return type(self)(tokenizer, max_length or self.max_length, self.labels, self.settings, self.config)
@@ -114,10 +119,10 @@ class Task(ABC):
         }
 
     @abstractmethod
-    def encode(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    def encode(self, rows: Sequence[Row]) -> list[Feature]:
         """Features of rows: token ids without padding, and `labels` where rows have them."""
 
-    def corrupt(self, feature: dict[str, Any], draws: random.Random) -> dict[str, Any]:
+    def corrupt(self, feature: Feature, draws: random.Random) -> Feature:
         """The row as training sees it once; all draws come from `draws`."""
         return feature
 
@@ -125,7 +130,7 @@ class Task(ABC):
         """What a user would read off the logits (B, ...); compared for label agreement."""
         return logits.argmax(-1)
 
-    def inputs(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    def inputs(self, rows: Sequence[Feature]) -> dict[str, Tensor]:
         """What a model is asked about rows: a padded batch without what it should answer."""
         return self.collate([without_labels(row) for row in rows])
 
@@ -145,23 +150,23 @@ class Task(ABC):
         """A batch's outputs as (rows, ...)."""
         return logits
 
-    def own(self, answer: Any, row: Mapping[str, Any]) -> Any:
+    def own(self, answer: Any, row: Feature) -> Any:
         """One row's outputs without those of its batch's paddings: of (T, C) its own tokens."""
         return answer[: len(row["input_ids"])] if answer.ndim == 2 else answer
 
-    def length(self, row: Mapping[str, Any]) -> int:
+    def length(self, row: Feature) -> int:
         """Tokens of a row (a feature) as batches are padded: rows of one length go together."""
         return len(row["input_ids"])
 
-    def tokens(self, row: Mapping[str, Any]) -> int:
+    def tokens(self, row: Feature) -> int:
         """Tokens that a row of its length takes in a batch, of all its texts."""
         return self.length(row)
 
-    def pieces(self, row: Mapping[str, Any]) -> Sequence[int]:
+    def pieces(self, row: Feature) -> Sequence[int]:
         """All token ids that a row (a feature) has, wherever they stand."""
         return row["input_ids"]
 
-    def truth(self, rows: Sequence[Mapping[str, Any]]) -> Any:
+    def truth(self, rows: Sequence[Feature]) -> Any:
         """What rows should be answered with, as `evidence` and `metrics` compare it: the labels of a padded batch."""
         return self.collate([dict(row) for row in rows])["labels"]
 
@@ -178,7 +183,7 @@ class Task(ABC):
     def metrics(self, evidence: np.ndarray, truth: np.ndarray) -> dict[str, float]:
         """Metrics of all rows' evidence (rows, ...) and truth; the key `self.metric` is the one that counts."""
 
-    def collate(self, features: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    def collate(self, features: Sequence[Feature]) -> dict[str, Tensor]:
         """Pad on the right to the longest row: int64 tensors (B, T), `labels` as the task needs them."""
         width = max(len(f["input_ids"]) for f in features)
         batch: dict[str, Tensor] = {}
@@ -202,11 +207,11 @@ class Task(ABC):
         share = f"{100 * number / len(rows):.1f}"
         return f"{number} of {len(rows)} rows ({share}%) are longer than data.max_length {self.max_length} and are cut"
 
-    def encode_unlabelled(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    def encode_unlabelled(self, rows: Sequence[Row]) -> list[Feature]:
         """Features of rows without labels, whose `labels` no loss counts."""
         return [{**feature, "labels": self._no_label(feature)} for feature in self.encode(rows)] if rows else []
 
-    def _no_label(self, feature: dict[str, Any]) -> Any:
+    def _no_label(self, feature: Feature) -> Any:
         return IGNORE
 
     def _collate_labels(self, labels: list[Any], width: int) -> Tensor:
@@ -224,8 +229,8 @@ class Task(ABC):
             raise UserError(f"data: {row[ROW_KEY]}: {name} {value!r} does not occur in train")
         return self.label_ids[value]
 
-    def _tokenise(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = []
+    def _tokenise(self, rows: Sequence[Row]) -> list[Feature]:
+        found: list[Feature] = []
         for some in _at_once(rows):
             pairs = [row["text_b"] for row in some] if "text_b" in some[0] else None
             encoded = self.tokenizer(

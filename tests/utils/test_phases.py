@@ -103,7 +103,8 @@ def test_nothing_is_left_of_a_loop_that_is_left_early(monkeypatch):
         assert threading.active_count() == before
         for _ in steps(range(1), "the next"):
             time.sleep(0.03)
-    assert said(console)[0].startswith("the next: 0/1")
+    # A busy machine may have said the first loop before it was left; nothing of it comes afterwards.
+    assert said(console)[-1].startswith("the next: 0/1")
 
 
 def test_a_terminal_gets_a_bar(monkeypatch):
