@@ -87,17 +87,18 @@ class Task(ABC):
         settings: TaskSettings | None = None,
         config: Any = None,
     ) -> None:
-        self.tokenizer = tokenizer
+        # transformers says of a special token that it may be anything.
+        self.tokenizer: Any = tokenizer
         self.max_length = max_length
         self.labels = tuple(labels)
         self.settings = settings or self.settings_class(type=self.type)
         self.config = config
         self.label_ids = {name: i for i, name in enumerate(self.labels)}
 
-    def remade(self, tokenizer: PreTrainedTokenizerBase = None, max_length: int | None = None) -> Task:
+    def remade(self, tokenizer: PreTrainedTokenizerBase | None = None, max_length: int | None = None) -> Task:
         """The same task with another tokenizer or length."""
-        tokenizer = self.tokenizer if tokenizer is None else tokenizer
-        return type(self)(tokenizer, max_length or self.max_length, self.labels, self.settings, self.config)
+        own = self.tokenizer if tokenizer is None else tokenizer
+        return type(self)(own, max_length or self.max_length, self.labels, self.settings, self.config)
 
     @property
     def key(self) -> tuple[str, tuple[str, ...]]:
