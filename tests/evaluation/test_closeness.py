@@ -105,3 +105,13 @@ def test_the_models_are_left_as_they_were():
 def test_two_models_are_wanted():
     assert Closeness(models=("a",)).refuse() == "analysis 'closeness' compares 2 models; got 1: a"
     assert PAIR.refuse() is None
+
+
+def test_a_head_that_the_base_lacks_is_no_distance():
+    """What was drawn at random when training began is not compared with what it became."""
+    trained, base = tiny(seed=1), {name: value for name, value in acting(tiny()).items() if "classifier" not in name}
+    pair = Closeness(models=("base", "trained"))
+    found = pair.find(Subjects(("base", "trained"), lambda name: trained, lambda: base))
+    assert not any("classifier" in name for name in column(found, "L2"))
+    assert len(found.rows) == len(base)
+    assert any("classifier" in note for note in found.notes)

@@ -120,3 +120,26 @@ def test_an_evaluation_that_takes_long_says_how_far_it_is(shipped, file, call, m
     done = call("evaluate", shipped / "model", "--data", file, "--batch", 1)
     assert done.code == 0 and "accuracy" in done.out
     assert any(line.startswith("evaluating: ") and "/620  " in line for line in done.err.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"type": "masked-lm", "rate": 2}, r"field 'task_settings': task masked-lm.*rate.*restore the file"),
+        ({"type": "masked-lm"}, r"task 'sequence-classification' and task_settings differ; restore the file"),
+        ({"type": "unheard-of"}, r"field 'task_settings': task 'unheard-of' is not known"),
+    ],
+)
+def test_settings_of_the_task_that_do_not_hold_are_refused(tmp_path, file, settings, said):
+    base = str(save_tiny(tmp_path / "base"))
+    model = load_model(base, "AutoModelForSequenceClassification", num_labels=2)
+    info = {
+        "task": "sequence-classification",
+        "labels": LABELS,
+        "max_length": 16,
+        "columns": {},
+        "task_settings": settings,
+    }
+    save_compressed(model, load_tokenizer(base), tmp_path / "model", info)
+    with pytest.raises(UserError, match=said):
+        evaluate(tmp_path / "model", file)
