@@ -12,7 +12,8 @@ from compressft.errors import UserError
 from compressft.run.feed import LengthGroupedSampler
 from compressft.run.mixed import HEADS, FeedHeads, Joined, MixedBatches, batches_of, fill_head, take_heads
 from compressft.run.trainer import CompressionTrainer
-from tests.run.test_program import MASKED, Killed, base, recipe_of, saved, trained  # noqa: F401 - base is a fixture
+from tests.run.killed import Killed, killed_and_resumed, trained
+from tests.run.test_program import MASKED, base, recipe_of, saved  # noqa: F401 - base is a fixture
 from tests.tiny import batch_for, tiny
 
 # Cases share trainings.
@@ -151,22 +152,9 @@ def test_a_later_stage_goes_on_with_a_feeds_head(base, tmp_path, monkeypatch):  
 
 
 @pytest.mark.parametrize("at", [4, 9, 14])
-def test_killed_amid_the_feeds_and_resumed(base, whole, tmp_path, monkeypatch, at):  # noqa: F811
-    count = 0
-
-    def step(self, *args, **kwargs):
-        nonlocal count
-        count += 1
-        if count == at:
-            raise Killed
-        return training_step(self, *args, **kwargs)
-
-    training_step = CompressionTrainer.training_step
+def test_killed_amid_the_feeds_and_resumed(base, whole, tmp_path, at):  # noqa: F811
     recipe = recipe_of(base, BOTH, MIDDLE, LANGUAGE)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(CompressionTrainer, "training_step", step)
-        trained(recipe, tmp_path / "run")
-    trained(recipe, tmp_path / "run", resume=True)
+    killed_and_resumed(recipe, tmp_path / "run", at)
     for file in ("both/model", "both/heads", "middle/model", "language/model"):
         theirs, ours = (load_file(folder / "stages" / f"{file}.safetensors") for folder in (whole, tmp_path / "run"))
         assert theirs.keys() == ours.keys()

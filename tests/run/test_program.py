@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 
@@ -11,21 +10,13 @@ import torch
 from rich.console import Console
 
 from compressft.errors import UserError
-from compressft.model.source import load_tokenizer
 from compressft.recipe.recipe import Recipe, parse_recipe
-from compressft.run.feed import load_feeds
 from compressft.run.flow import run
-from compressft.run.folder import RunFolder
-from compressft.run.program import train_stages
-from compressft.run.records import Run
 from compressft.run.trainer import CompressionTrainer
+from tests.run.killed import Killed, killed_and_resumed, trained
 from tests.tiny_folder import rows_of, save_tiny, write_jsonl
 
 MASKED = {"type": "masked-lm", "whole_words": True}
-
-
-class Killed(Exception):
-    """Stands for the end of the process."""
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +54,6 @@ MIDDLE = {"name": "middle", "data": "three"}
 TARGET = {"name": "target", "data": "two"}
 AGAIN = {"name": "again", "data": "three", "method": {"type": "probe"}}
 CHAIN = (DOMAIN, MIDDLE, TARGET, AGAIN)
-
-
-def trained(recipe: Recipe, folder: Path, resume: bool = False):
-    with RunFolder(folder, recipe, resume) as held:
-        feeds = load_feeds(recipe, load_tokenizer(recipe.model))
-        return train_stages(Run(recipe, held, Console(file=io.StringIO())), feeds)
 
 
 def saved(folder: Path, stage: str) -> dict[str, torch.Tensor]:
@@ -121,23 +106,10 @@ def test_a_head_comes_back_as_it_was_left(base, tmp_path, monkeypatch):
 
 @pytest.mark.dear
 @pytest.mark.parametrize("at", [3, 8, 13])
-def test_killed_inside_any_stage_and_resumed(base, chain, tmp_path, monkeypatch, at):
+def test_killed_inside_any_stage_and_resumed(base, chain, tmp_path, at):
     """Masks that training draws included: they depend on seed, epoch and row."""
-    count = 0
-
-    def step(self, *args, **kwargs):
-        nonlocal count
-        count += 1
-        if count == at:
-            raise Killed
-        return training_step(self, *args, **kwargs)
-
-    training_step = CompressionTrainer.training_step
     recipe = recipe_of(base, *CHAIN)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(CompressionTrainer, "training_step", step)
-        trained(recipe, tmp_path / "run")
-    trained(recipe, tmp_path / "run", resume=True)
+    killed_and_resumed(recipe, tmp_path / "run", at)
     for stage in ("domain", "middle", "target", "again"):
         theirs, ours = saved(chain, stage), saved(tmp_path / "run", stage)
         assert theirs.keys() == ours.keys()

@@ -11,8 +11,8 @@ from compressft.errors import UserError
 from compressft.recipe.recipe import parse_recipe
 from compressft.recipe.steps import Select, unrolled
 from compressft.run.select import choose, probabilities
-from compressft.run.trainer import CompressionTrainer
-from tests.run.test_program import Killed, saved, trained
+from tests.run.killed import killed_and_resumed, trained
+from tests.run.test_program import saved
 from tests.tiny_folder import rows_of, save_tiny, write_jsonl
 
 # Cases share trainings.
@@ -173,22 +173,9 @@ def test_pseudo_labels_are_the_models_own(base, tmp_path):
 
 
 @pytest.mark.parametrize("at", [3, 9, 15])
-def test_killed_amid_a_program_and_resumed(base, active, tmp_path, monkeypatch, at):
-    count = 0
-
-    def step(self, *args, **kwargs):
-        nonlocal count
-        count += 1
-        if count == at:
-            raise Killed
-        return training_step(self, *args, **kwargs)
-
-    training_step = CompressionTrainer.training_step
+def test_killed_amid_a_program_and_resumed(base, active, tmp_path, at):
     recipe = recipe_of(base, *ACTIVE)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(CompressionTrainer, "training_step", step)
-        trained(recipe, tmp_path / "run")
-    trained(recipe, tmp_path / "run", resume=True)
+    killed_and_resumed(recipe, tmp_path / "run", at)
     for stage in ("first", "next", "next-2", "next-3"):
         theirs, ours = saved(active[0], stage), saved(tmp_path / "run", stage)
         assert all((theirs[name] == ours[name]).all() for name in theirs), stage

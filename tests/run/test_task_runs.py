@@ -16,6 +16,7 @@ from compressft.model.source import load_tokenizer
 from compressft.recipe.recipe import parse_recipe
 from compressft.run.evaluate import evaluate
 from compressft.run.flow import run
+from tests.run.killed import killed_and_resumed, trained
 from tests.tiny import PAIRS
 from tests.tiny_folder import WORDS, save_tiny, write_jsonl
 
@@ -56,6 +57,35 @@ def test_masked_texts_then_pairs_ship_as_one_verified_file(tmp_path):
     session_output(tmp_path / "out" / "onnx" / "model.onnx")
     manifest = json.loads((tmp_path / "out" / "onnx" / "compressft.json").read_text())
     assert manifest["task"] == "embedding"
+
+
+@pytest.mark.dear
+def test_killed_amid_pairs_and_masks_and_resumed(tmp_path):
+    """Two feeds, of which the first gives vectors; bit for bit what an uninterrupted run ends with."""
+    model = save_tiny(tmp_path / "base", max_position_embeddings=48)
+    data = write_jsonl(tmp_path / "rows.jsonl", pairs(40))
+    source = {"train": str(data), "max_length": 16}
+    document = {
+        "name": "both",
+        "model": str(model),
+        "data": {"pairs": source, "texts": source},
+        "stages": [
+            {
+                "name": "both",
+                "feeds": [
+                    {"task": "embedding", "data": "pairs"},
+                    {"task": "masked-lm", "data": "texts", "share": 0.4},
+                ],
+                "train": {"epochs": 2, "batch_size": 8, "save": 2, "precision": "fp32"},
+            }
+        ],
+        "export": {"enabled": False},
+    }
+    recipe = parse_recipe(document)
+    whole = trained(recipe, tmp_path / "whole").model.state_dict()
+    again = killed_and_resumed(recipe, tmp_path / "again", 6).model.state_dict()
+    assert whole.keys() == again.keys()
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
 def session_output(path):
