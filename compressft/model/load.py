@@ -11,7 +11,7 @@ from torch import nn
 
 from compressft.errors import UserError
 from compressft.model.anatomy import family_of
-from compressft.model.embedder import AUTO_CLASS, POOLING, embedding_class
+from compressft.model.embedder import AUTO_CLASS, POOLING, embedding_class, gives_vectors
 from compressft.model.finite import refuse_broken
 from compressft.model.labels import other_labels, renew_head
 from compressft.model.source import resolve
@@ -50,6 +50,10 @@ def load_model(name: str, auto_class: str = "AutoModel", new_head: bool = False,
         from compressft.model.saved.compressed import load_compressed
 
         model = load_compressed(source)
+        if auto_class == AUTO_CLASS:
+            if not gives_vectors(model):
+                raise UserError(f"model: {name!r} was compressed for another task than embedding; give its own base")
+            setattr(model.config, POOLING, kwargs.get("pooling") or getattr(model.config, POOLING))
         wanted, has = kwargs.get("num_labels"), getattr(model.config, "num_labels", None)
         if wanted is not None and wanted != has:
             raise UserError(f"model: {name!r} was compressed for {has} labels, the data has {wanted}")

@@ -57,13 +57,13 @@ def evaluate(source: str | Path, data: str | Path, batch: int = 32) -> dict[str,
         raise UserError(f"{folder / MANIFEST}: field 'task_settings': {error}; restore the file") from None
     if settings.type != manifest["task"]:
         raise UserError(f"{folder / MANIFEST}: task {manifest['task']!r} and task_settings differ; restore the file")
+    rows = canonical_rows(read_rows(data), manifest["columns"], TASKS[manifest["task"]].fields)
     tokenizer = load_tokenizer(str(folder))
     model: Any = None
     if manifest["kind"] != "onnx":
         model = (load_delta if manifest["kind"] == "delta" else load_compressed)(folder)
     config = load_config(folder, str(folder)) if model is None else model.config
     task = make_task(settings, tokenizer, manifest["max_length"], manifest["labels"], config)
-    rows = canonical_rows(read_rows(data), manifest["columns"], TASKS[manifest["task"]].fields)
     features = task.encode(rows)
     if model is None:
         file = path if path.suffix == ".onnx" else folder / "model.onnx"

@@ -108,6 +108,8 @@ def start(run: Run, feeds: Feeds) -> Begun:
     base = {"shapes": shapes(model), "parameters": count(model)["total"], "flops": flops(model, FLOPS_LENGTH)}
     for rows in feeds.sources:
         check_positions(model, rows)
+        # Whether they can be scored shows in the first one: columns are those of all.
+        rows.task.truth(rows.validation[:1])
     refuse_shapes(recipe, model)
     refuse_model(recipe, model)
     refuse_lengths(recipe, model, lambda: shipped.lengths)

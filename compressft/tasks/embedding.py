@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from compressft.data.fields import Fields
 from compressft.data.rows import ROW_KEY, Row
 from compressft.errors import UserError
 from compressft.model.embedder import AUTO_CLASS, Pooling
+from compressft.tasks.regress import correlations
 from compressft.tasks.task import Feature, Task, TaskSettings
 from compressft.transform import without_labels
 
@@ -87,7 +89,7 @@ class Embedding(Task):
         return features
 
     def _wanted(self, row: Row) -> float:
-        """The cosine that a row asks for; 0 where it has no score."""
+        """The cosine that a row asks for; no number where it has no score."""
         scored = self.settings.loss == "similarity" or self.metric == "spearman"
         if "score" not in row:
             if self.settings.loss == "similarity":
@@ -95,7 +97,7 @@ class Embedding(Task):
                     f"data: {row[ROW_KEY]}: has no score, which task.loss 'similarity' compares with; give a column "
                     "'score', or take loss: contrastive"
                 )
-            return 0.0
+            return math.nan
         least, most = self.settings.least, self.settings.most
         if scored and not least <= row["score"] <= most:
             raise UserError(
@@ -145,6 +147,16 @@ class Embedding(Task):
     def predictions(self, logits: Tensor) -> Tensor:
         return logits
 
+    def truth(self, rows: Sequence[Feature]) -> Any:
+        """The cosines that are asked for, (B,) float."""
+        wanted = super().truth(rows)
+        if self.metric == "spearman" and bool(wanted.isnan().any()):
+            raise UserError(
+                "data: validation or test rows have no score, which task.metric 'spearman' compares with; give a "
+                "column 'score', or take metric: mrr"
+            )
+        return wanted
+
     def evidence(self, answers: Tensor, truth: Any) -> Tensor:
         """The cosine of each row's pair (B,); of a ranking the two vectors, (B, 2, d)."""
         pair = answers[:, :2].float()
@@ -153,11 +165,7 @@ class Embedding(Task):
     def metrics(self, evidence: np.ndarray, truth: np.ndarray) -> dict[str, float]:
         if self.metric == "mrr":
             return ranking(evidence[:, 0], evidence[:, 1])
-        from scipy.stats import pearsonr, spearmanr
-
-        if np.ptp(evidence) == 0 or np.ptp(truth) == 0 or len(truth) < 2:
-            return {"spearman": 0.0, "pearson": 0.0}
-        return {"spearman": float(spearmanr(evidence, truth)[0]), "pearson": float(pearsonr(evidence, truth)[0])}  # type: ignore[arg-type]
+        return correlations(evidence, truth)
 
 
 def ranking(queries: np.ndarray, candidates: np.ndarray) -> dict[str, float]:

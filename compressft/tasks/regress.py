@@ -40,8 +40,13 @@ class Regression(Task):
         return logits.reshape(len(logits)).double()
 
     def metrics(self, evidence: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-        from scipy.stats import pearsonr, spearmanr
+        return correlations(evidence, truth)
 
-        if np.ptp(evidence) == 0 or np.ptp(truth) == 0 or len(truth) < 2:
-            return {"pearson": 0.0, "spearman": 0.0}
-        return {"pearson": float(pearsonr(evidence, truth)[0]), "spearman": float(spearmanr(evidence, truth)[0])}  # type: ignore[arg-type]
+
+def correlations(found: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """Pearson's and Spearman's of two rows of numbers; 0 where one is constant."""
+    from scipy.stats import pearsonr, spearmanr
+
+    if np.ptp(found) == 0 or np.ptp(truth) == 0 or len(truth) < 2:
+        return {"pearson": 0.0, "spearman": 0.0}
+    return {"pearson": float(pearsonr(found, truth)[0]), "spearman": float(spearmanr(found, truth)[0])}  # type: ignore[arg-type]

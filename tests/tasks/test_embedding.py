@@ -127,7 +127,7 @@ def test_batches_hold_all_first_texts_then_all_second_ones(tokenizer):
     task = task_of(tokenizer)
     features = task.encode(rows_of(text=TEXTS, text_b=PAIRED, negative=TEXTS[::-1]))
     batch = task.collate(features)
-    assert batch["input_ids"].shape[0] == 9 and batch["labels"].tolist() == [0.0] * 3
+    assert batch["input_ids"].shape[0] == 9 and batch["labels"].isnan().all()
     for k, texts in enumerate((TEXTS, PAIRED, TEXTS[::-1])):
         for row, text in enumerate(texts):
             ids = tokenizer(text)["input_ids"]
@@ -169,6 +169,23 @@ def test_outputs_by_row_do_not_depend_on_the_batch(tokenizer):
 def test_scores_that_no_cosine_can_give_are_refused(tokenizer, settings, columns, said):
     with pytest.raises(UserError, match=said):
         task_of(tokenizer, **settings).encode(rows_of(text=TEXTS, text_b=PAIRED, **columns))
+
+
+def test_a_correlation_with_scores_that_are_not_there_is_refused(tokenizer):
+    task = task_of(tokenizer, metric="spearman")
+    features = task.encode(rows_of(text=TEXTS, text_b=PAIRED))
+    with pytest.raises(UserError, match="have no score, which task"):
+        task.truth(features)
+    assert task_of(tokenizer).truth(features).shape == (3,)
+
+
+def test_a_compressed_model_is_pooled_as_the_task_says_and_another_tasks_refused(tokenizer, tmp_path):
+    save_compressed(embedder(pooling="last", vocab_size=len(tokenizer)), tokenizer, tmp_path / "own", {})
+    found = load_model(str(tmp_path / "own"), "AutoModelForEmbedding", pad_token_id=0, pooling="cls")
+    assert getattr(found.config, POOLING) == "cls"
+    save_compressed(tiny("bert", architecture="BertForMaskedLM"), tokenizer, tmp_path / "other", {})
+    with pytest.raises(UserError, match="compressed for another task than embedding"):
+        load_model(str(tmp_path / "other"), "AutoModelForEmbedding", pad_token_id=0, pooling="cls")
 
 
 def test_settings_that_contradict_are_refused():
