@@ -1,10 +1,15 @@
 """For every test: no model hub, one torch thread, the share of cases that runs, and its CPU seconds."""
 
+import atexit
 import copy
 import gc
 import os
+import shutil
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# A cache of this process's own and of those that it starts: what another run of the tests has left proves nothing.
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="compressft-tests-")
 
 import pytest
 import torch
@@ -15,6 +20,7 @@ from tests.budget import Budget
 from tests.command_line import call  # noqa: F401 - a fixture for all
 from tests.share import Share
 
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 torch.set_num_threads(1)
 # The same inputs every time: a found one stays found, and a busy machine fails nothing.
 settings.register_profile("tests", derandomize=True, deadline=None, database=None)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from compressft.data.rows import ROW_KEY, Row
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 
 def rewritten(
     rows: Sequence[Row], inputs: Sequence[str], config: AugmentConfig, mask: str | None, seed: int
-) -> list[Row]:
+) -> Iterator[Row]:
     """`config.copies` rewritten copies per row, without labels; the same ones for the same seed.
 
     Each word is masked, replaced by a word of the rows (as often as it occurs there) or left out with the given
@@ -33,18 +35,36 @@ def rewritten(
         raise UserError("data.augment.mask: the tokenizer has no mask token; set it to 0")
     generator = random.Random(seed)
     present = [name for name in inputs if rows and name in rows[0]]
-    words = {name: [word for row in rows for word in _words(row[name])] for name in present}
+    words = {name: Words(rows, name) for name in present}
     if not all(words.values()):
-        return []
-    copies = []
-    for number in range(round(config.copies * len(rows))):
-        row = rows[number % len(rows)]
-        new: Row = {ROW_KEY: f"{row[ROW_KEY]} (rewritten)"}
-        for name in present:
-            changed = _rewrite(_words(row[name]), words[name], config, mask or "", generator)
-            new[name] = changed if isinstance(row[name], list) else " ".join(changed)
-        copies.append(new)
-    return copies
+        return
+    left = round(config.copies * len(rows))
+    while left > 0:
+        # Row by row, again and again.
+        for row in islice(iter(rows), left):
+            new: Row = {ROW_KEY: f"{row[ROW_KEY]} (rewritten)"}
+            for name in present:
+                changed = _rewrite(_words(row[name]), words[name], config, mask or "", generator)
+                new[name] = changed if isinstance(row[name], list) else " ".join(changed)
+            yield new
+        left -= len(rows)
+
+
+class Words(Sequence[str]):
+    """The words of a field of all rows, one after the other, each as often as it occurs: four bytes for one."""
+
+    def __init__(self, rows: Sequence[Row], name: str) -> None:
+        self.codes = array("I")
+        known: dict[str, int] = {}
+        for row in rows:
+            self.codes.extend(known.setdefault(word, len(known)) for word in _words(row[name]))
+        self.names = list(known)
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def __getitem__(self, index: int) -> str:  # type: ignore[override]
+        return self.names[self.codes[index]]
 
 
 def _words(value: str | list[str]) -> list[str]:
@@ -52,7 +72,7 @@ def _words(value: str | list[str]) -> list[str]:
 
 
 def _rewrite(
-    words: list[str], vocabulary: list[str], config: AugmentConfig, mask: str, generator: random.Random
+    words: list[str], vocabulary: Sequence[str], config: AugmentConfig, mask: str, generator: random.Random
 ) -> list[str]:
     changed = []
     for word in words:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compressft.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,17 @@ class Fields:
         required = tuple(name for name in fields.required if name != fields.answer)
         optional = tuple(name for name in fields.optional if name != fields.answer)
         return cls(required, optional, numbers=fields.numbers, words=fields.words)
+
+    def schema(self, rows: Sequence[dict[str, Any]]) -> pyarrow.Schema:
+        """The Arrow columns of canonical rows: texts, float64 of `numbers`, lists of texts of `words`."""
+        import pyarrow
+
+        def kind(name: str) -> pyarrow.DataType:
+            if name in self.numbers:
+                return pyarrow.float64()
+            return pyarrow.list_(pyarrow.string()) if name in self.words else pyarrow.string()
+
+        return pyarrow.schema([(name, kind(name)) for name in (rows[0] if rows else ())])
 
     def convert(self, name: str, value: Any, place: str) -> Any:
         """Bring a value to its field's type; UserError where it cannot be."""

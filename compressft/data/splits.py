@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import random
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from compressft.data.augment import rewritten
 from compressft.data.fields import Fields, is_missing
-from compressft.data.rows import ROW_KEY, Row, hub_rows, read_rows, sample_files
+from compressft.data.rows import AT_ONCE, ROW_KEY, Row, iterate_rows, sample_files
+from compressft.data.store import kept, key_of, part, write_part
+from compressft.data.table import Table, chained
 from compressft.errors import UserError, nearest
+from compressft.utils.files import file_hash
 
 if TYPE_CHECKING:
     from compressft.data.source import DataConfig
@@ -32,20 +38,15 @@ class Splits:
     """Rows with canonical keys (`text`, `label`, ...). `test` may be empty: the report then uses validation.
 
     `unlabelled` rows have inputs alone. `known` are the training rows as they were given, before any were set aside or
-    left out: which labels there are is theirs to say.
+    left out: which labels there are is theirs to say. `left_out` counts those that nothing is trained or validated on.
     """
 
-    train: list[Row]
-    validation: list[Row]
-    test: list[Row]
-    unlabelled: list[Row] = field(default_factory=list)
-    known: list[Row] = field(default_factory=list)
-
-    @property
-    def left_out(self) -> int:
-        """Training rows as given that nothing is trained or validated on."""
-        used = {row[ROW_KEY] for row in (*self.train, *self.validation)}
-        return sum(row[ROW_KEY] not in used for row in self.known)
+    train: Sequence[Row]
+    validation: Sequence[Row]
+    test: Sequence[Row]
+    unlabelled: Sequence[Row] = field(default_factory=list)
+    known: Sequence[Row] = field(default_factory=list)
+    left_out: int = 0
 
     @property
     def report_split(self) -> str:
@@ -54,7 +55,7 @@ class Splits:
 
 
 def load_splits(config: DataConfig, fields: Fields, mask: str | None = None) -> Splits:
-    """Load and check all splits of a recipe.
+    """Load and check all splits of a recipe; what is read once is kept for the next time.
 
     Args:
         fields: the task's required and optional fields.
@@ -63,40 +64,109 @@ def load_splits(config: DataConfig, fields: Fields, mask: str | None = None) -> 
     Raises:
         UserError: a file, column, row or label is wrong.
     """
-    raw = _raw(config)
-    splits = {name: canonical_rows(rows, config.columns, fields) for name, rows in raw.items()}
-    train, validation, test = splits["train"], splits.get("validation", []), splits.get("test", [])
-    given = train
-    if not validation:
-        train, validation = carve(train, config.validation_fraction, fields.label, config.seed)
-    if fields.label:
-        known = {row[fields.label] for row in given}
-        for row in (*validation, *test):
-            if row[fields.label] not in known:
-                raise UserError(f"data: {row[ROW_KEY]}: label {row[fields.label]!r} does not occur in train")
+    splits = {name: source.table(config.columns, fields) for name, source in _sources(config).items()}
+    train, validation, test = splits["train"], splits.get("validation"), splits.get("test")
+    given, carved = train, validation is None
+    if validation is None:
+        kept_back, chosen = carve(_classes(train, fields.label), config.validation_fraction, config.seed)
+        train, validation = train.select(kept_back), train.select(chosen)
+    for other in (validation, test):
+        if fields.label and other is not None:
+            _refuse_other_labels(other, given, fields.label)
     if config.per_class and fields.label:
-        train = balanced(train, config.per_class, fields.label, config.seed)
+        train = train.select(balanced(_classes(train, fields.label), config.per_class, config.seed))
     if config.limit:
-        train, validation, test = (_limited(rows, config.limit, config.seed) for rows in (train, validation, test))
-    return Splits(train, validation, test, _unlabelled(config, fields, train, mask), given)
+        train, validation = (_limited(rows, config.limit, config.seed) for rows in (train, validation))
+        test = None if test is None else _limited(test, config.limit, config.seed)
+    unlabelled = _unlabelled(config, fields, train, mask)
+    left_out = len(given) - len(train) - (len(validation) if carved else 0)
+    return Splits(train, validation, [] if test is None else test, unlabelled, given, left_out)
 
 
-def _unlabelled(config: DataConfig, fields: Fields, train: list[Row], mask: str | None) -> list[Row]:
+@dataclass(frozen=True)
+class Source:
+    """Where rows come from.
+
+    Attributes:
+        about: names what is read: the same one gives the same rows.
+        rows: reads them, from the first on.
+    """
+
+    about: tuple[str, ...]
+    rows: Callable[[], Iterator[Row]]
+
+    @classmethod
+    def of_files(cls, files: Sequence[str]) -> Source:
+        """One file after the other."""
+        return cls(
+            tuple(f"{file} {_digest(file)}" for file in files),
+            lambda: (row for one in files for row in iterate_rows(one)),
+        )
+
+    def table(self, columns: dict[str, str], fields: Fields) -> Table:
+        """The rows by the task's names, checked; errors as `canonical`."""
+        key = key_of(list(self.about), columns, str(fields))
+
+        def make(folder: Path) -> int:
+            write_part(part(folder, 0), batched(canonical(self.rows, columns, fields)), fields.schema)
+            return 1
+
+        return Table(kept("rows", key, make), key)
+
+
+def _digest(file: str) -> str:
+    path = Path(file).expanduser()
+    # Whoever reads it says why it cannot be read.
+    return file_hash(path) if path.is_file() else ""
+
+
+def batched(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """The rows, as many at a time as are Python objects at once."""
+    rows = iter(rows)
+    while batch := list(islice(rows, AT_ONCE)):
+        yield batch
+
+
+def _classes(table: Table, label: str | None) -> tuple[list[str], np.ndarray]:
+    """The classes that occur and which one each row has; without labels all are of one."""
+    return table.codes(label) if label else ([""], np.zeros(len(table), dtype=np.int32))
+
+
+def _refuse_other_labels(table: Table, given: Table, label: str) -> None:
+    known = set(given.codes(label)[0])
+    names, codes = table.codes(label)
+    other = [code for code, name in enumerate(names) if name not in known]
+    if other:
+        row = table[int(np.flatnonzero(np.isin(codes, other))[0])]
+        raise UserError(f"data: {row[ROW_KEY]}: label {row[label]!r} does not occur in train")
+
+
+def _unlabelled(config: DataConfig, fields: Fields, train: Table, mask: str | None) -> Sequence[Row]:
     """Rows of files without labels, then rewritten training rows."""
-    rows: list[Row] = []
+    found: list[Sequence[Row]] = []
     files = source_files(config).get("unlabelled", ())
     if files:
-        raw = [row for file in files for row in read_rows(file)]
         columns = {name: column for name, column in config.columns.items() if name in fields.inputs}
-        rows = canonical_rows(raw, columns, Fields.of_inputs(fields))
-        if config.limit:
-            rows = _limited(rows, config.limit, config.seed)
+        rows = Source.of_files(files).table(columns, Fields.of_inputs(fields))
+        found.append(_limited(rows, config.limit, config.seed) if config.limit else rows)
     if config.augment is not None:
-        rows += rewritten(train, fields.inputs, config.augment, mask, config.seed)
-    return rows
+        found.append(_rewritten(config, fields, train, mask))
+    return chained(*found)
 
 
-def load_pool(config: DataConfig, fields: Fields, labelled: bool) -> list[Row]:
+def _rewritten(config: DataConfig, fields: Fields, train: Table, mask: str | None) -> Table:
+    augment = config.augment
+    assert augment is not None
+    key = key_of(train.key, list(fields.inputs), augment.model_dump_json(), mask, config.seed)
+
+    def make(folder: Path) -> int:
+        write_part(part(folder, 0), batched(rewritten(train, fields.inputs, augment, mask, config.seed)), fields.schema)
+        return 1
+
+    return Table(kept("rewritten", key, make), key)
+
+
+def load_pool(config: DataConfig, fields: Fields, labelled: bool) -> Table:
     """The training rows of a source as a pool to choose from.
 
     Args:
@@ -107,22 +177,20 @@ def load_pool(config: DataConfig, fields: Fields, labelled: bool) -> list[Row]:
     """
     wanted = fields if labelled else Fields.of_inputs(fields)
     columns = {name: column for name, column in config.columns.items() if name in wanted.all}
-    rows = canonical_rows(_raw(config)["train"], columns, wanted)
+    rows = _sources(config)["train"].table(columns, wanted)
     return _limited(rows, config.limit, config.seed) if config.limit else rows
 
 
-def _raw(config: DataConfig) -> dict[str, list[Row]]:
+def _sources(config: DataConfig) -> dict[str, Source]:
     if config.dataset:
-        rows = hub_rows(config.dataset, config.subset)
+        from compressft.data.hub import hub_hash, hub_rows
+
+        rows, digest = hub_rows(config.dataset, config.subset), hub_hash(config.dataset, config.subset)
         if "train" not in rows:
             raise UserError(f"data.dataset: {config.dataset!r} has no split 'train'; splits: {', '.join(rows)}")
-        return rows
+        return {name: Source((digest, config.dataset, name), read) for name, read in rows.items()}
     files = source_files(config)
-    return {
-        name: [row for file in files[name] for row in read_rows(file)]
-        for name in ("train", "validation", "test")
-        if name in files
-    }
+    return {name: Source.of_files(files[name]) for name in ("train", "validation", "test") if name in files}
 
 
 def source_files(config: DataConfig) -> dict[str, tuple[str, ...]]:
@@ -140,8 +208,11 @@ def source_files(config: DataConfig) -> dict[str, tuple[str, ...]]:
     return {name: files if isinstance(files, tuple) else (files,) for name, files in found.items()}
 
 
-def canonical_rows(rows: Sequence[Row], columns: dict[str, str], fields: Fields) -> list[Row]:
+def canonical(rows: Callable[[], Iterable[Row]], columns: dict[str, str], fields: Fields) -> Iterator[Row]:
     """Rename columns to the task's field names and check that every row has what the task needs.
+
+    Args:
+        rows: gives the rows, from the first on; it is called again where a column that is not there is complained of.
 
     Raises:
         UserError: an unknown field in the mapping, a column that is not there (with the nearest match), or a value
@@ -154,25 +225,43 @@ def canonical_rows(rows: Sequence[Row], columns: dict[str, str], fields: Fields)
             f"data.columns: {name!r} is no field of this task; "
             f"allowed: {', '.join(fields.all)}{nearest(name, fields.all)}"
         )
-    present = [key for key in dict.fromkeys(key for row in rows for key in row) if key != ROW_KEY]
     mapping = {name: columns.get(name, name) for name in fields.all}
-    for name in fields.all:
-        if (name in fields.required or name in columns) and mapping[name] not in present:
-            raise UserError(
-                f"data: {rows[0][ROW_KEY]}: no column {mapping[name]!r} for {name!r}; columns: {', '.join(present)}"
-                f"{_suggested(name, mapping[name], present)}; map it with data.columns.{name}"
-            )
-    used = {name: column for name, column in mapping.items() if column in present}
-    result = []
-    for row in rows:
-        new = {ROW_KEY: row[ROW_KEY]}
+    needed = [name for name in fields.all if name in fields.required or name in columns]
+    used: dict[str, str] | None = None
+    first = ""
+    for row in rows():
+        if used is None:
+            first = row[ROW_KEY]
+            for name in needed:
+                if mapping[name] not in row:
+                    _refuse_missing(rows(), name, mapping[name])
+            used = {name: column for name, column in mapping.items() if column in row}
+        for name, column in mapping.items():
+            if name not in used and column in row:
+                # A column that some rows have, all must have.
+                raise UserError(f"data: {first}: column {column!r} is empty")
+        new: Row = {ROW_KEY: row[ROW_KEY]}
         for name, column in used.items():
             value = row.get(column)
             if is_missing(value) or (isinstance(value, str) and not value.strip()):
                 raise UserError(f"data: {row[ROW_KEY]}: column {column!r} is empty")
-            new[name] = fields.convert(name, row[column], row[ROW_KEY])
-        result.append(new)
-    return result
+            new[name] = fields.convert(name, value, row[ROW_KEY])
+        yield new
+
+
+def _refuse_missing(rows: Iterable[Row], name: str, column: str) -> None:
+    """Say that the first row lacks a column, or that all do."""
+    present: dict[str, None] = {}
+    first = ""
+    for row in rows:
+        first = first or row[ROW_KEY]
+        present |= dict.fromkeys(key for key in row if key != ROW_KEY)
+    if column in present:
+        raise UserError(f"data: {first}: column {column!r} is empty")
+    raise UserError(
+        f"data: {first}: no column {column!r} for {name!r}; columns: {', '.join(present)}"
+        f"{_suggested(name, column, list(present))}; map it with data.columns.{name}"
+    )
 
 
 def _suggested(name: str, column: str, present: Sequence[str]) -> str:
@@ -184,40 +273,50 @@ def _suggested(name: str, column: str, present: Sequence[str]) -> str:
     return nearest(column, present)
 
 
-def carve(rows: list[Row], fraction: float, label: str | None, seed: int) -> tuple[list[Row], list[Row]]:
-    """Split off a validation set, stratified by `label` where there is one; the order of rows is kept.
+Classes = tuple[list[str], np.ndarray]
+
+
+def _by_class(classes: Classes) -> Iterator[list[int]]:
+    """The rows of each class, in the order of the classes' names."""
+    names, codes = classes
+    order = np.argsort(codes, kind="stable")
+    ends = np.cumsum(np.bincount(codes, minlength=len(names)))
+    for code in sorted(range(len(names)), key=names.__getitem__):
+        start = int(ends[code - 1]) if code else 0
+        if start < ends[code]:
+            yield order[start : ends[code]].tolist()
+
+
+def carve(classes: Classes, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which rows stay for training and which are split off for validation, stratified; the order of rows is kept.
 
     Every class keeps at least one training row; a class with a single row gives none to validation.
+
+    Args:
+        classes: names, and the class of each row (rows,).
     """
     generator = random.Random(seed)
-    groups: dict[object, list[int]] = defaultdict(list)
-    for index, row in enumerate(rows):
-        groups[row[label] if label else None].append(index)
-    chosen: set[int] = set()
-    for _, indices in sorted(groups.items(), key=lambda item: str(item[0])):
+    chosen = np.zeros(len(classes[1]), dtype=bool)
+    for indices in _by_class(classes):
         generator.shuffle(indices)
         wanted = min(max(round(len(indices) * fraction), 1), len(indices) - 1)
-        chosen.update(indices[:wanted])
-    if not chosen:
+        chosen[indices[:wanted]] = True
+    if not chosen.any():
         raise UserError("data: too few rows to carve a validation split out of train; give data.validation")
-    return [r for i, r in enumerate(rows) if i not in chosen], [r for i, r in enumerate(rows) if i in chosen]
+    return np.flatnonzero(~chosen), np.flatnonzero(chosen)
 
 
-def balanced(rows: list[Row], per_class: int, label: str, seed: int) -> list[Row]:
-    """At most `per_class` rows of each class, drawn with the seed; the order of rows is kept."""
+def balanced(classes: Classes, per_class: int, seed: int) -> np.ndarray:
+    """Which rows are kept: at most `per_class` of each class, drawn with the seed; the order of rows is kept."""
     generator = random.Random(seed)
-    groups: dict[str, list[int]] = defaultdict(list)
-    for index, row in enumerate(rows):
-        groups[row[label]].append(index)
-    chosen: set[int] = set()
-    for _, indices in sorted(groups.items()):
+    chosen = np.zeros(len(classes[1]), dtype=bool)
+    for indices in _by_class(classes):
         generator.shuffle(indices)
-        chosen.update(indices[:per_class])
-    return [row for i, row in enumerate(rows) if i in chosen]
+        chosen[indices[:per_class]] = True
+    return np.flatnonzero(chosen)
 
 
-def _limited(rows: list[Row], limit: int, seed: int) -> list[Row]:
+def _limited(rows: Table, limit: int, seed: int) -> Table:
     if len(rows) <= limit:
         return rows
-    chosen = set(random.Random(seed).sample(range(len(rows)), limit))
-    return [row for i, row in enumerate(rows) if i in chosen]
+    return rows.select(sorted(random.Random(seed).sample(range(len(rows)), limit)))

@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from compressft.data.table import taken
 from compressft.evaluation.inputs import empty_past
 from compressft.evaluation.scores import Scores
+from compressft.tasks.encode import lengths_of
 from compressft.tasks.task import Feature, Task
 from compressft.utils.foreign import foreign
 from compressft.utils.machine import default_threads
@@ -67,9 +69,10 @@ def by_row(run: Run, task: Task, features: Sequence[Feature], batch: int) -> lis
     Batches take neighbours in length, as a server that sorts its queue would. All logits are held at once: for samples.
     """
     rows: list[Any] = [None] * len(features)
-    for indices in batches_by_length([task.length(row) for row in features], batch):
-        for i, value in zip(indices, run([features[i] for i in indices]), strict=True):
-            rows[i] = task.own(value, features[i])
+    for indices in batches_by_length(lengths_of(features, task), batch):
+        some = taken(features, indices)
+        for i, row, value in zip(indices, some, run(some), strict=True):
+            rows[i] = task.own(value, row)
     return rows
 
 
@@ -87,9 +90,9 @@ def places(mask: np.ndarray) -> np.ndarray:
     return np.maximum(mask.cumsum(-1) - 1, 0)
 
 
-def batches_by_length(lengths: Sequence[int], batch: int) -> list[list[int]]:
+def batches_by_length(lengths: Sequence[int] | np.ndarray, batch: int) -> list[list[int]]:
     """Row indices in batches of similar length."""
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    order = np.argsort(lengths, kind="stable").tolist()
     return [order[i : i + batch] for i in range(0, len(order), batch)]
 
 
@@ -133,7 +136,7 @@ def scored(run: Run, task: Task, features: Sequence[Feature], batch: int = 32) -
         run: of `scoring_run`, or of a session.
     """
     scores = Scores(task)
-    for indices in steps(batches_by_length([task.length(row) for row in features], batch), "evaluating"):
-        rows = [features[i] for i in indices]
+    for indices in steps(batches_by_length(lengths_of(features, task), batch), "evaluating"):
+        rows = taken(features, indices)
         scores.add(torch.from_numpy(run(rows)), task.truth(rows))
     return scores.metrics()

@@ -39,6 +39,7 @@ from compressft.model.source import load_tokenizer
 from compressft.modules.structure import describe
 from compressft.recipe.recipe import Recipe
 from compressft.tasks import make_task
+from compressft.tasks.encode import cut, encoded
 from compressft.tasks.task import Feature, Task
 from compressft.utils.entries import MEASURING
 from compressft.utils.files import write_atomically
@@ -63,7 +64,7 @@ class Shipped:
     recipe: Recipe
     root: Path
     task: Task
-    encoded: Mapping[str, list[dict[str, Any]]]
+    encoded: Mapping[str, Sequence[dict[str, Any]]]
     manifest: Mapping[str, Any]
 
 
@@ -85,14 +86,14 @@ def export(recipe: Recipe, root: Path, splits: Splits, console: Console) -> dict
     task = make_task(feed.task, tokenizer, feed.data.max_length, manifest["labels"], model.config)
     refuse_model(recipe, model)
     baseline = baseline_folder(recipe, root)
-    encoded = {name: task.encode(rows) for name, rows in vars(splits).items() if name in EVALUATED and rows}
-    shipped = Shipped(recipe, root, task, encoded, manifest)
+    features = {name: encoded(rows, task) for name, rows in vars(splits).items() if name in EVALUATED and len(rows)}
+    shipped = Shipped(recipe, root, task, features, manifest)
     report = describe_run(recipe, root, model, baseline)
-    cut = task.cut([*splits.train, *splits.validation, *splits.test])
-    if cut and any(one.type == "vocabulary" for stage in recipe.stages for one in stage.passes):
+    lost = cut((splits.train, splits.validation, splits.test), task)
+    if lost and any(one.type == "vocabulary" for stage in recipe.stages for one in stage.passes):
         # What was said before training counted the base's pieces.
-        cut += "; the vocabulary that ships has shorter pieces than the base's"
-    report["notes"] += [cut] if cut else []
+        lost += "; the vocabulary that ships has shorter pieces than the base's"
+    report["notes"] += [lost] if lost else []
     report["notes"] += step_notes(report["steps"])
     split = splits.report_split
     quality = {"metric": task.metric, "split": split, "baseline": None, "torch": None, "onnx": None}
@@ -102,11 +103,10 @@ def export(recipe: Recipe, root: Path, splits: Splits, console: Console) -> dict
         dense = load_compressed(baseline)
         # Its vocabulary may be larger than that of the model that ships.
         own = task.remade(load_tokenizer(str(baseline)))
-        features = own.encode(getattr(splits, split))
-        quality["baseline"] = score(dense, own, features, recipe)
+        quality["baseline"] = score(dense, own, encoded(getattr(splits, split), own), recipe)
         release(dense)
     if not recipe.export.enabled:
-        quality["torch"] = score(model, task, encoded[split], recipe)
+        quality["torch"] = score(model, task, features[split], recipe)
         quality["baseline"] = quality["torch"] if dense_ships else quality["baseline"]
         return {**report, "quality": quality}
     checks: list[Check] = []
@@ -121,13 +121,13 @@ def export(recipe: Recipe, root: Path, splits: Splits, console: Console) -> dict
         warning = proof.warning()
         if warning:
             report["notes"].append(warning)
-        checks.extend(verify(target / "model.onnx", model, task, encoded, recipe.export))
+        checks.extend(verify(target / "model.onnx", model, task, features, recipe.export))
         # A file that is known to be wrong on some processors is so on this one, or it is not: the outcome is the same.
         failed = [check for check in checks if check.failure and (not proof.saturates or check.kernels == "exact")]
         if failed and not recipe.smoke:
             raise VerificationError(blame(shipped, model, target, failed[0]))
         if has_cache(recipe):
-            continued = continue_rows(target / "model.onnx", model, task, next(iter(encoded.values())))
+            continued = continue_rows(target / "model.onnx", model, task, next(iter(features.values())))
             report["continuation"] = [one.row() for one in continued]
             counted = [one for one in continued if not proof.saturates or one.kernels == "exact"]
             reasons = [reason for one in counted if (reason := one.failure(recipe.export.label_agreement))]
@@ -299,7 +299,7 @@ def name_answer(graph: Any, task: Task) -> None:
             value.name = task.ships
 
 
-def sample_batch(task: Task, encoded: Mapping[str, list[dict[str, Any]]]) -> dict[str, torch.Tensor]:
+def sample_batch(task: Task, encoded: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, torch.Tensor]:
     """Two padded rows to trace with."""
     rows = next(iter(encoded.values()))[:2]
     rows = rows if len(rows) > 1 else rows * 2

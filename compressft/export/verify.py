@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from compressft.data.table import taken
 from compressft.evaluation.logits import (
     batches_by_length,
     model_run,
@@ -18,6 +19,7 @@ from compressft.evaluation.logits import (
     session_run,
 )
 from compressft.evaluation.scores import Scores
+from compressft.tasks.encode import lengths_of
 from compressft.tasks.task import Feature, Task
 from compressft.utils.phases import phase, steps
 
@@ -130,9 +132,9 @@ def verify(
         scores = Scores(task)
         ran = [Ran(name, size, kernels) for kernels in KERNELS for size in (1, limits.batch)]
         comparisons = [Comparison(one, task, scores) for one in ran]
-        batches = batches_by_length([task.length(row) for row in features], limits.batch)
+        batches = batches_by_length(lengths_of(features, task), limits.batch)
         for indices in steps(batches, f"verifying on {name}"):
-            rows = [features[i] for i in indices]
+            rows = taken(features, indices)
             logits = trained(rows)
             scores.add(torch.from_numpy(logits), task.truth(rows))
             for one in comparisons:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from compressft.data.rows import read_rows
-from compressft.data.splits import canonical_rows
+from compressft.data.splits import Source
 from compressft.errors import UserError, nearest
 from compressft.model.saved.compressed import load_compressed
 from compressft.model.saved.delta import load_delta
@@ -15,6 +14,7 @@ from compressft.model.saved.manifest import require
 from compressft.model.source import load_tokenizer
 from compressft.recipe.program import parse_task
 from compressft.tasks import TASKS, make_task
+from compressft.tasks.encode import cut, encoded
 from compressft.utils.foreign import load_config
 
 
@@ -57,14 +57,14 @@ def evaluate(source: str | Path, data: str | Path, batch: int = 32) -> dict[str,
         raise UserError(f"{folder / MANIFEST}: field 'task_settings': {error}; restore the file") from None
     if settings.type != manifest["task"]:
         raise UserError(f"{folder / MANIFEST}: task {manifest['task']!r} and task_settings differ; restore the file")
-    rows = canonical_rows(read_rows(data), manifest["columns"], TASKS[manifest["task"]].fields)
+    rows = Source.of_files((str(data),)).table(manifest["columns"], TASKS[manifest["task"]].fields)
     tokenizer = load_tokenizer(str(folder))
     model: Any = None
     if manifest["kind"] != "onnx":
         model = (load_delta if manifest["kind"] == "delta" else load_compressed)(folder)
     config = load_config(folder, str(folder)) if model is None else model.config
     task = make_task(settings, tokenizer, manifest["max_length"], manifest["labels"], config)
-    features = task.encode(rows)
+    features = encoded(rows, task)
     if model is None:
         file = path if path.suffix == ".onnx" else folder / "model.onnx"
         proof = portability(file)
@@ -73,5 +73,5 @@ def evaluate(source: str | Path, data: str | Path, batch: int = 32) -> dict[str,
         proof = model_portability(model)
         runtime, run = "torch", scoring_run(model, task)
     result = {"runtime": runtime, "rows": len(rows), **scored(run, task, features, batch)}
-    notes = [note for note in (task.cut(rows), proof.warning()) if note]
+    notes = [note for note in (cut((rows,), task), proof.warning()) if note]
     return {**result, "portable": proof.portable, **({"note": "; ".join(notes)} if notes else {})}

@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
 from compressft.data.rows import Row
 from compressft.data.splits import Splits, load_pool, load_splits
+from compressft.data.table import chained, taken
 from compressft.model.labels import in_order_of, refuse_alike
 from compressft.model.source import resolve
 from compressft.recipe.program import Stage
 from compressft.recipe.recipe import Feed, Recipe
 from compressft.tasks import TASKS, make_task
 from compressft.tasks.corrupt import generator
+from compressft.tasks.encode import encoded, lengths_of
 from compressft.tasks.task import Feature, Task
 from compressft.transform import TrainingData
 from compressft.utils.foreign import load_config
@@ -33,36 +36,35 @@ class FeedRows:
         self.task = task
         self.splits = splits
         self.joined: list[Row] = []
-        self._encoded: dict[str, list[Feature]] = {}
+        self._encoded: dict[str, Sequence[Feature]] = {}
 
-    def _rows(self, name: str) -> list[Feature]:
+    def _rows(self, name: str) -> Sequence[Feature]:
         if name not in self._encoded:
-            encode = self.task.encode_unlabelled if name == "unlabelled" else self.task.encode
-            with phase("loading"):
-                rows = getattr(self.splits, name) + (self.joined if name == "train" else [])
-                self._encoded[name] = encode(rows) if rows else []
+            own = encoded(getattr(self.splits, name), self.task, name == "unlabelled")
+            more = encoded(self.joined, self.task) if name == "train" else []
+            self._encoded[name] = chained(own, more)
         return self._encoded[name]
 
     @property
-    def train(self) -> list[Feature]:
+    def train(self) -> Sequence[Feature]:
         """Training rows."""
         return self._rows("train")
 
     @property
-    def validation(self) -> list[Feature]:
+    def validation(self) -> Sequence[Feature]:
         """Validation rows."""
         return self._rows("validation")
 
     @property
-    def unlabelled(self) -> list[Feature]:
+    def unlabelled(self) -> Sequence[Feature]:
         """Rows for which a teacher answers."""
         return self._rows("unlabelled")
 
     @property
-    def lengths(self) -> list[int]:
-        """Tokens of each row of all splits."""
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row of all splits, (rows,)."""
         names = ("train", "validation", "unlabelled", "test")
-        return [self.task.length(row) for name in names for row in self._rows(name)]
+        return np.concatenate([lengths_of(self._rows(name), self.task) for name in names])
 
     def take(self, rows: list[Row]) -> None:
         """Train on these rows of selections too."""
@@ -81,7 +83,7 @@ class FeedRows:
             retokenise: makes others go on with another tokenizer too; None where these rows are all there are.
         """
 
-        def replace(tokenizer: PreTrainedTokenizerBase) -> list[Feature]:
+        def replace(tokenizer: PreTrainedTokenizerBase) -> Sequence[Feature]:
             (retokenise or self.retokenise)(tokenizer)
             return self.train
 
@@ -96,10 +98,10 @@ class FeedRows:
             task.pieces,
         )
 
-    def features(self, stage: Stage) -> tuple[list[Feature], list[Feature]]:
+    def features(self, stage: Stage) -> tuple[Sequence[Feature], Sequence[Feature]]:
         """What this stage trains on, and validation; rows without labels where something answers for them."""
         taught = any(objective.answers for objective in stage.objectives)
-        return self.train + (self.unlabelled if taught else []), self.validation
+        return (chained(self.train, self.unlabelled) if taught else self.train), self.validation
 
 
 class Feeds:
@@ -187,8 +189,7 @@ def load_feeds(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Feeds:
     for stage in recipe.stages:
         for select in stage.select:
             task = feeds.of(by_name[select.by[0]]).task
-            for row in load_pool(recipe.sources[select.pool], task.fields, select.type == "uncertain"):
-                task.refuse_other_label(row)
+            task.refuse_other_labels(load_pool(recipe.sources[select.pool], task.fields, select.type == "uncertain"))
     return feeds
 
 
@@ -227,7 +228,12 @@ class Corrupted(Dataset[Feature]):
         return len(self.features)
 
     def __getitem__(self, row: int) -> Feature:
-        return self.task.corrupt(self.features[row], generator(self.seed, self.epoch, row))
+        return self.__getitems__([row])[0]
+
+    def __getitems__(self, rows: Sequence[int]) -> list[Feature]:
+        """Several at once: what a DataLoader asks for."""
+        found = zip(rows, taken(self.features, rows), strict=True)
+        return [self.task.corrupt(feature, generator(self.seed, self.epoch, row)) for row, feature in found]
 
 
 def training_rows(features: Sequence[Feature], task: Task, seed: int) -> Any:
@@ -235,9 +241,9 @@ def training_rows(features: Sequence[Feature], task: Task, seed: int) -> Any:
     return Corrupted(features, task, seed) if task.corrupts else features
 
 
-def lengths_of(rows: Any, task: Task) -> list[int]:
+def training_lengths(rows: Any, task: Task) -> np.ndarray:
     """Tokens of each row; those of rows that change with the epoch do not."""
-    return [task.length(row) for row in (rows.features if isinstance(rows, Corrupted) else rows)]
+    return lengths_of(rows.features if isinstance(rows, Corrupted) else rows, task)
 
 
 class LengthGroupedSampler(Sampler[int]):
@@ -246,8 +252,8 @@ class LengthGroupedSampler(Sampler[int]):
     The order is a pure function of seed and epoch, which is what makes a resumed run see the same batches.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, rows: Any = None) -> None:
-        self.lengths = lengths
+    def __init__(self, lengths: Sequence[int] | np.ndarray, batch_size: int, seed: int, rows: Any = None) -> None:
+        self.lengths = np.asarray(lengths, dtype=np.int64)
         self.rows = rows
         self.batch_size = batch_size
         self.seed = seed
@@ -268,16 +274,14 @@ class LengthGroupedSampler(Sampler[int]):
     def order(self, epoch: int) -> Iterator[int]:
         """The rows of one epoch."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        order = torch.randperm(len(self.lengths), generator=generator).numpy()
         chunk = 50 * self.batch_size
-        batches: list[list[int]] = []
         for start in range(0, len(order), chunk):
-            ordered = sorted(order[start : start + chunk], key=lambda i: self.lengths[i], reverse=True)
-            batches += [ordered[i : i + self.batch_size] for i in range(0, len(ordered), self.batch_size)]
+            own = order[start : start + chunk]
+            order[start : start + chunk] = own[np.argsort(-self.lengths[own], kind="stable")]
         # A short batch stays last: the loader cuts the flat order into batches again.
-        short = [b for b in batches if len(b) < self.batch_size]
-        full = [b for b in batches if len(b) == self.batch_size]
-        for position in torch.randperm(len(full), generator=generator).tolist():
-            yield from full[position]
-        for batch in short:
-            yield from batch
+        full = len(order) // self.batch_size
+        batches = order[: full * self.batch_size].reshape(full, self.batch_size)
+        for position in torch.randperm(full, generator=generator).tolist():
+            yield from batches[position].tolist()
+        yield from order[full * self.batch_size :].tolist()

@@ -23,6 +23,7 @@ from compressft.run.records import Run, Trained
 from compressft.run.report import load_metrics, write_report
 from compressft.run.stage import SETTLE_ROWS, settled, unchanged
 from compressft.tasks import TASKS
+from compressft.tasks.encode import cut
 from compressft.utils import ranks
 from compressft.utils.machine import peak_memory
 from compressft.utils.memory import keep_freed_memory, release
@@ -84,9 +85,9 @@ def _introduce(run: Run, rows: FeedRows) -> None:
     left = f"; {splits.left_out} of {len(splits.known)} training rows left out ({reasons})" if splits.left_out else ""
     whose = f"{run.recipe.name}, {rows.feed.source}" if rows.feed.source else run.recipe.name
     run.say(f"{whose}: {counted} rows{left}")
-    cut = rows.task.cut([*splits.train, *splits.validation, *splits.test])
-    if cut:
-        run.say(cut)
+    lost = cut((splits.train, splits.validation, splits.test), rows.task)
+    if lost:
+        run.say(lost)
 
 
 def refuse_export(recipe: Recipe) -> None:
@@ -114,7 +115,7 @@ def ship(run: Run, rows: FeedRows, trained: Trained) -> dict[str, Any]:
     recipe, folder, task, model = run.recipe, run.folder, rows.task, trained.model
     info = model_info(recipe, rows, folder.recipe_hash)
     save_compressed(model, task.tokenizer, folder.root / "model", info)
-    sample = task.encode(rows.splits.validation[:SETTLE_ROWS])
+    sample = rows.validation[:SETTLE_ROWS]
     with phase("loading"):
         loaded = load_compressed(folder.root / "model")
     before, after = (settled(one, task, sample, recipe.evaluation_batch) for one in (model, loaded))

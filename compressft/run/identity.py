@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from compressft.data.rows import hub_hash
+from compressft.data.hub import hub_hash
 from compressft.data.source import DataConfig
 from compressft.data.splits import source_files
 from compressft.errors import UserError

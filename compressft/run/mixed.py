@@ -8,15 +8,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, Dataset
 
+from compressft.data.table import taken
 from compressft.errors import UserError
 from compressft.model.anatomy import anatomy
 from compressft.modules.kinds import Extra
 from compressft.recipe.program import Stage
 from compressft.run.feed import Feeds, LengthGroupedSampler
+from compressft.tasks.encode import tokens_of
 from compressft.tasks.task import Feature, Task
 
 # Which feed a batch is of, and a row; no model is given it.
@@ -73,14 +76,13 @@ def side_batches(feeds: Feeds, stage: Stage) -> list[int]:
     return batches_of(sizes, [one.share for one in stage.feeds], stage.train.batch_size, stage.temperature)[1:]
 
 
-def seen(feeds: Feeds, stage: Stage) -> list[int]:
+def seen(feeds: Feeds, stage: Stage) -> np.ndarray:
     """Tokens of each row that an epoch of a stage trains on, of all its feeds."""
     first, *others = feeds.each(stage)
-    lengths = [first.task.tokens(row) for row in first.features(stage)[0]]
+    lengths = [tokens_of(first.features(stage)[0], first.task)]
     for rows, count in zip(others, side_batches(feeds, stage), strict=True):
-        own = [rows.task.tokens(row) for row in rows.train]
-        lengths += [own[i % len(own)] for i in range(count * stage.train.batch_size)]
-    return lengths
+        lengths.append(np.resize(tokens_of(rows.train, rows.task), count * stage.train.batch_size))
+    return np.concatenate(lengths)
 
 
 class Joined(Dataset[Feature]):
@@ -94,8 +96,13 @@ class Joined(Dataset[Feature]):
         return sum(len(part) for part in self.parts)
 
     def __getitem__(self, index: int) -> Feature:
-        feed = max(k for k, start in enumerate(self.starts) if start <= index)
-        return {**self.parts[feed][index - self.starts[feed]], FEED: feed}
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Feature]:
+        """Several at once: what a DataLoader asks for; a batch is of one feed."""
+        feed = max(k for k, start in enumerate(self.starts) if start <= indices[0])
+        own = [index - self.starts[feed] for index in indices]
+        return [{**row, FEED: feed} for row in taken(self.parts[feed], own)]
 
 
 def collate_by(tasks: Sequence[Task]) -> Callable[[Sequence[Feature]], dict[str, Tensor]]:

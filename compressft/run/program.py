@@ -141,7 +141,7 @@ def check_positions(model: nn.Module, rows: FeedRows) -> None:
     places = positions(model)
     if places is None:
         return
-    longest = max(rows.lengths, default=0)
+    longest = max(rows.lengths.tolist(), default=0)
     if longest > places:
         raise UserError(
             f"{rows.feed.field}.max_length: a row has {longest} tokens, the model {places} positions; "

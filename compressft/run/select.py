@@ -9,6 +9,7 @@ import numpy as np
 
 from compressft.data.rows import ROW_KEY, Row
 from compressft.data.splits import load_pool
+from compressft.data.table import taken
 from compressft.evaluation.logits import by_row, model_run
 from compressft.model.saved.compressed import load_compressed
 from compressft.model.source import load_tokenizer
@@ -16,6 +17,7 @@ from compressft.recipe.program import Stage
 from compressft.recipe.steps import Select
 from compressft.run.feed import Feeds
 from compressft.run.records import Run
+from compressft.tasks.encode import encoded
 from compressft.tasks.task import Task
 from compressft.utils.memory import release
 from compressft.utils.phases import phase
@@ -36,20 +38,19 @@ def _chosen(run: Run, feeds: Feeds, select: Select) -> list[Row]:
     labelled = select.type == "uncertain"
     pool = load_pool(recipe.sources[select.pool], task.fields, labelled)
     before = {row[ROW_KEY] for name in _earlier(recipe.stages, select) for row in feeds.joined.get(name, ())}
-    pool = [row for row in pool if row[ROW_KEY] not in before]
-    texts = [{name: value for name, value in row.items() if name != task.fields.answer} for row in pool]
+    pool = pool.select([i for i, row in enumerate(pool) if row[ROW_KEY] not in before]) if before else pool
     beliefs = []
     for name in select.by:
         folder = run.folder.stage(name)
         model, task = load_compressed(folder), task.remade(load_tokenizer(str(folder)))
-        features = task.encode(texts) if texts else []
-        logits = by_row(model_run(model, task), task, features, recipe.evaluation_batch)
+        logits = by_row(model_run(model, task), task, encoded(pool, task), recipe.evaluation_batch)
         beliefs.append(probabilities(np.stack(logits)) if logits else np.zeros((0, len(task.labels))))
         release(model)
     order, labels = choose(select, beliefs)
-    rows = [pool[i] if labelled else _labelled(pool[i], task, labels[i]) for i in order]
+    chosen = zip(taken(pool, order), order, strict=True)
+    rows = [row if labelled else _labelled(row, task, labels[i]) for row, i in chosen]
     said = f"{select.name}: {len(rows)} of {len(pool)} rows of {select.pool or 'the data'} chosen ({select.type})"
-    if not rows and pool and not labelled:
+    if not rows and len(pool) and not labelled:
         surest = max(float(np.min([belief[i].max() for belief in beliefs])) for i in range(len(pool)))
         said += f"; the surest has {surest:.2f}, and above is {select.above:g}"
     run.say(said)

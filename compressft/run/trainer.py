@@ -22,9 +22,10 @@ from compressft.evaluation.scores import Scores
 from compressft.model.finite import broken_term, refuse_update
 from compressft.modules.kinds import Extra
 from compressft.recipe.parts import TrainConfig
-from compressft.run.feed import LengthGroupedSampler, lengths_of, training_rows
+from compressft.run.feed import LengthGroupedSampler, training_lengths, training_rows
 from compressft.run.mixed import FEED, Joined, MixedBatches, Side, collate_by
 from compressft.run.step import Asked, loss_terms, total
+from compressft.tasks.encode import longest_first
 from compressft.tasks.task import Feature, Task
 from compressft.transform import Context, Transform, ungrouped, without_labels
 from compressft.utils import ranks
@@ -112,7 +113,7 @@ class CompressionTrainer(Trainer):
             data_collator=task.collate,
             train_dataset=Joined([rows, *(side.rows for side in sides)]) if sides else rows,  # type: ignore[arg-type]
             # Rows of one length together are evaluated with hardly any padding; what does not fit shows at once.
-            eval_dataset=sorted(lesson.validation, key=task.length, reverse=True),  # type: ignore[arg-type]
+            eval_dataset=longest_first(lesson.validation, task),  # type: ignore[arg-type]
             callbacks=[Hooks(self.transforms), Trims(), *callbacks],
         )
         self.remove_callback(PrinterCallback)
@@ -273,14 +274,14 @@ class CompressionTrainer(Trainer):
             return self._mixed_dataloader(features, batch_size)
         # Neighbouring batches are one step's: each process takes one of them.
         step_size = batch_size * ranks.count()
-        sampler = LengthGroupedSampler(lengths_of(features, self.task), step_size, self.args.seed, features)
+        sampler = LengthGroupedSampler(training_lengths(features, self.task), step_size, self.args.seed, features)
         loader = DataLoader(features, batch_size=batch_size, sampler=sampler, collate_fn=self.data_collator)
         return self.accelerator.prepare(loader)
 
     def _mixed_dataloader(self, joined: Joined, batch_size: int) -> DataLoader:
         """Batches of one feed each."""
         tasks = [self.task, *(side.task for side in self.sides)]
-        lengths = [lengths_of(part, task) for part, task in zip(joined.parts, tasks, strict=True)]
+        lengths = [training_lengths(part, task) for part, task in zip(joined.parts, tasks, strict=True)]
         samplers = [
             LengthGroupedSampler(length, batch_size, self.args.seed, part)
             for length, part in zip(lengths, joined.parts, strict=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 from compressft.data.fields import Fields
 from compressft.data.rows import ROW_KEY, Row
 from compressft.errors import UserError
-from compressft.tasks.task import ENCODING, IGNORE, Feature, Task
+from compressft.tasks.task import ENCODING, IGNORE, Feature, Task, at_once
 from compressft.utils.phases import steps
 
 
@@ -34,24 +35,42 @@ class CausalLM(Task):
     def model_arguments(self) -> dict[str, Any]:
         return {}
 
-    def cut(self, rows: Sequence[Row]) -> str | None:
+    def cut(self, parts: Iterable[Sequence[Row]], everything: Sequence[Row]) -> str | None:
         # Running text goes on in the next block.
-        return super().cut(rows) if rows and "prompt" in rows[0] else None
+        return None if self.joins(everything) else super().cut(parts, everything)
+
+    def joins(self, rows: Sequence[Row]) -> bool:
+        return bool(rows) and "prompt" not in rows[0]
 
     def encode(self, rows: Sequence[Row]) -> list[Feature]:
-        if rows and "prompt" in rows[0]:
+        if not self.joins(rows):
             return [self._answered(row) for row in steps(rows, ENCODING)]
-        end = self.tokenizer.eos_token_id
+        return [feature for part in self.encode_parts([rows]) for feature in part]
+
+    def encode_parts(self, parts: Iterable[Sequence[Row]]) -> Iterator[list[Feature]]:
+        parts = iter(parts)
+        first = next(parts, ())
+        parts = chain([first], parts)
+        return self._packed(parts) if self.joins(first) else super().encode_parts(parts)
+
+    def _packed(self, parts: Iterable[Sequence[Row]]) -> Iterator[list[Feature]]:
+        """Blocks of the texts one after the other, an end token behind each."""
+        end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         stream: list[int] = []
-        for row in steps(rows, ENCODING):
-            stream += self.tokenizer(row["text"], add_special_tokens=False)["input_ids"]
-            if end is not None:
-                stream.append(end)
-        blocks = [stream[i : i + self.max_length] for i in range(0, len(stream), self.max_length)]
-        blocks = [block for block in blocks if len(block) > 1]
-        if not blocks:
+        none = True
+        for rows in chain(chain.from_iterable(map(at_once, parts)), [()]):
+            texts = [row["text"] for row in rows]
+            for ids in self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else ():
+                stream += [*ids, *end]
+            # The last block, a short one, is there when all texts are.
+            last = len(stream) - len(stream) % self.max_length if rows else len(stream)
+            blocks = [stream[i : min(i + self.max_length, last)] for i in range(0, last, self.max_length)]
+            stream = stream[last:]
+            blocks = [block for block in blocks if len(block) > 1]
+            none = none and not blocks
+            yield [{"input_ids": b, "attention_mask": [1] * len(b), "labels": list(b)} for b in blocks]
+        if none:
             raise UserError("data: the text has fewer than two tokens")
-        return [{"input_ids": b, "attention_mask": [1] * len(b), "labels": list(b)} for b in blocks]
 
     def _answered(self, row: Row) -> Feature:
         end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -16,8 +17,7 @@ from compressft.data.fields import Fields
 from compressft.data.rows import Row
 from compressft.errors import UserError
 from compressft.tasks.corrupt import budget, choose, generator, hide, whole_words
-from compressft.tasks.task import ENCODING, IGNORE, Feature, Task, TaskSettings
-from compressft.utils.phases import steps
+from compressft.tasks.task import IGNORE, Feature, Task, TaskSettings, at_once
 
 # What a feature keeps of its row as it was: ids, and the word that each is a piece of.
 WHOLE, WORDS = "whole", "words"
@@ -60,13 +60,22 @@ class MaskedLM(Task):
     def model_arguments(self) -> dict[str, Any]:
         return {"pad_token_id": self.tokenizer.pad_token_id}
 
-    def cut(self, rows: Sequence[Row]) -> str | None:
+    def cut(self, parts: Iterable[Sequence[Row]], everything: Sequence[Row]) -> str | None:
         # Packed texts go on in the next row.
-        return None if self.settings.packed else super().cut(rows)
+        return None if self.settings.packed else super().cut(parts, everything)
+
+    def joins(self, rows: Sequence[Row]) -> bool:
+        # Also where every text is a row: which tokens are hidden depends on how many there were before.
+        return True
 
     def encode(self, rows: Sequence[Row]) -> list[Feature]:
-        features = self._packed(rows) if self.settings.packed else self._apart(rows)
-        return [self.corrupt(feature, generator(0, 0, i)) for i, feature in enumerate(features)]
+        return [feature for part in self.encode_parts([rows]) for feature in part]
+
+    def encode_parts(self, parts: Iterable[Sequence[Row]]) -> Iterator[list[Feature]]:
+        seen = 0
+        for features in (self._packed if self.settings.packed else self._apart)(parts):
+            yield [self.corrupt(feature, generator(0, 0, seen + i)) for i, feature in enumerate(features)]
+            seen += len(features)
 
     def corrupt(self, feature: Feature, draws: random.Random) -> Feature:
         """Hide other tokens of a row; `labels` are the hidden ones."""
@@ -79,37 +88,50 @@ class MaskedLM(Task):
         hidden = hide(ids, places, self.tokenizer.mask_token_id, len(self.tokenizer), draws)
         return {**feature, "input_ids": hidden, "labels": labels}
 
-    def _apart(self, rows: Sequence[Row]) -> list[Feature]:
-        features = []
-        for row in steps(rows, ENCODING):
-            encoded = self.tokenizer(row["text"], truncation=True, max_length=self.max_length)
-            features.append(self._feature_of(encoded["input_ids"], encoded.word_ids(0)))
-        return [feature for feature in features if any(word is not None for word in feature[WORDS])]
+    def _apart(self, parts: Iterable[Sequence[Row]]) -> Iterator[list[Feature]]:
+        for rows in chain.from_iterable(map(at_once, parts)):
+            encoded = self.tokenizer([row["text"] for row in rows], truncation=True, max_length=self.max_length)
+            features = [self._feature_of(encoded["input_ids"][i], encoded.word_ids(i)) for i in range(len(rows))]
+            yield [feature for feature in features if any(word is not None for word in feature[WORDS])]
 
-    def _packed(self, rows: Sequence[Row]) -> list[Feature]:
-        ids: list[int] = []
-        words: list[int | None] = []
-        for row in steps(rows, ENCODING):
-            encoded, seen = self.tokenizer(row["text"], add_special_tokens=False, verbose=False), len(ids)
-            ids += encoded["input_ids"]
-            words += [None if word is None else seen + word for word in encoded.word_ids(0)]
-            if self.tokenizer.sep_token_id is not None:
-                ids.append(self.tokenizer.sep_token_id)
-                words.append(None)
+    def _packed(self, parts: Iterable[Sequence[Row]]) -> Iterator[list[Feature]]:
         front, back = self._ends()
         size = self.max_length - len(front) - len(back)
-        features = []
-        for start in range(0, len(ids), size):
-            part, own = ids[start : start + size], words[start : start + size]
-            if back[:1] == part[-1:]:
-                # The separator after a text that ends here is the row's own.
-                part, own = part[:-1], own[:-1]
-            whole = [None] * len(front) + own + [None] * len(back)
-            features.append(self._feature_of([*front, *part, *back], whole))
-        features = [feature for feature in features if any(word is not None for word in feature[WORDS])]
-        if not features:
+        none, before = True, 0
+        ids: list[int] = []
+        words: list[int | None] = []
+        for rows in chain(chain.from_iterable(map(at_once, parts)), [()]):
+            for row_ids, row_words in self._pieces_of(rows):
+                # Words of several texts are numbered on, and in a row from its first token.
+                seen = before + len(ids)
+                ids += row_ids
+                words += [None if word is None else seen + word for word in row_words]
+            features = []
+            # The last row, a short one, is there when all texts are.
+            last = len(ids) - len(ids) % size if rows else len(ids)
+            for start in range(0, last, size):
+                own = ids[start : start + size]
+                own_words = [w if w is None else w - before - start for w in words[start : start + size]]
+                if back[:1] == own[-1:]:
+                    # The separator after a text that ends here is the row's own.
+                    own, own_words = own[:-1], own_words[:-1]
+                whole = [None] * len(front) + own_words + [None] * len(back)
+                features.append(self._feature_of([*front, *own, *back], whole))
+            ids, words, before = ids[last:], words[last:], before + last
+            features = [feature for feature in features if any(word is not None for word in feature[WORDS])]
+            none = none and not features
+            yield features
+        if none:
             raise UserError("data: the text has no token that could be hidden")
-        return features
+
+    def _pieces_of(self, rows: Sequence[Row]) -> Iterator[tuple[list[int], list[int | None]]]:
+        """Of each text its pieces and which word each is of, with the separator after it."""
+        if not rows:
+            return
+        encoded = self.tokenizer([row["text"] for row in rows], add_special_tokens=False, verbose=False)
+        end = [] if self.tokenizer.sep_token_id is None else [self.tokenizer.sep_token_id]
+        for i in range(len(rows)):
+            yield [*encoded["input_ids"][i], *end], [*encoded.word_ids(i), *[None] * len(end)]
 
     def _ends(self) -> tuple[list[int], list[int]]:
         """The special pieces that the tokenizer puts before and after a text."""

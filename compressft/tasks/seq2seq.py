@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 from compressft.data.fields import Fields
 from compressft.data.rows import ROW_KEY, Row
 from compressft.errors import UserError
-from compressft.tasks.task import ENCODING, IGNORE, UNCUT, Feature, Task, TaskSettings
+from compressft.tasks.task import ENCODING, IGNORE, UNCUT, Feature, Task, TaskSettings, share
 from compressft.tasks.written import bleu, bleu_counts, rouge_l
 from compressft.utils.phases import steps
 
@@ -75,17 +75,23 @@ class Seq2Seq(Task):
         """Tokens of a target; all of them where it is asked how long rows are."""
         return UNCUT if self.max_length == UNCUT else self.settings.target_length
 
-    def cut(self, rows: Sequence[Row]) -> str | None:
-        whole = self.remade(max_length=UNCUT).encode(rows) if rows else []
-        said = []
-        for what, field, key, most in (
-            ("texts", "data.max_length", "input_ids", self.max_length),
-            ("targets", "task.target_length", "labels", self.settings.target_length),
-        ):
-            number = sum(len(feature.get(key, ())) > most for feature in whole)
-            if number:
-                share = f"{100 * number / len(rows):.1f}"
-                said.append(f"{number} of {len(rows)} {what} ({share}%) are longer than {field} {most} and are cut")
+    def full(self, row: Feature) -> bool:
+        return len(row["input_ids"]) >= self.max_length or len(row.get("labels", ())) >= self.settings.target_length
+
+    def cut(self, parts: Iterable[Sequence[Row]], everything: Sequence[Row]) -> str | None:
+        uncut = self.remade(max_length=UNCUT)
+        texts, targets = 0, 0
+        for feature in (feature for rows in parts for feature in uncut.encode(rows)):
+            texts += len(feature["input_ids"]) > self.max_length
+            targets += len(feature.get("labels", ())) > self.settings.target_length
+        said = [
+            f"{share(number, len(everything), what)} longer than {field} {most} and are cut"
+            for number, what, field, most in (
+                (texts, "texts", "data.max_length", self.max_length),
+                (targets, "targets", "task.target_length", self.settings.target_length),
+            )
+            if number
+        ]
         return "; ".join(said) or None
 
     def length(self, row: Feature) -> int:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from compressft.data.fields import Fields
 from compressft.data.rows import ROW_KEY, Row
+from compressft.data.table import distinct
 from compressft.errors import UserError
-from compressft.tasks.task import IGNORE, Feature, Task, _at_once
+from compressft.tasks.task import IGNORE, Feature, Task, at_once
 from compressft.tasks.words import wants_blanks, with_blanks
 
 
@@ -28,11 +29,11 @@ class TokenClassification(Task):
 
     @classmethod
     def labels_of(cls, rows: Sequence[Row]) -> tuple[str, ...]:
-        return tuple(sorted({tag for row in rows for tag in row["tags"]}))
+        return tuple(distinct(rows, "tags"))
 
     def encode(self, rows: Sequence[Row]) -> list[Feature]:
         features = []
-        for some in _at_once(rows):
+        for some in at_once(rows):
             words = [row["tokens"] for row in some]
             if wants_blanks(self.tokenizer):
                 words = [with_blanks(row) for row in words]
@@ -47,16 +48,18 @@ class TokenClassification(Task):
                 features.append(feature)
         return features
 
-    def cut(self, rows: Sequence[Row]) -> str | None:
-        said = super().cut(rows)
+    def cut(self, parts: Iterable[Sequence[Row]], everything: Sequence[Row]) -> str | None:
+        parts = list(parts)
+        said = super().cut(parts, everything)
         if said is None:
             return None
-        spans, lost = 0, 0
-        for row, feature in zip(rows, self.encode(rows), strict=True):
-            # A tag a word, of the first words.
-            kept = sum(label != IGNORE for label in feature["labels"])
-            ends = self._ends(row["tags"])
-            spans, lost = spans + len(ends), lost + sum(end >= kept for end in ends)
+        lost = 0
+        for rows in parts:
+            for row, feature in zip(rows, self.encode(rows), strict=True):
+                # A tag a word, of the first words.
+                kept = sum(label != IGNORE for label in feature["labels"])
+                lost += sum(end >= kept for end in self._ends(row["tags"]))
+        spans = sum(len(self._ends(row["tags"])) for row in everything)
         what = "entities" if self.bio else "tags"
         return f"{said}; {lost} of {spans} {what} end behind the cut, where no metric counts them"
 

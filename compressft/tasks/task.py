@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
@@ -14,9 +14,10 @@ from torch import Tensor
 
 from compressft.data.fields import Fields
 from compressft.data.rows import ROW_KEY, Row
+from compressft.data.table import distinct
 from compressft.errors import UserError
 from compressft.transform import without_labels
-from compressft.utils.phases import phase, steps
+from compressft.utils.phases import steps
 from compressft.utils.strict import Strict
 
 if TYPE_CHECKING:
@@ -31,10 +32,15 @@ ROWS_AT_ONCE = 1000
 ENCODING = "encoding rows"
 
 
-def _at_once(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+def at_once(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
     """The rows in parts that a tokenizer takes in one call."""
     parts = [rows[i : i + ROWS_AT_ONCE] for i in range(0, len(rows), ROWS_AT_ONCE)]
     return steps(parts, ENCODING)
+
+
+def share(number: int, total: int, what: str) -> str:
+    """How many of them, to begin a sentence with: "3 of 40 rows (7.5%) are"."""
+    return f"{number} of {total} {what} ({100 * number / total:.1f}%) are"
 
 
 class TaskSettings(Strict):
@@ -108,7 +114,7 @@ class Task(ABC):
     @classmethod
     def labels_of(cls, rows: Sequence[Row]) -> tuple[str, ...]:
         """The label names that occur, sorted."""
-        return tuple(sorted({row["label"] for row in rows})) if cls.fields.label else ()
+        return tuple(distinct(rows, cls.fields.label)) if cls.fields.label else ()
 
     def model_arguments(self) -> dict[str, Any]:
         """Arguments of `from_pretrained` that give the model its head."""
@@ -122,6 +128,14 @@ class Task(ABC):
     @abstractmethod
     def encode(self, rows: Sequence[Row]) -> list[Feature]:
         """Features of rows: token ids without padding, and `labels` where rows have them."""
+
+    def joins(self, rows: Sequence[Row]) -> bool:
+        """Whether texts are joined: features then go on from one row to the next."""
+        return False
+
+    def encode_parts(self, parts: Iterable[Sequence[Row]]) -> Iterator[list[Feature]]:
+        """The same as `encode` of all parts' rows, a part at a time."""
+        return (self.encode(part) for part in parts)
 
     def corrupt(self, feature: Feature, draws: random.Random) -> Feature:
         """The row as training sees it once; all draws come from `draws`."""
@@ -198,19 +212,30 @@ class Task(ABC):
             batch[key] = torch.tensor([f[key] + [fill] * (width - len(f[key])) for f in features])
         return batch
 
-    @phase("loading")
-    def cut(self, rows: Sequence[Row]) -> str | None:
-        """How many rows are longer than `max_length` and lose their end, in a sentence; None where none does."""
-        whole = self.remade(max_length=UNCUT).encode(rows) if rows else []
-        number = sum(self.length(feature) > self.max_length for feature in whole)
+    def full(self, row: Feature) -> bool:
+        """Whether a row (a feature) is as long as it may be, and so may have lost its end."""
+        return self.length(row) >= self.max_length
+
+    def cut(self, parts: Iterable[Sequence[Row]], everything: Sequence[Row]) -> str | None:
+        """How many rows are longer than `max_length` and lose their end, in a sentence; None where none does.
+
+        Args:
+            parts: those that may be longer (`full`), some at a time.
+            everything: all rows.
+        """
+        uncut = self.remade(max_length=UNCUT)
+        number = sum(self.length(feature) > self.max_length for rows in parts for feature in uncut.encode(rows))
         if not number:
             return None
-        share = f"{100 * number / len(rows):.1f}"
-        return f"{number} of {len(rows)} rows ({share}%) are longer than data.max_length {self.max_length} and are cut"
+        return f"{share(number, len(everything), 'rows')} longer than data.max_length {self.max_length} and are cut"
 
     def encode_unlabelled(self, rows: Sequence[Row]) -> list[Feature]:
         """Features of rows without labels, whose `labels` no loss counts."""
-        return [{**feature, "labels": self._no_label(feature)} for feature in self.encode(rows)] if rows else []
+        return [self.without_label(feature) for feature in self.encode(rows)] if rows else []
+
+    def without_label(self, feature: Feature) -> Feature:
+        """The same row with `labels` that no loss counts."""
+        return {**feature, "labels": self._no_label(feature)}
 
     def _no_label(self, feature: Feature) -> Any:
         return IGNORE
@@ -220,10 +245,13 @@ class Task(ABC):
         rows = [row + [IGNORE] * (width - len(row)) if isinstance(row, list) else row for row in labels]
         return torch.tensor(rows)
 
-    def refuse_other_label(self, row: Row) -> None:
-        """UserError where a row has a label that training does not know."""
-        if self.fields.label is not None and self.fields.label in row:
-            self._label(row, self.fields.label, row[self.fields.label])
+    def refuse_other_labels(self, rows: Sequence[Row]) -> None:
+        """UserError where rows have a label that training does not know."""
+        name = self.fields.label
+        if name is None or not len(rows) or name not in rows[0] or set(distinct(rows, name)) <= set(self.labels):
+            return
+        for row in rows:
+            self._label(row, name, row[name])
 
     def _label(self, row: Row, name: str, value: str) -> int:
         if value not in self.label_ids:
@@ -232,7 +260,7 @@ class Task(ABC):
 
     def _tokenise(self, rows: Sequence[Row]) -> list[Feature]:
         found: list[Feature] = []
-        for some in _at_once(rows):
+        for some in at_once(rows):
             pairs = [row["text_b"] for row in some] if "text_b" in some[0] else None
             encoded = self.tokenizer(
                 [row["text"] for row in some], pairs, truncation=True, max_length=self.max_length, padding=False

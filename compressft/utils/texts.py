@@ -31,7 +31,12 @@ def read_text(path: str | Path, wants: str = "") -> str:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
-        raise UserError(f"{wants}{path}:{line}: is not UTF-8 (byte {error.start}); save the file as UTF-8") from None
+        raise UserError(f"{wants}{path}:{line}: {not_utf8(error.start)}") from None
+
+
+def not_utf8(byte: int) -> str:
+    """What is wrong with a file of another encoding, from this byte on, and the fix."""
+    return f"is not UTF-8 (byte {byte}); save the file as UTF-8"
 
 
 def read_json(path: str | Path) -> Any:

@@ -15,7 +15,7 @@ STILL = {"mask": 0.0, "replace": 0.0, "drop": 0.0, "crop": 0.0}
 
 
 def made(rows=ROWS, inputs=("text",), token="[MASK]", seed=0, **changes):
-    return rewritten(rows, inputs, AugmentConfig(**changes), token, seed)
+    return list(rewritten(rows, inputs, AugmentConfig(**changes), token, seed))
 
 
 @pytest.mark.parametrize(("copies", "number"), [(1, 28), (0.5, 14), (3.5, 98)])

@@ -10,7 +10,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from compressft.data.rows import READERS, ROW_KEY, hub_rows, read_rows, sample_files
+from compressft.data.hub import hub_rows
+from compressft.data.rows import READERS, ROW_KEY, read_rows, sample_files
 from compressft.errors import UserError
 
 # Quotes, separators and line breaks inside fields, Unicode's line separators among them.
@@ -183,7 +184,7 @@ def test_hub_rows_name_class_labels_and_places(tmp_path):
     table = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features)
     (tmp_path / "local").mkdir()
     table.to_parquet(tmp_path / "local" / "train.parquet")
-    rows = hub_rows(str(tmp_path / "local"))
+    rows = {name: list(read()) for name, read in hub_rows(str(tmp_path / "local")).items()}
     assert without_place(rows["train"]) == [{"text": "a", "label": "yes"}, {"text": "b", "label": "no"}]
     assert rows["train"][1][ROW_KEY].endswith("/train:2")
 
@@ -196,7 +197,7 @@ def test_hub_rows_name_tags(tmp_path):
     table = datasets.Dataset.from_dict({"tokens": [["a", "b"]], "tags": [[1, 0]]}, features=features)
     (tmp_path / "local").mkdir()
     table.to_parquet(tmp_path / "local" / "train.parquet")
-    rows = hub_rows(str(tmp_path / "local"))
+    rows = {name: list(read()) for name, read in hub_rows(str(tmp_path / "local")).items()}
     assert without_place(rows["train"]) == [{"tokens": ["a", "b"], "tags": ["B-X", "O"]}]
 
 

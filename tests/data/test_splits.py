@@ -10,7 +10,7 @@ import pytest
 
 from compressft.data.rows import ROW_KEY
 from compressft.data.source import DataConfig
-from compressft.data.splits import balanced, canonical_rows, carve, load_splits
+from compressft.data.splits import load_splits
 from compressft.errors import UserError
 from compressft.tasks import TASKS
 from compressft.tasks.causal import CausalLM
@@ -18,6 +18,7 @@ from compressft.tasks.classify import SequenceClassification
 from compressft.tasks.regress import Regression
 from compressft.tasks.tag import TokenClassification
 from compressft.tasks.task import Fields
+from tests.data.lists import balanced, canonical_rows, carve
 
 SIZES = {"many": 97, "some": 20, "few": 3, "two": 2, "one": 1}
 FIELDS = SequenceClassification.fields
@@ -258,7 +259,7 @@ def files(tmp_path):
 def test_validation_is_carved_out_of_train_alone(files):
     paths = files(train=rows_of(), test=rows_of({"many": 5, "one": 2}))
     splits = load_splits(DataConfig(**paths, validation_fraction=0.2, seed=7), FIELDS)
-    texts = [row["text"] for row in splits.train + splits.validation]
+    texts = [row["text"] for row in (*splits.train, *splits.validation)]
     assert sorted(texts) == sorted(row["text"] for row in rows_of())
     assert len(splits.validation) == pytest.approx(0.2 * sum(SIZES.values()), abs=len(SIZES))
     assert [row["text"] for row in splits.test] == [row["text"] for row in rows_of({"many": 5, "one": 2})]

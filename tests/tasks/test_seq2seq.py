@@ -14,6 +14,7 @@ from compressft.errors import UserError
 from compressft.evaluation.logits import model_logits, scoring_run
 from compressft.recipe.program import parse_task
 from compressft.tasks import make_task
+from compressft.tasks.encode import cut
 from compressft.tasks.task import IGNORE
 from compressft.tasks.written import bleu, bleu_counts, rouge_l
 from tests.tiny import PAIRS
@@ -81,12 +82,12 @@ def test_prefix_and_lengths(tokenizer):
     assert [task.length(one) for one in features] == [6, 6, 5]
     assert [task.tokens(one) for one in features] == [6 + 3, 6 + 4, 5 + 4]
     assert set(task.pieces(features[2])) == {*features[2]["input_ids"], *features[2]["labels"]}
-    said = task.cut(rows)
+    said = cut([rows], task)
     assert said == (
         "2 of 3 texts (66.7%) are longer than data.max_length 6 and are cut; "
         "2 of 3 targets (66.7%) are longer than task.target_length 4 and are cut"
     )
-    assert task_of(tokenizer).cut(rows) is None
+    assert cut([rows], task_of(tokenizer)) is None
 
 
 def test_a_model_without_a_decoder_is_refused(tokenizer):

@@ -14,6 +14,7 @@ from compressft.evaluation.logits import model_logits, model_run, scored
 from compressft.evaluation.scores import Scores
 from compressft.recipe.program import parse_task
 from compressft.tasks import TASKS, make_task
+from compressft.tasks.encode import cut
 from compressft.tasks.task import IGNORE, Task
 from tests.tiny import tiny
 
@@ -358,12 +359,12 @@ def test_rows_that_are_cut_are_counted(tokenizer):
     rows = [{"text": "apple " * n, "label": "a", ROW_KEY: str(n)} for n in (2, 6, 7, 40)]
     task = make_task("sequence-classification", tokenizer, 8, ["a"])
     assert [len(feature["input_ids"]) for feature in task.encode(rows)] == [4, 8, 8, 8]
-    assert task.cut(rows) == "2 of 4 rows (50.0%) are longer than data.max_length 8 and are cut"
-    assert task.cut(rows[:2]) is None and task.cut([]) is None
+    assert cut([rows], task) == "2 of 4 rows (50.0%) are longer than data.max_length 8 and are cut"
+    assert cut([rows[:2]], task) is None and cut([[]], task) is None
     running = make_task("causal-lm", tokenizer, 8, [])
-    assert running.cut([{"text": "apple " * 40, ROW_KEY: "x"}]) is None
+    assert cut([[{"text": "apple " * 40, ROW_KEY: "x"}]], running) is None
     answered = [{"prompt": "river", "text": "apple " * 40, ROW_KEY: "x"}]
-    assert running.cut(answered).startswith("1 of 1 rows (100.0%)")
+    assert cut([answered], running).startswith("1 of 1 rows (100.0%)")
 
 
 def test_entities_behind_the_cut_are_counted(tokenizer):
@@ -374,11 +375,11 @@ def test_entities_behind_the_cut_are_counted(tokenizer):
     ]
     # [CLS], six words, [SEP]: the third entity is cut in two, the fourth is gone.
     task = make_task("token-classification", tokenizer, 8, ["B-X", "I-X", "O"])
-    assert task.cut(rows).endswith("and are cut; 2 of 5 entities end behind the cut, where no metric counts them")
+    assert cut([rows], task).endswith("and are cut; 2 of 5 entities end behind the cut, where no metric counts them")
     plain = make_task("token-classification", tokenizer, 8, ["NN", "VB"])
     words = [{"tokens": ["apple"] * 9, "tags": ["NN", "VB", "NN"] * 3, ROW_KEY: "1"}]
-    assert plain.cut(words).endswith("; 3 of 9 tags end behind the cut, where no metric counts them")
-    assert plain.cut([{"tokens": ["apple"], "tags": ["NN"], ROW_KEY: "1"}]) is None
+    assert cut([words], plain).endswith("; 3 of 9 tags end behind the cut, where no metric counts them")
+    assert cut([[{"tokens": ["apple"], "tags": ["NN"], ROW_KEY: "1"}]], plain) is None
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressft.data.rows import ROW_KEY, read_rows
-from compressft.data.splits import canonical_rows
 from compressft.errors import UserError
 from compressft.tasks import TASKS
+from tests.data.lists import canonical_rows
 from tests.tiny_folder import write_jsonl
 
 FIELDS = TASKS["sequence-classification"].fields

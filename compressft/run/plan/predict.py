@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 
 from compressft.errors import UserError
@@ -20,6 +21,7 @@ from compressft.recipe.recipe import Recipe
 from compressft.run.feed import load_feeds
 from compressft.run.mixed import seen
 from compressft.run.plan.footprint import export_bytes, parameters, saving_bytes, training_bytes
+from compressft.tasks.encode import lengths_of
 from compressft.transform import Context
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
@@ -110,7 +112,7 @@ def plan(recipe: Recipe, memory: str | None = None) -> Prediction:
     if recipe.export.enabled:
         shipped = feeds.shipped
         model = load_empty(recipe.model, shipped.task.auto_class, **shipped.task.model_arguments())
-        after["export"] = export_bytes(model, recipe.export, max(map(shipped.task.length, shipped.train)))
+        after["export"] = export_bytes(model, recipe.export, int(lengths_of(shipped.train, shipped.task).max()))
     return Prediction(stages, budget, after)
 
 
@@ -118,7 +120,7 @@ def _larger(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:
     return max(one, other, key=lambda parts: sum(parts.values()))
 
 
-def _stage(stage: Stage, model: Any, lengths: list[int]) -> dict[str, Any]:
+def _stage(stage: Stage, model: Any, lengths: np.ndarray) -> dict[str, Any]:
     stage.method.prepare(model, Context(stage.transforms, {}, None, 0))
     trainable = parameters(model, trainable=True)
     examples = len(lengths)
@@ -131,7 +133,7 @@ def _stage(stage: Stage, model: Any, lengths: list[int]) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     teachers = sum(1 for o in stage.objectives if getattr(o, "teacher", "self") not in ("self", "base"))
     matrix = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and "embedding" not in n)
-    total_tokens = sum(lengths) / examples * per_step * steps
+    total_tokens = float(lengths.sum()) / examples * per_step * steps
     flops = total_tokens * matrix * (6 + 2 * teachers)
     seconds = flops / (matmul_rate(stage.train.precision) * MATMUL_SHARE)
     return {

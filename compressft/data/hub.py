@@ -1,0 +1,83 @@
+"""Rows of data sets on the hub, through `datasets`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from compressft.data.rows import AT_ONCE, ROW_KEY, Row
+from compressft.utils.foreign import foreign
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def hub_rows(dataset: str, subset: str | None = None) -> dict[str, Callable[[], Iterator[Row]]]:
+    """What gives the rows of each split of a hub data set; class labels become their names.
+
+    Splits whose labels are withheld (-1) are left out.
+
+    Raises:
+        UserError: it cannot be loaded (no such id, or no network).
+    """
+    loaded = _load(dataset, subset)
+    return {
+        str(split): lambda split=split: _rows(loaded[split], f"{dataset}/{split}")
+        for split in loaded
+        if not _withheld(loaded[split])
+    }
+
+
+def hub_hash(dataset: str, subset: str | None = None) -> str:
+    """Hash of what a hub data set's splits hold now, whatever the revision and the cache are that it comes from.
+
+    Raises:
+        UserError: as `hub_rows`.
+    """
+    loaded = _load(dataset, subset)
+    digest = hashlib.sha256()
+    for split in sorted(loaded):
+        digest.update(f"{split} {_class_names(loaded[split].features)}".encode())
+        # Arrow's own values: nothing is decoded.
+        for batch in loaded[split].with_format("arrow").iter(batch_size=AT_ONCE):
+            digest.update(repr(sorted(batch.to_pydict().items())).encode("utf-8", "surrogatepass"))
+    return "sha256:" + digest.hexdigest()
+
+
+def _load(dataset: str, subset: str | None) -> Any:
+    import datasets
+
+    with foreign(f"data.dataset: {dataset!r} could not be loaded"):
+        return datasets.load_dataset(dataset, subset)
+
+
+def _withheld(table: Dataset) -> bool:
+    """Whether all labels are -1, as those of a contest's test rows are."""
+    import datasets
+
+    names = [name for name, feature in table.features.items() if isinstance(feature, datasets.ClassLabel)]
+    columns = table.with_format("numpy")
+    return bool(names) and len(table) > 0 and all(bool(np.all(columns[name][:] == -1)) for name in names)
+
+
+def _rows(table: Dataset, where: str) -> Iterator[Row]:
+    import datasets
+
+    names = {key: f.names for key, f in table.features.items() if isinstance(f, datasets.ClassLabel)}
+    lists = {key: getattr(f, "feature", None) for key, f in table.features.items()}
+    tags = {key: f.names for key, f in lists.items() if isinstance(f, datasets.ClassLabel)}
+    for number, row in enumerate(table, 1):
+        yield (
+            dict(row)
+            | {key: labels[row[key]] for key, labels in names.items()}
+            | {key: [labels[i] for i in row[key]] for key, labels in tags.items()}
+            | {ROW_KEY: f"{where}:{number}"}
+        )
+
+
+def _class_names(features: Any) -> dict[str, Any]:
+    """What the numbers of classes stand for, in columns of classes and of lists of classes."""
+    return {name: getattr(getattr(f, "feature", f), "names", None) for name, f in features.items()}
