@@ -9,6 +9,10 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
         "benchmarks.compression",
         "accuracy, bytes and milliseconds of pruned, quantised, distilled models",
     ),
+    "data": (
+        "benchmarks.data",
+        "seconds and memory until the first step on millions of rows, next to `datasets` used plainly",
+    ),
     "edge": ("benchmarks.edge", "bytes, milliseconds and accuracy of the files that the edge recipes ship"),
     "methods": ("benchmarks.methods", "score, trained parameters, bytes, time and memory of every method on real data"),
     "ops": ("benchmarks.ops", "correctness, time and memory of the kernels' operators next to every peer there is"),

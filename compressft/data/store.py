@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressft.errors import UserError, trouble
-from compressft.utils.texts import JSON
 
 if TYPE_CHECKING:
     import pyarrow
@@ -21,10 +20,12 @@ if TYPE_CHECKING:
 # Counts versions of what is written: another one is made again.
 VERSION = 1
 WHOLE = "whole.json"
+# Lists of small numbers.
+SMALL = ("attention_mask", "token_type_ids")
 Records = list[dict[str, Any]]
 
 
-def key_of(*parts: JSON) -> str:
+def key_of(*parts: object) -> str:
     """A name for what is made of these, the same in every process."""
     text = json.dumps([VERSION, *parts], sort_keys=True, default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
@@ -133,7 +134,12 @@ def schema_of(rows: Records) -> pyarrow.Schema:
     import pyarrow
 
     inferred = pyarrow.Table.from_pylist(rows).schema
-    return pyarrow.schema([field.with_type(_narrow(field.type)) for field in inferred])
+    return pyarrow.schema(
+        [
+            field.with_type(pyarrow.list_(pyarrow.int8()) if field.name in SMALL else _narrow(field.type))
+            for field in inferred
+        ]
+    )
 
 
 def _narrow(kind: pyarrow.DataType) -> pyarrow.DataType:

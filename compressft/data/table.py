@@ -158,14 +158,13 @@ def chained(*parts: Sequence[T]) -> Sequence[T]:
 def distinct(rows: Sequence[dict[str, Any]], name: str) -> list[str]:
     """The words that a column has, or lists of words have in a column, sorted."""
     if isinstance(rows, Table):
-        import pyarrow.compute as compute
-        import pyarrow.types as types
+        from pyarrow import types
 
         column = _column(rows.stored, name)
         if rows.order is not None:
             column = column.take(rows.order)
-        nested = types.is_list(column.type)
-        values = compute.unique(compute.list_flatten(column) if nested else column)
-        return sorted(values.to_pylist())
+        if types.is_list(column.type):
+            return sorted({word for chunk in column.chunks for word in chunk.flatten().unique().to_pylist()})
+        return sorted(column.unique().to_pylist())
     cells = [row[name] for row in rows]
     return sorted({word for cell in cells for word in (cell if isinstance(cell, list) else [cell])})

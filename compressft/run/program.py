@@ -112,7 +112,7 @@ def start(run: Run, feeds: Feeds) -> Begun:
         rows.task.truth(rows.validation[:1])
     refuse_shapes(recipe, model)
     refuse_model(recipe, model)
-    refuse_lengths(recipe, model, lambda: shipped.lengths)
+    refuse_lengths(recipe, model, lambda: shipped.lengths.tolist())
     refuse_attention(recipe, model, sample_batch(shipped.task, {"train": shipped.train}))
     return Begun(model, known_costs(run, model, feeds), base)
 
