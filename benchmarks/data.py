@@ -1,4 +1,4 @@
-"""Millions of rows: seconds until the first step and peak memory, the first time and again, next to `datasets` alone."""
+"""Millions of rows: seconds until the first step and peak memory, first and again, next to `datasets` alone."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ print("first step", file=sys.stderr, flush=True)
 class Start:
     """One start: seconds until the first step and in all, and the most memory, in MiB.
 
-    `largest` is the greatest resident set of a single process, pages of mapped files among them; `together` the greatest
-    sum over all processes of what is theirs alone (private dirty pages and their share of common ones).
+    `largest` is the greatest resident set of a single process, pages of mapped files among them; `together` the
+    greatest sum over all processes of what is theirs alone, without mapped files.
     """
 
     name: str
