@@ -33,9 +33,9 @@ def key_of(*parts: object) -> str:
 
 def cache_root() -> Path:
     """Where tables are kept: next to those of `datasets`, in HF_DATASETS_CACHE."""
-    import datasets
+    from datasets import config
 
-    return Path(datasets.config.HF_DATASETS_CACHE) / "compressft"
+    return Path(config.HF_DATASETS_CACHE) / "compressft"
 
 
 def kept(kind: str, key: str, make: Callable[[Path], int]) -> Dataset:

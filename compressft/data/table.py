@@ -129,7 +129,7 @@ class Chain(Sequence[T]):
         for number, part in enumerate(self.parts):
             mine = np.flatnonzero(whose == number)
             start = int(self._ends[number]) - len(part)
-            for place, item in zip(mine, taken(part, [indices[i] - start for i in mine]), strict=True):
+            for place, item in zip(mine, taken(part, [int(indices[i]) - start for i in mine.tolist()]), strict=True):
                 found[place] = item
         return found
 

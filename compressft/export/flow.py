@@ -301,7 +301,7 @@ def name_answer(graph: Any, task: Task) -> None:
 
 def sample_batch(task: Task, encoded: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, torch.Tensor]:
     """Two padded rows to trace with."""
-    rows = next(iter(encoded.values()))[:2]
+    rows = list(next(iter(encoded.values()))[:2])
     rows = rows if len(rows) > 1 else rows * 2
     batch = task.inputs(rows)
     if batch["input_ids"].shape[1] < 2:
