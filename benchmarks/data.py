@@ -25,7 +25,7 @@ RESULT = Path(__file__).parent / "results" / "data.json"
 CHARACTERS = 460
 MIB = 2**20
 # Seconds between two looks at the memory of all processes.
-EVERY = 0.25
+EVERY = 1.0
 MODEL = "minilm"
 LENGTH = 128
 # What anybody would write: rows from the file, tokens of them, and the first batch.

@@ -15,19 +15,22 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def hub_rows(dataset: str, subset: str | None = None) -> dict[str, Callable[[], Iterator[Row]]]:
+def hub_rows(dataset: str, subset: str | None = None, stream: bool = False) -> dict[str, Callable[[], Iterator[Row]]]:
     """What gives the rows of each split of a hub data set; class labels become their names.
 
     Splits whose labels are withheld (-1) are left out.
 
+    Args:
+        stream: read them from the hub each time, and keep nothing.
+
     Raises:
         UserError: it cannot be loaded (no such id, or no network).
     """
-    loaded = _load(dataset, subset)
+    loaded = _load(dataset, subset, stream)
     return {
         str(split): lambda split=split: _rows(loaded[split], f"{dataset}/{split}")
         for split in loaded
-        if not _withheld(loaded[split])
+        if stream or not _withheld(loaded[split])
     }
 
 
@@ -47,11 +50,24 @@ def hub_hash(dataset: str, subset: str | None = None) -> str:
     return "sha256:" + digest.hexdigest()
 
 
-def _load(dataset: str, subset: str | None) -> Any:
+def hub_state(dataset: str, subset: str | None = None) -> str:
+    """Names what a hub data set is now, without reading it: its files and their revision.
+
+    Raises:
+        UserError: as `hub_rows`.
+    """
     import datasets
 
     with foreign(f"data.dataset: {dataset!r} could not be loaded"):
-        return datasets.load_dataset(dataset, subset)
+        builder = datasets.load_dataset_builder(dataset, subset)
+    return f"{builder.dataset_name} {builder.config.name} {builder.hash} {builder.info.version}"
+
+
+def _load(dataset: str, subset: str | None, stream: bool = False) -> Any:
+    import datasets
+
+    with foreign(f"data.dataset: {dataset!r} could not be loaded"):
+        return datasets.load_dataset(dataset, subset, streaming=stream)
 
 
 def _withheld(table: Dataset) -> bool:
@@ -66,8 +82,10 @@ def _withheld(table: Dataset) -> bool:
 def _rows(table: Dataset, where: str) -> Iterator[Row]:
     import datasets
 
-    names = {key: f.names for key, f in table.features.items() if isinstance(f, datasets.ClassLabel)}
-    lists = {key: getattr(f, "feature", None) for key, f in table.features.items()}
+    # A stream of files without types has none.
+    features = table.features or {}
+    names = {key: f.names for key, f in features.items() if isinstance(f, datasets.ClassLabel)}
+    lists = {key: getattr(f, "feature", None) for key, f in features.items()}
     tags = {key: f.names for key, f in lists.items() if isinstance(f, datasets.ClassLabel)}
     for number, row in enumerate(table, 1):
         yield (

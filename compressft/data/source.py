@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from compressft.utils.strict import Strict
 
@@ -40,6 +40,10 @@ class DataConfig(Strict):
     seeded. `per_class` keeps a balanced sample of the training rows; `limit` the first rows after shuffling.
     `columns` maps the task's fields (text, text_b, label, score, tokens, tags) to column names.
 
+    With `streaming` the training rows are read while training goes on and never kept, for sources larger than the disk;
+    `limit` is then how many of them there are. They need a validation split of their own, which also says which labels
+    there are, and a number of steps. What a method or pass decides by the rows, it decides by the first ten thousand.
+
     Rows without labels train through distillation alone: those of `unlabelled` (a file or several), and rewritten
     copies of the training rows (`augment`). Stages without a teacher do not see them.
     """
@@ -58,6 +62,12 @@ class DataConfig(Strict):
     per_class: int | None = Field(default=None, ge=2)
     limit: int | None = Field(default=None, ge=2)
     seed: int = 0
+    streaming: bool = False
+
+    @model_serializer(mode="wrap")
+    def _without_streaming(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A source that is not streamed is written, and hashed, as before there were streams.
+        return {name: value for name, value in whole(self).items() if value or name != "streaming"}
 
     @field_validator("sample", "dataset", "train", "unlabelled")
     @classmethod
@@ -71,6 +81,17 @@ class DataConfig(Strict):
         given = [name for name in SOURCES if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"give exactly one of sample, dataset and train; got {given or 'none'}")
+        return self
+
+    @model_validator(mode="after")
+    def _streamed(self) -> DataConfig:
+        if not self.streaming:
+            return self
+        for name in ("per_class", "unlabelled", "augment"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name} needs all rows at once; remove it, or streaming")
+        if self.train is not None and self.validation is None:
+            raise ValueError("a stream has no rows to set aside; give validation, or remove streaming")
         return self
 
 

@@ -17,7 +17,7 @@ from compressft.data.rows import AT_ONCE, ROW_KEY, Row, iterate_rows, sample_fil
 from compressft.data.store import kept, key_of, part, write_part
 from compressft.data.table import Table, chained
 from compressft.errors import UserError, nearest
-from compressft.utils.files import file_hash
+from compressft.utils.files import file_hash, file_state
 
 if TYPE_CHECKING:
     from compressft.data.source import DataConfig
@@ -39,6 +39,7 @@ class Splits:
 
     `unlabelled` rows have inputs alone. `known` are the training rows as they were given, before any were set aside or
     left out: which labels there are is theirs to say. `left_out` counts those that nothing is trained or validated on.
+    Where training reads a `stream`, `train` is its beginning.
     """
 
     train: Sequence[Row]
@@ -47,11 +48,16 @@ class Splits:
     unlabelled: Sequence[Row] = field(default_factory=list)
     known: Sequence[Row] = field(default_factory=list)
     left_out: int = 0
+    stream: Callable[[], Iterator[Row]] | None = None
 
     @property
     def report_split(self) -> str:
         """The split that the report's quality figures are measured on."""
         return "test" if self.test else "validation"
+
+
+# Rows of a stream that are shuffled together, and that decisions by the rows are made by.
+STREAM_WINDOW = 10_000
 
 
 def load_splits(config: DataConfig, fields: Fields, mask: str | None = None) -> Splits:
@@ -64,6 +70,8 @@ def load_splits(config: DataConfig, fields: Fields, mask: str | None = None) -> 
     Raises:
         UserError: a file, column, row or label is wrong.
     """
+    if config.streaming:
+        return _streamed(config, fields)
     splits = {name: source.table(config.columns, fields) for name, source in _sources(config).items()}
     train, validation, test = splits["train"], splits.get("validation"), splits.get("test")
     given, carved = train, validation is None
@@ -83,6 +91,26 @@ def load_splits(config: DataConfig, fields: Fields, mask: str | None = None) -> 
     return Splits(train, validation, [] if test is None else test, unlabelled, given, left_out)
 
 
+def _streamed(config: DataConfig, fields: Fields) -> Splits:
+    """Splits of which training rows are not kept."""
+    sources = _sources(config)
+    if "validation" not in sources:
+        raise UserError("data.streaming: there is no split 'validation', and none can be set aside; give one")
+    train = sources.pop("train")
+    whole = train if config.limit is None else train.first(config.limit)
+    tables = {name: source.table(config.columns, fields) for name, source in sources.items()}
+    first = whole.first(STREAM_WINDOW).table(config.columns, fields)
+    validation, test = tables["validation"], tables.get("test", [])
+    for other in (test, first):
+        if fields.label and isinstance(other, Table):
+            _refuse_other_labels(other, validation, fields.label, "validation")
+
+    def stream() -> Iterator[Row]:
+        return canonical(whole.rows, config.columns, fields)
+
+    return Splits(first, validation, test, known=validation, stream=stream)
+
+
 @dataclass(frozen=True)
 class Source:
     """Where rows come from.
@@ -95,11 +123,19 @@ class Source:
     about: tuple[str, ...]
     rows: Callable[[], Iterator[Row]]
 
+    def first(self, rows: int) -> Source:
+        """Its beginning."""
+        return Source((*self.about, str(rows)), lambda: islice(self.rows(), rows))
+
     @classmethod
-    def of_files(cls, files: Sequence[str]) -> Source:
-        """One file after the other."""
+    def of_files(cls, files: Sequence[str], hashed: bool = True) -> Source:
+        """One file after the other.
+
+        Args:
+            hashed: read them whole to know whether they are the same; else by size and time of change.
+        """
         return cls(
-            tuple(f"{file} {_digest(file)}" for file in files),
+            tuple(f"{file} {_digest(file, hashed)}" for file in files),
             lambda: (row for one in files for row in iterate_rows(one)),
         )
 
@@ -114,10 +150,10 @@ class Source:
         return Table(kept("rows", key, make), key)
 
 
-def _digest(file: str) -> str:
+def _digest(file: str, hashed: bool) -> str:
     path = Path(file).expanduser()
     # Whoever reads it says why it cannot be read.
-    return file_hash(path) if path.is_file() else ""
+    return (file_hash if hashed else file_state)(path) if path.is_file() else ""
 
 
 def batched(rows: Iterable[Row]) -> Iterator[list[Row]]:
@@ -132,13 +168,13 @@ def _classes(table: Table, label: str | None) -> tuple[list[str], np.ndarray]:
     return table.codes(label) if label else ([""], np.zeros(len(table), dtype=np.int32))
 
 
-def _refuse_other_labels(table: Table, given: Table, label: str) -> None:
+def _refuse_other_labels(table: Table, given: Table, label: str, where: str = "train") -> None:
     known = set(given.codes(label)[0])
     names, codes = table.codes(label)
     other = [code for code, name in enumerate(names) if name not in known]
     if other:
         row = table[int(np.flatnonzero(np.isin(codes, other))[0])]
-        raise UserError(f"data: {row[ROW_KEY]}: label {row[label]!r} does not occur in train")
+        raise UserError(f"data: {row[ROW_KEY]}: label {row[label]!r} does not occur in {where}")
 
 
 def _unlabelled(config: DataConfig, fields: Fields, train: Table, mask: str | None) -> Sequence[Row]:
@@ -175,6 +211,8 @@ def load_pool(config: DataConfig, fields: Fields, labelled: bool) -> Table:
     Raises:
         UserError: a file, column or row is wrong.
     """
+    if config.streaming:
+        raise UserError("data.streaming: a selection compares all rows of its pool; remove streaming")
     wanted = fields if labelled else Fields.of_inputs(fields)
     columns = {name: column for name, column in config.columns.items() if name in wanted.all}
     rows = _sources(config)["train"].table(columns, wanted)
@@ -183,14 +221,20 @@ def load_pool(config: DataConfig, fields: Fields, labelled: bool) -> Table:
 
 def _sources(config: DataConfig) -> dict[str, Source]:
     if config.dataset:
-        from compressft.data.hub import hub_hash, hub_rows
+        from compressft.data.hub import hub_hash, hub_rows, hub_state
 
-        rows, digest = hub_rows(config.dataset, config.subset), hub_hash(config.dataset, config.subset)
+        name, subset, stream = config.dataset, config.subset, config.streaming
+        rows = hub_rows(name, subset, stream)
+        digest = hub_state(name, subset) if stream else hub_hash(name, subset)
         if "train" not in rows:
             raise UserError(f"data.dataset: {config.dataset!r} has no split 'train'; splits: {', '.join(rows)}")
         return {name: Source((digest, config.dataset, name), read) for name, read in rows.items()}
     files = source_files(config)
-    return {name: Source.of_files(files[name]) for name in ("train", "validation", "test") if name in files}
+    return {
+        name: Source.of_files(files[name], hashed=not (config.streaming and name == "train"))
+        for name in ("train", "validation", "test")
+        if name in files
+    }
 
 
 def source_files(config: DataConfig) -> dict[str, tuple[str, ...]]:

@@ -136,7 +136,17 @@ class Recipe(Strict):
                 raise ValueError(f"data.{name}: no stage trains on it; name it in a stage's data, or remove it")
         for feed in used:
             self._refuse_unlabelled(feed)
+        for position, stage in enumerate(self.stages):
+            self._refuse_endless(stage, f"stages.{position}")
         return self
+
+    def _refuse_endless(self, stage: Stage, where: str) -> None:
+        """Refuse what nobody can know of a stream: its end, and a share of it."""
+        streamed = [feed for feed in self.feeds(stage) if feed.data.streaming]
+        if streamed and len(self.feeds(stage)) > 1:
+            raise ValueError(f"{where}.feeds: {streamed[0].field} is streamed, and has no share; remove its streaming")
+        if streamed and stage.train.max_steps <= 0:
+            raise ValueError(f"{where}.train.max_steps: is required, as {streamed[0].field} is streamed and has no end")
 
     def _refuse_selection(self, select: Select, made: Sequence[str], position: int) -> None:
         """Refuse a selection before stage `position`, of what is not there yet or cannot choose."""

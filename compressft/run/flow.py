@@ -81,6 +81,8 @@ def _introduce(run: Run, rows: FeedRows) -> None:
     splits, data = rows.splits, rows.feed.data
     names = ("train", "validation", "test", *(["unlabelled"] if splits.unlabelled else []))
     counted = ", ".join(f"{len(getattr(splits, name))} {name}" for name in names)
+    if splits.stream is not None:
+        counted = f"a stream of training rows, of which {len(splits.train)} are looked at; {counted.partition(', ')[2]}"
     reasons = " and ".join(f"{rows.feed.field}.{name}" for name in ("per_class", "limit") if getattr(data, name))
     left = f"; {splits.left_out} of {len(splits.known)} training rows left out ({reasons})" if splits.left_out else ""
     whose = f"{run.recipe.name}, {rows.feed.source}" if rows.feed.source else run.recipe.name

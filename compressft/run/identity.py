@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from compressft.data.hub import hub_hash
+from compressft.data.hub import hub_hash, hub_state
 from compressft.data.source import DataConfig
 from compressft.data.splits import source_files
 from compressft.errors import UserError
@@ -26,7 +26,7 @@ from compressft.model.saved.manifest import SEAL, check_seal, require, sealed
 from compressft.model.source import resolve
 from compressft.recipe.document import recorded_hash
 from compressft.recipe.recipe import Recipe
-from compressft.utils.files import file_hash
+from compressft.utils.files import file_hash, file_state
 from compressft.utils.machine import hardware, usable_cores, versions
 from compressft.utils.texts import read_object
 
@@ -90,12 +90,18 @@ def inputs(recipe: Recipe, done: Collection[str] = ()) -> Iterator[Input]:
     Args:
         done: names of finished stages, whose teachers and adapters are not read again.
     """
+    streamed = [
+        f"{place}.train.{number}"
+        for place, data in _sources(recipe)
+        if data.streaming
+        for number in range(len(source_files(data).get("train", ())))
+    ]
     for place, data in _sources(recipe):
         if data.dataset is not None:
             yield Input(f"{place}.dataset", f"{place}.dataset: {data.dataset!r}", partial(_hub_digest, data))
     for key, name in _named(recipe, done):
         if key.startswith("data."):
-            yield _file(key, Path(name).expanduser())
+            yield _file(key, Path(name).expanduser(), file_state if key in streamed else _hash_of)
         else:
             yield from _of_folder(key, name)
 
@@ -121,13 +127,17 @@ def _sources(recipe: Recipe) -> Iterator[tuple[str, DataConfig]]:
 
 def _hub_digest(data: DataConfig, before: str | None) -> str:
     assert data.dataset is not None
-    return hub_hash(data.dataset, data.subset)
+    return hub_state(data.dataset, data.subset) if data.streaming else hub_hash(data.dataset, data.subset)
 
 
-def _file(key: str, path: Path) -> Input:
+def _hash_of(path: Path) -> str:
+    return f"sha256:{file_hash(path)}"
+
+
+def _file(key: str, path: Path, digest_of: Callable[[Path], str] = _hash_of) -> Input:
     def digest(before: str | None) -> str | None:
         try:
-            return f"sha256:{file_hash(path)}" if path.is_file() else None
+            return digest_of(path) if path.is_file() else None
         except OSError:
             # Whoever reads it says why it cannot be read.
             return None

@@ -26,6 +26,7 @@ from compressft.recipe.program import Stage
 from compressft.run.donors import add_sides, donor
 from compressft.run.feed import Feeds
 from compressft.run.records import Run, Spent
+from compressft.run.stream import Stream
 from compressft.tasks.task import Task
 from compressft.transform import Context
 from compressft.utils import ranks
@@ -91,6 +92,8 @@ def train_stage(run: Run, stage: Stage, model: nn.Module, feeds: Feeds, spent: S
     folder.rewind(manifest["step"], evaluated=not done)
     reporter = Reporter(run, stage, task, offset, manifest["seconds"])
     train, validation = rows.features(stage)
+    if rows.splits.stream is not None:
+        train = Stream(rows.splits.stream, task, stage.train.batch_size, stage.train.seed)
     lesson = Lesson(task, stage.train, train, validation, sides)
     trainer = CompressionTrainer(model, lesson, context, folder.staging, [reporter])
     reporter.trainer = trainer

@@ -25,6 +25,7 @@ from compressft.recipe.parts import TrainConfig
 from compressft.run.feed import LengthGroupedSampler, training_lengths, training_rows
 from compressft.run.mixed import FEED, Joined, MixedBatches, Side, collate_by
 from compressft.run.step import Asked, loss_terms, total
+from compressft.run.stream import Stream
 from compressft.tasks.encode import longest_first
 from compressft.tasks.task import Feature, Task
 from compressft.transform import Context, Transform, ungrouped, without_labels
@@ -73,7 +74,7 @@ class Lesson:
 
     task: Task
     config: TrainConfig
-    train: Sequence[Feature]
+    train: Sequence[Feature] | Stream
     validation: Sequence[Feature]
     sides: Sequence[Side] = ()
 
@@ -99,7 +100,8 @@ class CompressionTrainer(Trainer):
         self.task = task
         self.context = context
         self.sides = list(sides)
-        rows: Any = training_rows(lesson.train, task, config.seed)
+        streamed = isinstance(lesson.train, Stream)
+        rows: Any = lesson.train if streamed else training_rows(lesson.train, task, config.seed)
         self.transforms = list(context.transforms)
         self.terms: dict[str, float] = defaultdict(float)
         self.tokens = 0
@@ -272,6 +274,8 @@ class CompressionTrainer(Trainer):
         batch_size = self.args.train_batch_size
         if self.sides:
             return self._mixed_dataloader(features, batch_size)
+        if isinstance(features, Stream):
+            return self.accelerator.prepare(DataLoader(features, batch_size=batch_size, collate_fn=self.data_collator))
         # Neighbouring batches are one step's: each process takes one of them.
         step_size = batch_size * ranks.count()
         sampler = LengthGroupedSampler(training_lengths(features, self.task), step_size, self.args.seed, features)

@@ -18,6 +18,12 @@ def file_hash(path: Path) -> str:
     return _hash(path.resolve(), state.st_size, (state.st_mtime_ns, state.st_ctime_ns), state.st_ino)
 
 
+def file_state(path: Path) -> str:
+    """Size and time of change of a file that is too large to be read for its hash."""
+    state = path.stat()
+    return f"{state.st_size} bytes, changed {state.st_mtime_ns}"
+
+
 @lru_cache(maxsize=1024)
 def _hash(path: Path, size: int, changed: tuple[int, int], number: int) -> str:
     with path.open("rb") as file:
