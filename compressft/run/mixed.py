@@ -18,6 +18,7 @@ from compressft.modules.kinds import Extra
 from compressft.recipe.program import Stage
 from compressft.run.feed import Feeds, LengthGroupedSampler
 from compressft.tasks.task import Feature, Task
+from compressft.utils import ranks
 
 # Which feed a batch is of, and a row; no model is given it.
 FEED = "feed"
@@ -31,7 +32,7 @@ class Side:
     Attributes:
         view: a model of the class that its task wants, over the backbone of the model that is trained.
         rows: its training rows, corrupted in every epoch where the task does that.
-        batches: how many batches of it an epoch has.
+        batches: how many batches of it an epoch has, of all processes' rows.
     """
 
     view: nn.Module
@@ -65,12 +66,13 @@ def batches_of(sizes: Sequence[int], shares: Sequence[float | None], batch: int,
 
 
 def side_batches(feeds: Feeds, stage: Stage) -> list[int]:
-    """How many batches an epoch has of each of a stage's other feeds."""
+    """How many steps' batches, all processes' together, an epoch has of each of a stage's other feeds."""
     first, *others = feeds.each(stage)
     if not others:
         return []
     sizes = [len(first.features(stage)[0]), *(len(rows.train) for rows in others)]
-    return batches_of(sizes, [one.share for one in stage.feeds], stage.train.batch_size, stage.temperature)[1:]
+    size = stage.train.batch_size * ranks.count()
+    return batches_of(sizes, [one.share for one in stage.feeds], size, stage.temperature)[1:]
 
 
 def seen(feeds: Feeds, stage: Stage) -> list[int]:
@@ -159,6 +161,31 @@ class MixedBatches(BatchSampler):
             full = [one for one in batches if len(one) == self.batch_size]
             yield from (batches if first or not full else full)[place:]
             pass_, place = pass_ + 1, 0
+
+
+class Dealt(BatchSampler):
+    """Each batch cut into as many as there are processes, one after the other; a short one's rows go round.
+
+    Args:
+        batches: of all processes' rows.
+    """
+
+    def __init__(self, batches: MixedBatches, processes: int) -> None:
+        super().__init__(batches.sampler, batches.batch_size // processes, drop_last=False)
+        self.batches = batches
+        self.processes = processes
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the data loader before each epoch."""
+        self.batches.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.batches) * self.processes
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self.batches:
+            whole = [batch[i % len(batch)] for i in range(self.batch_size * self.processes)]
+            yield from (whole[i : i + self.batch_size] for i in range(0, len(whole), self.batch_size))
 
 
 class FeedHeads(Extra):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,8 +24,8 @@ from compressft.model.finite import broken_term, refuse_update
 from compressft.modules.kinds import Extra
 from compressft.recipe.parts import TrainConfig
 from compressft.run.feed import LengthGroupedSampler, lengths_of, training_rows
-from compressft.run.mixed import FEED, Joined, MixedBatches, Side, collate_by
-from compressft.run.step import Asked, loss_terms, total
+from compressft.run.mixed import Dealt, Joined, MixedBatches, Side, collate_by
+from compressft.run.step import Step
 from compressft.tasks.task import Feature, Task
 from compressft.transform import Context, Transform, ungrouped, without_labels
 from compressft.utils import ranks
@@ -116,10 +117,9 @@ class CompressionTrainer(Trainer):
             callbacks=[Hooks(self.transforms), Trims(), *callbacks],
         )
         self.remove_callback(PrinterCallback)
+        self.step = Step(model, task, sides, context)
         if ranks.count() > 1:
             ranks.alike(model)
-            # Not to be wrapped in DistributedDataParallel: `average_gradients` says why.
-            self.accelerator.prepare_model(model, evaluation_mode=True)
             # Dropout of its own for every process.
             torch.manual_seed(self.args.seed + ranks.number())
         # The loss below is a mean over the batch; the Trainer divides it by the accumulation steps.
@@ -140,18 +140,14 @@ class CompressionTrainer(Trainer):
             outputs = model(**self.task.asked(inputs))
             loss = self.task.loss(outputs, inputs)
         else:
-            # Without the wrapper that distributed training puts around it.
-            plain: Any = self.model
-            inputs = dict(inputs)
-            feed = int(inputs.pop(FEED, 0))
-            side = self.sides[feed - 1] if feed else None
-            asked = Asked(side.task, side.view, feed) if side else Asked(self.task, model)
-            terms, outputs = loss_terms(plain, inputs, self.context, asked)
-            loss = total(terms)
+            # What wraps the model for several processes is around the whole step.
+            loss = model(inputs) if ranks.count() > 1 else self.step(inputs, model)
+            outputs = None
             if not math.isfinite(loss.item()):
-                self._refuse_loss(plain, terms, loss.item())
-            for name, term in terms.items():
+                self._refuse_loss(self.step.model, self.step.terms, loss.item())
+            for name, term in self.step.terms.items():
                 self.terms[name] += float(term.detach())
+            self.step.terms = {}
             self.terms["steps"] += 1
             self.tokens += int(inputs["attention_mask"].sum())
             self.examples += len(inputs["labels"])
@@ -166,13 +162,6 @@ class CompressionTrainer(Trainer):
             f"train: the loss ({name}) became {value} at step {step + 1}, all weights being finite; lower "
             f"train.learning_rate (now {rate:g}) or set train.precision to fp32"
         )
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As the Trainer's; with the last batch of a step, gradients become the mean over the processes."""
-        loss = super().training_step(*args, **kwargs)
-        if self.accelerator.sync_gradients:
-            ranks.average_gradients(self.model)  # type: ignore[arg-type]
-        return loss
 
     @phase("saving")
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -243,6 +232,15 @@ class CompressionTrainer(Trainer):
         """Real tokens trained on so far, by all processes."""
         return int(ranks.total(self.tokens)[0])
 
+    def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
+        """In a run of several processes the whole step is wrapped, not the model alone."""
+        if ranks.count() == 1 or not training:
+            return super()._wrap_model(model, training, dataloader)
+        with warnings.catch_warnings():
+            # accelerate's own: torch has another name for it since 2.13.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
+            return self.accelerator.prepare_model(self.step)
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The Trainer's optimiser, with the Transforms' own groups taken out of the common ones."""
         if self.optimizer is None:
@@ -278,16 +276,19 @@ class CompressionTrainer(Trainer):
         return self.accelerator.prepare(loader)
 
     def _mixed_dataloader(self, joined: Joined, batch_size: int) -> DataLoader:
-        """Batches of one feed each."""
+        """Batches of one feed each: all that one step's processes take are of the same."""
         tasks = [self.task, *(side.task for side in self.sides)]
+        step_size = batch_size * ranks.count()
         lengths = [lengths_of(part, task) for part, task in zip(joined.parts, tasks, strict=True)]
         samplers = [
-            LengthGroupedSampler(length, batch_size, self.args.seed, part)
+            LengthGroupedSampler(length, step_size, self.args.seed, part)
             for length, part in zip(lengths, joined.parts, strict=True)
         ]
-        counts = [math.ceil(len(lengths[0]) / batch_size), *(side.batches for side in self.sides)]
+        counts = [math.ceil(len(lengths[0]) / step_size), *(side.batches for side in self.sides)]
         collate = collate_by(tasks)
-        batches = MixedBatches(samplers, counts, batch_size, self.args.seed)
+        batches: Any = MixedBatches(samplers, counts, step_size, self.args.seed)
+        if ranks.count() > 1:
+            batches = Dealt(batches, ranks.count())
         return self.accelerator.prepare(DataLoader(joined, batch_sampler=batches, collate_fn=collate))
 
 
@@ -339,4 +340,7 @@ def training_arguments(config: TrainConfig, output: Path, device: str, dtype: to
         disable_tqdm=True,
         report_to=[],
         label_names=["labels"],
+        # Gates rest, and heads of other feeds; what buffers hold is agreed on where it is measured.
+        ddp_find_unused_parameters=True,
+        ddp_broadcast_buffers=False,
     )

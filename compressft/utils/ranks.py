@@ -1,4 +1,4 @@
-"""The processes of one run (torchrun): which is the first, what all of them agree on, and the mean of their gradients.
+"""The processes of one run (torchrun): which is the first, and what all of them agree on.
 
 Every function does nothing, or answers for itself, where there is one process. All processes call the same ones in
 the same order. Waiting and agreeing go through gloo, which sleeps: the first process may take minutes to measure.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
@@ -16,8 +16,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
-# Values of gradients that travel at once: 64 MiB of fp32.
-BUCKET = 2**24
 Value = TypeVar("Value")
 PATIENCE = timedelta(hours=24)
 _group: list[distributed.ProcessGroup] = []
@@ -129,43 +127,15 @@ def differing(model: nn.Module) -> list[str]:
 
 
 @torch.no_grad()
-def average_gradients(model: nn.Module) -> None:
-    """Give every parameter, and every buffer that collects a gradient, the mean of the processes' gradients.
-
-    One that has a gradient in some processes counts as 0 in the others; one that has none anywhere keeps none.
-    DistributedDataParallel does this during the backward pass, for parameters that are fixed when it is made and used
-    in the model's own forward. Here gates rest and wake in the course of training, masks are buffers, and objectives
-    have parameters that only their loss terms read.
-    """
-    if count() == 1:
+def average(tensors: Sequence[Tensor]) -> None:
+    """Make each of these, of one dtype, the mean of the processes' own; in place, in one message."""
+    if count() == 1 or not tensors:
         return
-    learning = [tensor for tensor in _tensors(model) if tensor.requires_grad]
-    if not learning:
-        return
-    present = torch.tensor([float(t.grad is not None) for t in learning], device=learning[0].device)
-    distributed.all_reduce(present)
-    used = [tensor for tensor, some in zip(learning, present.tolist(), strict=True) if some]
-    for tensor in used:
-        if tensor.grad is None:
-            tensor.grad = torch.zeros_like(tensor)
-    for bucket in _buckets([tensor.grad for tensor in used if tensor.grad is not None]):
-        flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
-        distributed.all_reduce(flat)
-        flat /= count()
-        for gradient, mean in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-            gradient.copy_(mean.view_as(gradient))
-
-
-def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Neighbours of one dtype, together at most `BUCKET` values unless a single one has more."""
-    bucket: list[Tensor] = []
-    for tensor in tensors:
-        if bucket and (tensor.dtype != bucket[0].dtype or sum(one.numel() for one in bucket) + tensor.numel() > BUCKET):
-            yield bucket
-            bucket = []
-        bucket.append(tensor)
-    if bucket:
-        yield bucket
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    distributed.all_reduce(flat)
+    flat /= count()
+    for tensor, mean in zip(tensors, flat.split([one.numel() for one in tensors]), strict=True):
+        tensor.copy_(mean.view_as(tensor))
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch.nn.parallel import DistributedDataParallel
 
 from compressft.methods import METHODS
 from compressft.methods.adapter import Adapter
@@ -120,14 +121,14 @@ def copied(model: Any) -> State:
 def pair_trained(family: str, name: str, steps: int = STEPS) -> Any:
     """An encoder-decoder trained on this process's share of a batch; no task of the command line has them."""
     model, method = started(name, family), PAIR_CASES[name]
-    ranks.alike(model)
+    several = ranks.count() > 1
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True) if several else model
     share = slice(ranks.number(), None, ranks.count())
     batch = {key: rows[share].contiguous() for key, rows in pair_batch().items()}
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE)
     model.train()
     for step in range(steps):
-        model(**batch).loss.backward()
-        ranks.average_gradients(model)
+        wrapped(**batch).loss.backward()
         optimiser.step()
         optimiser.zero_grad()
         method.after_step(model, (step + 1) / steps)
