@@ -80,7 +80,8 @@ class Reporter(TrainerCallback):
         if not logs or "loss" not in logs:
             return
         progress = state.global_step / state.max_steps
-        status = {t.type: t.status(model, progress) for t in self.trainer.transforms}
+        with self.trainer.whole():
+            status = {t.type: t.status(model, progress) for t in self.trainer.transforms}
         status = {name: value for name, value in status.items() if value}
         row = {
             "kind": "train",

@@ -7,7 +7,7 @@ import os
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,15 +16,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from compressft.errors import UserError
 from compressft.evaluation.scores import Scores
+from compressft.model.anatomy import anatomy
 from compressft.model.finite import broken_term, refuse_update
 from compressft.modules.kinds import Extra
 from compressft.recipe.parts import TrainConfig
 from compressft.run.feed import LengthGroupedSampler, lengths_of, training_rows
 from compressft.run.mixed import Dealt, Joined, MixedBatches, Side, collate_by
+from compressft.run.shards import Shards
 from compressft.run.step import Step
 from compressft.tasks.task import Feature, Task
 from compressft.transform import Context, Transform, ungrouped, without_labels
@@ -40,8 +42,8 @@ class Hooks(TrainerCallback):
     What Transforms draw or decide there is the same in all processes.
     """
 
-    def __init__(self, transforms: Sequence[Transform]) -> None:
-        self.transforms = transforms
+    def __init__(self, trainer: CompressionTrainer) -> None:
+        self.trainer = trainer
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self._follow(model, args, state, state.global_step)
@@ -51,8 +53,10 @@ class Hooks(TrainerCallback):
         self._follow(model, args, state, state.global_step + 1)
 
     def _follow(self, model: Any, args: Any, state: Any, step: int) -> None:
-        with ranks.same_draws(args.seed * 1_000_003 + step):
-            for transform in self.transforms:
+        transforms = self.trainer.transforms
+        looks = any(one.follows for one in transforms)
+        with ranks.same_draws(args.seed * 1_000_003 + step), self.trainer.whole(looks):
+            for transform in transforms:
                 transform.after_step(model, step / max(state.max_steps, 1))
 
 
@@ -114,10 +118,11 @@ class CompressionTrainer(Trainer):
             train_dataset=Joined([rows, *(side.rows for side in sides)]) if sides else rows,  # type: ignore[arg-type]
             # Rows of one length together are evaluated with hardly any padding; what does not fit shows at once.
             eval_dataset=sorted(lesson.validation, key=task.length, reverse=True),  # type: ignore[arg-type]
-            callbacks=[Hooks(self.transforms), Trims(), *callbacks],
+            callbacks=[Hooks(self), Trims(), *callbacks],
         )
         self.remove_callback(PrinterCallback)
         self.step = Step(model, task, sides, context)
+        self.shards: Shards | None = None
         if ranks.count() > 1:
             ranks.alike(model)
             # Dropout of its own for every process.
@@ -163,6 +168,43 @@ class CompressionTrainer(Trainer):
             f"train.learning_rate (now {rate:g}) or set train.precision to fp32"
         )
 
+    def whole(self, wanted: bool = True) -> AbstractContextManager[None]:
+        """Inside, the model's parameters are whole, where they are in pieces."""
+        return self.shards.whole() if self.shards and wanted else nullcontext()
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; the model is an ordinary one afterwards."""
+        found = super().train(*args, **kwargs)
+        if self.shards:
+            self.shards.gather()
+            self.shards = None
+        return found
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As the Trainer's."""
+        loss = super().training_step(*args, **kwargs)
+        if self.shards and self.accelerator.sync_gradients:
+            self.shards.average_uncut()
+        return loss
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        # Every process comes by here, and one writes.
+        super()._save(output_dir, self.shards.weights(self.step.model) if self.shards else state_dict)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.shards is None:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        state = self.shards.moments()
+        if self.args.should_save:
+            torch.save(state, os.path.join(output_dir, OPTIMIZER_NAME))
+            scheduler: Any = self.lr_scheduler
+            torch.save(scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.shards:
+            self.shards.cut_moments()
+
     @phase("saving")
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with _python_files():
@@ -175,7 +217,7 @@ class CompressionTrainer(Trainer):
         It draws no random number: a checkpoint of the same step may be written before it.
         """
         trim()
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), self.whole():
             found = {f"eval_{name}": value for name, value in self._evaluated().items()}
         self.log(found)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
@@ -236,6 +278,13 @@ class CompressionTrainer(Trainer):
         """In a run of several processes the whole step is wrapped, not the model alone."""
         if ranks.count() == 1 or not training:
             return super()._wrap_model(model, training, dataloader)
+        if ranks.sharded():
+            # What follows the layers' forward pass may read them.
+            keep = any(type(one).loss is not Transform.loss for one in self.transforms)
+            units = [layer.module for layer in anatomy(self.step.model).layers]
+            optimizer: Any = self.optimizer
+            self.shards = Shards(self.step, units, optimizer, keep)
+            return self.step
         with warnings.catch_warnings():
             # accelerate's own: torch has another name for it since 2.13.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")

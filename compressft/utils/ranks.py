@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
@@ -16,9 +16,19 @@ from typing import TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
+from compressft.errors import UserError
+
 Value = TypeVar("Value")
 PATIENCE = timedelta(hours=24)
+# Variables of accelerate's that ask for other things: the option, and what to do instead.
+OPTIONS = {
+    "ACCELERATE_USE_DEEPSPEED": ("--use_deepspeed", "shard with --use_fsdp --fsdp_version 2"),
+    "ACCELERATE_USE_MEGATRON_LM": ("--use_megatron_lm", "shard with --use_fsdp --fsdp_version 2"),
+    "FSDP_OFFLOAD_PARAMS": ("--fsdp_offload_params", "leave it out"),
+    "FSDP_ACTIVATION_CHECKPOINTING": ("--fsdp_activation_checkpointing", "set train.gradient_checkpointing to true"),
+}
 _group: list[distributed.ProcessGroup] = []
+_sharded = False
 
 
 def count() -> int:
@@ -36,14 +46,48 @@ def first() -> bool:
     return number() == 0
 
 
+def sharded() -> bool:
+    """Whether each holds a piece of the weights (FSDP2), not a copy of them."""
+    return count() > 1 and _sharded
+
+
+def shard(on: bool) -> None:
+    """Whether what is trained from here on is in pieces."""
+    global _sharded
+    _sharded = on
+
+
 def start() -> None:
-    """Join the other processes where torchrun has started several; the first alone goes on to use standard output."""
+    """Join the other processes where torchrun or `accelerate launch` has started several.
+
+    The first alone goes on to use standard output. What accelerate's environment says of FSDP is taken out of it: the
+    step that is sharded here is none of its models.
+
+    Raises:
+        UserError: it asks for what is not done here.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and count() == 1:
+        refuse_environment(os.environ)
+        shard(os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true")
         from accelerate import PartialState
 
         PartialState(cpu=not torch.cuda.is_available())
         if not first():
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
+
+
+def refuse_environment(environment: Mapping[str, str]) -> None:
+    """Refuse what accelerate's environment asks for and nothing here does.
+
+    Raises:
+        UserError: which.
+    """
+    sharded = environment.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if sharded and environment.get("FSDP_VERSION", "1") != "2":
+        raise UserError("accelerate launch --use_fsdp: version 1 is not done here; add --fsdp_version 2")
+    for name, (option, fix) in OPTIONS.items():
+        if (sharded or not name.startswith("FSDP")) and environment.get(name, "false").lower() == "true":
+            raise UserError(f"accelerate launch {option}: is not done here; {fix}")
 
 
 def _waiting() -> distributed.ProcessGroup:
