@@ -59,13 +59,16 @@ def kept_heads(heads: Mapping[int, Mapping[str, Tensor]]) -> dict[str, dict[str,
     return {FILE: tensors} if tensors else {}
 
 
-def add_sides(feeds: Feeds, stage: Stage, model: nn.Module, give: Callable[[Task], Any]) -> list[Side]:
+def add_sides(
+    feeds: Feeds, stage: Stage, model: nn.Module, give: Callable[[Task], Any], rows_of_step: int
+) -> list[Side]:
     """The other feeds of a stage, each with a model of its own head over the backbone that is trained.
 
     Their heads become children of `model`, to be trained and saved with it; `take_heads` takes them out.
 
     Args:
         give: gives a model with the head that a task wants.
+        rows_of_step: how many rows all processes take at once.
 
     Raises:
         UserError: a head does not fit.
@@ -74,7 +77,7 @@ def add_sides(feeds: Feeds, stage: Stage, model: nn.Module, give: Callable[[Task
     if not others:
         return []
     device, sides = next(model.parameters()).device, []
-    for number, (rows, count) in enumerate(zip(others, side_batches(feeds, stage), strict=True), 1):
+    for number, (rows, count) in enumerate(zip(others, side_batches(feeds, stage, rows_of_step), strict=True), 1):
         view = over(model, give(rows.task).to(device), f"stages.{stage.name}.feeds.{number}")
         sides.append(Side(view, rows.task, training_rows(rows.train, rows.task, stage.train.seed), count))
     model.add_module(HEADS, FeedHeads([side.view for side in sides], model))

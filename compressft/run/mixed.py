@@ -18,7 +18,6 @@ from compressft.modules.kinds import Extra
 from compressft.recipe.program import Stage
 from compressft.run.feed import Feeds, LengthGroupedSampler
 from compressft.tasks.task import Feature, Task
-from compressft.utils import ranks
 
 # Which feed a batch is of, and a row; no model is given it.
 FEED = "feed"
@@ -32,7 +31,7 @@ class Side:
     Attributes:
         view: a model of the class that its task wants, over the backbone of the model that is trained.
         rows: its training rows, corrupted in every epoch where the task does that.
-        batches: how many batches of it an epoch has, of all processes' rows.
+        batches: how many batches of it an epoch has, of the rows that all processes take at once.
     """
 
     view: nn.Module
@@ -65,21 +64,20 @@ def batches_of(sizes: Sequence[int], shares: Sequence[float | None], batch: int,
     return [first, *(max(1, round(first * part / parts[0])) for part in parts[1:])]
 
 
-def side_batches(feeds: Feeds, stage: Stage) -> list[int]:
-    """How many steps' batches, all processes' together, an epoch has of each of a stage's other feeds."""
+def side_batches(feeds: Feeds, stage: Stage, batch: int) -> list[int]:
+    """How many batches of so many rows an epoch has of each of a stage's other feeds."""
     first, *others = feeds.each(stage)
     if not others:
         return []
     sizes = [len(first.features(stage)[0]), *(len(rows.train) for rows in others)]
-    size = stage.train.batch_size * ranks.count()
-    return batches_of(sizes, [one.share for one in stage.feeds], size, stage.temperature)[1:]
+    return batches_of(sizes, [one.share for one in stage.feeds], batch, stage.temperature)[1:]
 
 
 def seen(feeds: Feeds, stage: Stage) -> list[int]:
     """Tokens of each row that an epoch of a stage trains on, of all its feeds."""
     first, *others = feeds.each(stage)
     lengths = [first.task.tokens(row) for row in first.features(stage)[0]]
-    for rows, count in zip(others, side_batches(feeds, stage), strict=True):
+    for rows, count in zip(others, side_batches(feeds, stage, stage.train.batch_size), strict=True):
         own = [rows.task.tokens(row) for row in rows.train]
         lengths += [own[i % len(own)] for i in range(count * stage.train.batch_size)]
     return lengths
@@ -164,27 +162,23 @@ class MixedBatches(BatchSampler):
 
 
 class Dealt(BatchSampler):
-    """Each batch cut into as many as there are processes, one after the other; a short one's rows go round.
+    """Each batch cut into parts, one after the other, for processes to take in turns; a short one's rows go round."""
 
-    Args:
-        batches: of all processes' rows.
-    """
-
-    def __init__(self, batches: MixedBatches, processes: int) -> None:
-        super().__init__(batches.sampler, batches.batch_size // processes, drop_last=False)
+    def __init__(self, batches: MixedBatches, parts: int) -> None:
+        super().__init__(batches.sampler, batches.batch_size // parts, drop_last=False)
         self.batches = batches
-        self.processes = processes
+        self.parts = parts
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the data loader before each epoch."""
         self.batches.set_epoch(epoch)
 
     def __len__(self) -> int:
-        return len(self.batches) * self.processes
+        return len(self.batches) * self.parts
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in self.batches:
-            whole = [batch[i % len(batch)] for i in range(self.batch_size * self.processes)]
+            whole = [batch[i % len(batch)] for i in range(self.batch_size * self.parts)]
             yield from (whole[i : i + self.batch_size] for i in range(0, len(whole), self.batch_size))
 
 

@@ -73,13 +73,19 @@ class Trims(TrainerCallback):
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a stage trains on and how: features without padding, `labels` as the task has them."""
+    """What a stage trains on and how: features without padding, `labels` as the task has them.
+
+    Attributes:
+        rows: neighbours in length that are in one batch, over all processes and accumulated ones; 0 for as many as the
+            processes take at once.
+    """
 
     task: Task
     config: TrainConfig
     train: Sequence[Feature]
     validation: Sequence[Feature]
     sides: Sequence[Side] = ()
+    rows: int = 0
 
 
 class CompressionTrainer(Trainer):
@@ -108,6 +114,7 @@ class CompressionTrainer(Trainer):
         self.terms: dict[str, float] = defaultdict(float)
         self.tokens = 0
         self.examples = 0
+        self.rows = lesson.rows or config.batch_size * ranks.count()
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.autocast_dtype = autocast_dtype(config.precision, device)
         args = training_arguments(config, output, device, self.autocast_dtype)
@@ -318,26 +325,26 @@ class CompressionTrainer(Trainer):
         batch_size = self.args.train_batch_size
         if self.sides:
             return self._mixed_dataloader(features, batch_size)
-        # Neighbouring batches are one step's: each process takes one of them.
-        step_size = batch_size * ranks.count()
-        sampler = LengthGroupedSampler(lengths_of(features, self.task), step_size, self.args.seed, features)
+        # Neighbouring batches are one step's: each process takes one of them, and then the next.
+        rows = max(self.rows, batch_size)
+        sampler = LengthGroupedSampler(lengths_of(features, self.task), rows, self.args.seed, features)
         loader = DataLoader(features, batch_size=batch_size, sampler=sampler, collate_fn=self.data_collator)
         return self.accelerator.prepare(loader)
 
     def _mixed_dataloader(self, joined: Joined, batch_size: int) -> DataLoader:
-        """Batches of one feed each: all that one step's processes take are of the same."""
+        """Batches of one feed each: what the processes take at once is of the same."""
         tasks = [self.task, *(side.task for side in self.sides)]
-        step_size = batch_size * ranks.count()
+        rows = max(self.rows, batch_size)
         lengths = [lengths_of(part, task) for part, task in zip(joined.parts, tasks, strict=True)]
         samplers = [
-            LengthGroupedSampler(length, step_size, self.args.seed, part)
+            LengthGroupedSampler(length, rows, self.args.seed, part)
             for length, part in zip(lengths, joined.parts, strict=True)
         ]
-        counts = [math.ceil(len(lengths[0]) / step_size), *(side.batches for side in self.sides)]
+        counts = [math.ceil(len(lengths[0]) / rows), *(side.batches for side in self.sides)]
         collate = collate_by(tasks)
-        batches: Any = MixedBatches(samplers, counts, step_size, self.args.seed)
-        if ranks.count() > 1:
-            batches = Dealt(batches, ranks.count())
+        batches: Any = MixedBatches(samplers, counts, rows, self.args.seed)
+        if rows > batch_size:
+            batches = Dealt(batches, rows // batch_size)
         return self.accelerator.prepare(DataLoader(joined, batch_sampler=batches, collate_fn=collate))
 
 
