@@ -193,6 +193,11 @@ class Transform(Strict):
     # Resources that it can tell others of; STARTING_LAYERS by `kept`.
     gives: ClassVar[Sequence[Resource]] = ()
 
+    @property
+    def follows(self) -> bool:
+        """Whether `after_step` looks at parameters, which are gathered for it where each process holds a piece."""
+        return type(self).after_step is not Transform.after_step
+
     def prepare(self, model: nn.Module, context: Context) -> None:
         """Rewrite the model before training. Raises UserError where the model lacks what this needs."""
 

@@ -10,7 +10,7 @@ FIRST = (
     TOGETHER,
     "tests/kernels/test_interpreted.py",
     "tests/run/test_run.py",
-    "tests/run/test_ddp.py",
+    "tests/run/test_processes.py",
     "tests/kernels/test_ahead.py",
     "tests/methods/test_compiled.py",
     "tests/run/test_resume.py",

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from compressft.modules.dtypes import like
 from compressft.modules.rank import flatten, keep_largest, nth_largest, nth_largest_each
+from compressft.utils import ranks
 
 
 class Gate(nn.Module):
@@ -110,8 +111,13 @@ class ColumnGate(GroupGate):
 
     @torch.no_grad()
     def accumulate(self, momentum: float) -> None:
-        """Move `importance` towards the newest |gradient| and forget the gradient; nothing where there is none."""
+        """Move `importance` towards the newest |gradient| and forget the gradient; nothing where there is none.
+
+        The mask is no parameter, so that no optimiser, clipping or count meets it: of several processes' gradients it
+        takes the mean itself.
+        """
         if self.mask.grad is not None:
+            ranks.average([self.mask.grad])
             score = self.mask.grad.detach().abs()
             # fp16 loss scaling skips steps whose gradients overflow; so does the average.
             if torch.isfinite(score).all():

@@ -89,7 +89,7 @@ def _timed_stage(recipe: Recipe, stage: Stage, feeds: Feeds, steps: int) -> dict
             seen.append((time.perf_counter(), trainer.examples, trainer.tokens))
 
     model = untrained()
-    sides = add_sides(feeds, stage, model, lambda task: fresh(recipe, task, stage.train.seed))
+    sides = add_sides(feeds, stage, model, lambda task: fresh(recipe, task, stage.train.seed), stage.train.batch_size)
     set_seed(stage.train.seed)
     context = Context(stage.transforms, {}, untrained, stage.train.seed, feeds.data(stage))
     for transform in stage.transforms:

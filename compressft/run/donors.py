@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from compressft.errors import UserError
 from compressft.model.heads import over
 from compressft.model.load import load_model
 from compressft.model.saved.compressed import load_compressed
@@ -18,7 +17,6 @@ from compressft.run.feed import Feeds, training_rows
 from compressft.run.mixed import HEADS, FeedHeads, Side, fill_head, side_batches
 from compressft.run.records import Run
 from compressft.tasks.task import Task
-from compressft.utils import ranks
 from compressft.utils.collector import importing
 from compressft.utils.foreign import load_tensors
 
@@ -61,24 +59,25 @@ def kept_heads(heads: Mapping[int, Mapping[str, Tensor]]) -> dict[str, dict[str,
     return {FILE: tensors} if tensors else {}
 
 
-def add_sides(feeds: Feeds, stage: Stage, model: nn.Module, give: Callable[[Task], Any]) -> list[Side]:
+def add_sides(
+    feeds: Feeds, stage: Stage, model: nn.Module, give: Callable[[Task], Any], rows_of_step: int
+) -> list[Side]:
     """The other feeds of a stage, each with a model of its own head over the backbone that is trained.
 
     Their heads become children of `model`, to be trained and saved with it; `take_heads` takes them out.
 
     Args:
         give: gives a model with the head that a task wants.
+        rows_of_step: how many rows all processes take at once.
 
     Raises:
-        UserError: a head does not fit, or several processes train.
+        UserError: a head does not fit.
     """
     others = feeds.each(stage)[1:]
     if not others:
         return []
-    if ranks.count() > 1:
-        raise UserError(f"stages.{stage.name}.feeds: several feeds train in one process; start it without torchrun")
     device, sides = next(model.parameters()).device, []
-    for number, (rows, count) in enumerate(zip(others, side_batches(feeds, stage), strict=True), 1):
+    for number, (rows, count) in enumerate(zip(others, side_batches(feeds, stage, rows_of_step), strict=True), 1):
         view = over(model, give(rows.task).to(device), f"stages.{stage.name}.feeds.{number}")
         sides.append(Side(view, rows.task, training_rows(rows.train, rows.task, stage.train.seed), count))
     model.add_module(HEADS, FeedHeads([side.view for side in sides], model))

@@ -37,7 +37,8 @@ def run(
 ) -> dict[str, Any]:
     """Run a recipe into a directory.
 
-    Where torchrun has started several processes, all train and the first alone writes, exports and tells.
+    Where torchrun or `accelerate launch` has started several processes, all train, and the first alone writes, exports
+    and tells.
 
     Args:
         output: the run directory (layout: README).
@@ -62,9 +63,9 @@ def run(
     keep_freed_memory()
     with open_folder(output, recipe, resume) as folder, watched(console, Clock(spent)) as clock:
         clock.add(kept(folder.root / SECONDS))
-        threads = ranks.shared(identify(folder.root, recipe, console) if ranks.first() else None)
-        with with_threads(threads):
-            return _run(Run(recipe, folder, console))
+        begun = ranks.shared(identify(folder.root, recipe, console) if ranks.first() else None)
+        with with_threads(begun.threads):
+            return _run(Run(recipe, folder, console, begun.processes))
 
 
 def _run(run: Run) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a run is made of besides its recipe: the bytes that it reads, its threads, its versions.
+"""What a run is made of besides its recipe: the bytes that it reads, its threads and processes, its versions.
 
 They are recorded when it begins and compared when it goes on: other bytes are refused by name, the number of threads is
 taken over, other versions are said.
@@ -26,6 +26,7 @@ from compressft.model.saved.manifest import SEAL, check_seal, require, sealed
 from compressft.model.source import resolve
 from compressft.recipe.document import recorded_hash
 from compressft.recipe.recipe import Recipe
+from compressft.utils import ranks
 from compressft.utils.files import file_hash, file_state
 from compressft.utils.machine import hardware, usable_cores, versions
 from compressft.utils.texts import read_object
@@ -76,12 +77,14 @@ class Identity:
         inputs: hash by `Input.key`; a revision for a model on the hub.
         threads: torch's, on whose number the order of sums depends.
         about: versions and processors, on which last bits depend.
+        processes: how many shared the rows of a step; None where an older version did not say.
     """
 
     recipe: str
     inputs: Mapping[str, str]
     threads: int
     about: Mapping[str, str]
+    processes: int | None = None
 
 
 def inputs(recipe: Recipe, done: Collection[str] = ()) -> Iterator[Input]:
@@ -197,7 +200,7 @@ def _cached(name: str, file: str) -> Path | None:
     return None if found is None else Path(found)
 
 
-def identify(root: Path, recipe: Recipe, console: Console) -> int:
+def identify(root: Path, recipe: Recipe, console: Console) -> Identity:
     """Record what a run is made of when it begins; compare it when the run goes on.
 
     Args:
@@ -205,7 +208,7 @@ def identify(root: Path, recipe: Recipe, console: Console) -> int:
         console: is told what cannot be compared, and what differs without being refused.
 
     Returns:
-        torch's threads that the run began with.
+        what the run began with.
 
     Raises:
         UserError: recipe.yaml, a file or a data set has changed since; the message names it.
@@ -216,7 +219,7 @@ def identify(root: Path, recipe: Recipe, console: Console) -> int:
             _say(console, f"{root}: {UNKNOWN}")
         begun = _now(root, recipe)
         _write(root, begun)
-        return begun.threads
+        return begun
     if begun.recipe != recorded_hash(root / "recipe.yaml"):
         raise UserError(f"{root / 'recipe.yaml'}: has changed since the run began; restore it")
     done = [stage.name for stage in recipe.stages if (root / "stages" / stage.name).is_dir()]
@@ -228,7 +231,9 @@ def identify(root: Path, recipe: Recipe, console: Console) -> int:
     if begun.threads != torch.get_num_threads():
         here = f"{torch.get_num_threads()} were set, {usable_cores()} cores are here"
         _say(console, f"goes on with {begun.threads} threads, as it began ({here}): their number decides last bits")
-    return begun.threads
+    if begun.processes not in (None, ranks.count()):
+        _say(console, f"processes: {begun.processes} began it, {ranks.count()} go on; a step has the same rows")
+    return begun
 
 
 def refuse_changed(
@@ -278,13 +283,13 @@ def read(root: Path) -> Identity | None:
     check_seal(entry, path)
     if entry["format"] != FORMAT:
         raise UserError(f"{path}: format {entry['format']!r}; this compressft reads {FORMAT}")
-    return Identity(entry["recipe"], entry["inputs"], entry["threads"], entry["about"])
+    return Identity(entry["recipe"], entry["inputs"], entry["threads"], entry["about"], entry.get("processes"))
 
 
 def _now(root: Path, recipe: Recipe) -> Identity:
     found = {one.key: one.digest(None) for one in inputs(recipe)}
     present = {key: digest for key, digest in found.items() if digest is not None}
-    return Identity(recorded_hash(root / "recipe.yaml"), present, torch.get_num_threads(), _about())
+    return Identity(recorded_hash(root / "recipe.yaml"), present, torch.get_num_threads(), _about(), ranks.count())
 
 
 def _about() -> dict[str, str]:

@@ -34,7 +34,7 @@ class Side:
     Attributes:
         view: a model of the class that its task wants, over the backbone of the model that is trained.
         rows: its training rows, corrupted in every epoch where the task does that.
-        batches: how many batches of it an epoch has.
+        batches: how many batches of it an epoch has, of the rows that all processes take at once.
     """
 
     view: nn.Module
@@ -67,20 +67,20 @@ def batches_of(sizes: Sequence[int], shares: Sequence[float | None], batch: int,
     return [first, *(max(1, round(first * part / parts[0])) for part in parts[1:])]
 
 
-def side_batches(feeds: Feeds, stage: Stage) -> list[int]:
-    """How many batches an epoch has of each of a stage's other feeds."""
+def side_batches(feeds: Feeds, stage: Stage, batch: int) -> list[int]:
+    """How many batches of so many rows an epoch has of each of a stage's other feeds."""
     first, *others = feeds.each(stage)
     if not others:
         return []
     sizes = [len(first.features(stage)[0]), *(len(rows.train) for rows in others)]
-    return batches_of(sizes, [one.share for one in stage.feeds], stage.train.batch_size, stage.temperature)[1:]
+    return batches_of(sizes, [one.share for one in stage.feeds], batch, stage.temperature)[1:]
 
 
 def seen(feeds: Feeds, stage: Stage) -> np.ndarray:
     """Tokens of each row that an epoch of a stage trains on, of all its feeds."""
     first, *others = feeds.each(stage)
     lengths = [tokens_of(first.features(stage)[0], first.task)]
-    for rows, count in zip(others, side_batches(feeds, stage), strict=True):
+    for rows, count in zip(others, side_batches(feeds, stage, stage.train.batch_size), strict=True):
         lengths.append(np.resize(tokens_of(rows.train, rows.task), count * stage.train.batch_size))
     return np.concatenate(lengths)
 
@@ -166,6 +166,27 @@ class MixedBatches(BatchSampler):
             full = [one for one in batches if len(one) == self.batch_size]
             yield from (batches if first or not full else full)[place:]
             pass_, place = pass_ + 1, 0
+
+
+class Dealt(BatchSampler):
+    """Each batch cut into parts, one after the other, for processes to take in turns; a short one's rows go round."""
+
+    def __init__(self, batches: MixedBatches, parts: int) -> None:
+        super().__init__(batches.sampler, batches.batch_size // parts, drop_last=False)
+        self.batches = batches
+        self.parts = parts
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the data loader before each epoch."""
+        self.batches.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.batches) * self.parts
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self.batches:
+            whole = [batch[i % len(batch)] for i in range(self.batch_size * self.parts)]
+            yield from (whole[i : i + self.batch_size] for i in range(0, len(whole), self.batch_size))
 
 
 class FeedHeads(Extra):

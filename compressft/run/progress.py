@@ -34,6 +34,7 @@ class Reporter(TrainerCallback):
         self.console = run.console
         self.stage = stage.name
         self.keep = stage.train.keep_checkpoints
+        self.batch = stage.train.batch_size
         self.task = task
         self.offset = offset
         self.spent = spent
@@ -80,7 +81,8 @@ class Reporter(TrainerCallback):
         if not logs or "loss" not in logs:
             return
         progress = state.global_step / state.max_steps
-        status = {t.type: t.status(model, progress) for t in self.trainer.transforms}
+        with self.trainer.whole():
+            status = {t.type: t.status(model, progress) for t in self.trainer.transforms}
         status = {name: value for name, value in status.items() if value}
         row = {
             "kind": "train",
@@ -141,7 +143,7 @@ class Reporter(TrainerCallback):
             "seconds": self.seconds,
             "tokens": self.trainer.all_tokens(),
             "examples": self.trainer.all_examples(),
-            "processes": ranks.count(),
+            "processes": self.trainer.rows // self.batch,
         }
         # Each process has written its random state.
         ranks.wait()

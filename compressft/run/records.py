@@ -15,11 +15,16 @@ from compressft.run.folder import RunFolder
 
 @dataclass(frozen=True)
 class Run:
-    """A run that is under way: what it does, where it writes, whom it tells."""
+    """A run that is under way: what it does, where it writes, whom it tells.
+
+    Attributes:
+        processes: how many it began with; None where that is not known, or as many as there are.
+    """
 
     recipe: Recipe
     folder: RunFolder
     console: Console
+    processes: int | None = None
 
     def say(self, text: str) -> None:
         """Tell a sentence, as it is."""

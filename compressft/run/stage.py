@@ -26,6 +26,7 @@ from compressft.recipe.program import Stage
 from compressft.run.donors import add_sides, donor
 from compressft.run.feed import Feeds
 from compressft.run.records import Run, Spent
+from compressft.run.share import shared_out
 from compressft.run.stream import Stream
 from compressft.tasks.task import Task
 from compressft.transform import Context
@@ -53,6 +54,10 @@ def train_stage(run: Run, stage: Stage, model: nn.Module, feeds: Feeds, spent: S
         from compressft.run.trainer import CompressionTrainer, Lesson
 
     folder, offset, rows = run.folder, spent.steps, feeds.of(stage)
+    found = folder.newest(stage.name)
+    checkpoint, manifest = found if found else (None, {"seconds": 0.0, "step": offset})
+    begun = run.processes or manifest.get("processes", ranks.count())
+    config = shared_out(stage.train, begun, ranks.count())
     set_seed(stage.train.seed)
     shapes_before = shapes(model)
     context = Context(
@@ -67,7 +72,8 @@ def train_stage(run: Run, stage: Stage, model: nn.Module, feeds: Feeds, spent: S
         **spent.costs,
     )
     with phase("loading"):
-        sides = add_sides(feeds, stage, model, lambda task: donor(run, feeds, stage, task))
+        rows_of_step = stage.train.batch_size * begun
+        sides = add_sides(feeds, stage, model, lambda task: donor(run, feeds, stage, task), rows_of_step)
     with phase("search"):
         for transform in stage.transforms:
             transform.prepare(model, context)
@@ -80,21 +86,13 @@ def train_stage(run: Run, stage: Stage, model: nn.Module, feeds: Feeds, spent: S
         )
     if stage.train.gradient_checkpointing:
         checkpoint_activations(model)
-    found = folder.newest(stage.name)
-    checkpoint, manifest = found if found else (None, {"seconds": 0.0, "step": offset})
-    processes = manifest.get("processes", ranks.count())
-    if processes != ranks.count():
-        raise UserError(
-            f"--resume: the run was started with {processes} processes, this is one of {ranks.count()}; "
-            f"go on with torchrun --nproc-per-node {processes}"
-        )
     done = manifest.get("done", False)
     folder.rewind(manifest["step"], evaluated=not done)
     reporter = Reporter(run, stage, task, offset, manifest["seconds"])
     train, validation = rows.features(stage)
     if rows.splits.stream is not None:
-        train = Stream(rows.splits.stream, task, stage.train.batch_size, stage.train.seed)
-    lesson = Lesson(task, stage.train, train, validation, sides)
+        train = Stream(rows.splits.stream, task, max(rows_of_step, config.batch_size), config.seed)
+    lesson = Lesson(task, config, train, validation, sides, rows_of_step)
     trainer = CompressionTrainer(model, lesson, context, folder.staging, [reporter])
     reporter.trainer = trainer
     if ranks.first():

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressft.run.mixed import FEED, Side
 from compressft.tasks.task import IGNORE, Task
 from compressft.transform import TASK_LOSS, Context, Transform
 
@@ -20,7 +21,7 @@ class Asked:
 
     Attributes:
         task: says what the model is given and what its loss is; None: the model's own head does.
-        forward: what computes the outputs, where distributed training has wrapped the model, or another head has to.
+        forward: what computes the outputs, where another head has to.
         feed: which of the stage's feeds; objectives that answer a task are for the first one's.
     """
 
@@ -58,3 +59,35 @@ def loss_terms(
 def total(terms: Mapping[str, Tensor]) -> Tensor:
     """Their sum, in fp32."""
     return torch.stack([term.float() for term in terms.values()]).sum()
+
+
+class Step(nn.Module):
+    """The whole loss of a batch as one forward pass, which is what distributed training wraps.
+
+    All that learns is inside: the model with its gates, the other feeds' heads, what objectives have learned.
+
+    Attributes:
+        terms: of the newest batch's loss.
+    """
+
+    def __init__(self, model: nn.Module, task: Task, sides: Sequence[Side], context: Context) -> None:
+        super().__init__()
+        self.model = model
+        self.task = task
+        # In a tuple: a view's head is a child of the model already, its backbone the model's.
+        self.sides = tuple(sides)
+        self.context = context
+        self.terms: dict[str, Tensor] = {}
+
+    def forward(self, batch: Mapping[str, Any], compute: nn.Module | None = None) -> Tensor:
+        """The loss, a scalar.
+
+        Args:
+            compute: computes the first feed's outputs, where that is not the model itself.
+        """
+        given = dict(batch)
+        feed = int(given.pop(FEED, 0))
+        side = self.sides[feed - 1] if feed else None
+        asked = Asked(side.task, side.view, feed) if side else Asked(self.task, compute)
+        self.terms, _ = loss_terms(self.model, given, self.context, asked)
+        return total(self.terms)

@@ -26,7 +26,7 @@ class Stream(IterableDataset[Feature]):
 
     Args:
         rows: reads them, from the first on.
-        batch_size: rows of a step of one process.
+        batch_size: rows that go together: those of a step, of all processes.
     """
 
     def __init__(self, rows: Callable[[], Iterable[Row]], task: Task, batch_size: int, seed: int) -> None:

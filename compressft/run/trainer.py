@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,16 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from compressft.errors import UserError
 from compressft.evaluation.scores import Scores
+from compressft.model.anatomy import anatomy
 from compressft.model.finite import broken_term, refuse_update
 from compressft.modules.kinds import Extra
 from compressft.recipe.parts import TrainConfig
 from compressft.run.feed import LengthGroupedSampler, training_lengths, training_rows
-from compressft.run.mixed import FEED, Joined, MixedBatches, Side, collate_by
-from compressft.run.step import Asked, loss_terms, total
+from compressft.run.mixed import Dealt, Joined, MixedBatches, Side, collate_by
+from compressft.run.shards import Shards
+from compressft.run.step import Step
 from compressft.run.stream import Stream
 from compressft.tasks.encode import longest_first
 from compressft.tasks.task import Feature, Task
@@ -41,8 +44,8 @@ class Hooks(TrainerCallback):
     What Transforms draw or decide there is the same in all processes.
     """
 
-    def __init__(self, transforms: Sequence[Transform]) -> None:
-        self.transforms = transforms
+    def __init__(self, trainer: CompressionTrainer) -> None:
+        self.trainer = trainer
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self._follow(model, args, state, state.global_step)
@@ -52,8 +55,10 @@ class Hooks(TrainerCallback):
         self._follow(model, args, state, state.global_step + 1)
 
     def _follow(self, model: Any, args: Any, state: Any, step: int) -> None:
-        with ranks.same_draws(args.seed * 1_000_003 + step):
-            for transform in self.transforms:
+        transforms = self.trainer.transforms
+        looks = any(one.follows for one in transforms)
+        with ranks.same_draws(args.seed * 1_000_003 + step), self.trainer.whole(looks):
+            for transform in transforms:
                 transform.after_step(model, step / max(state.max_steps, 1))
 
 
@@ -70,13 +75,19 @@ class Trims(TrainerCallback):
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a stage trains on and how: features without padding, `labels` as the task has them."""
+    """What a stage trains on and how: features without padding, `labels` as the task has them.
+
+    Attributes:
+        rows: neighbours in length that are in one batch, over all processes and accumulated ones; 0 for as many as the
+            processes take at once.
+    """
 
     task: Task
     config: TrainConfig
     train: Sequence[Feature] | Stream
     validation: Sequence[Feature]
     sides: Sequence[Side] = ()
+    rows: int = 0
 
 
 class CompressionTrainer(Trainer):
@@ -106,6 +117,7 @@ class CompressionTrainer(Trainer):
         self.terms: dict[str, float] = defaultdict(float)
         self.tokens = 0
         self.examples = 0
+        self.rows = lesson.rows or config.batch_size * ranks.count()
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.autocast_dtype = autocast_dtype(config.precision, device)
         args = training_arguments(config, output, device, self.autocast_dtype)
@@ -116,13 +128,13 @@ class CompressionTrainer(Trainer):
             train_dataset=Joined([rows, *(side.rows for side in sides)]) if sides else rows,  # type: ignore[arg-type]
             # Rows of one length together are evaluated with hardly any padding; what does not fit shows at once.
             eval_dataset=longest_first(lesson.validation, task),  # type: ignore[arg-type]
-            callbacks=[Hooks(self.transforms), Trims(), *callbacks],
+            callbacks=[Hooks(self), Trims(), *callbacks],
         )
         self.remove_callback(PrinterCallback)
+        self.step = Step(model, task, sides, context)
+        self.shards: Shards | None = None
         if ranks.count() > 1:
             ranks.alike(model)
-            # Not to be wrapped in DistributedDataParallel: `average_gradients` says why.
-            self.accelerator.prepare_model(model, evaluation_mode=True)
             # Dropout of its own for every process.
             torch.manual_seed(self.args.seed + ranks.number())
         # The loss below is a mean over the batch; the Trainer divides it by the accumulation steps.
@@ -143,18 +155,14 @@ class CompressionTrainer(Trainer):
             outputs = model(**self.task.asked(inputs))
             loss = self.task.loss(outputs, inputs)
         else:
-            # Without the wrapper that distributed training puts around it.
-            plain: Any = self.model
-            inputs = dict(inputs)
-            feed = int(inputs.pop(FEED, 0))
-            side = self.sides[feed - 1] if feed else None
-            asked = Asked(side.task, side.view, feed) if side else Asked(self.task, model)
-            terms, outputs = loss_terms(plain, inputs, self.context, asked)
-            loss = total(terms)
+            # What wraps the model for several processes is around the whole step.
+            loss = model(inputs) if ranks.count() > 1 else self.step(inputs, model)
+            outputs = None
             if not math.isfinite(loss.item()):
-                self._refuse_loss(plain, terms, loss.item())
-            for name, term in terms.items():
+                self._refuse_loss(self.step.model, self.step.terms, loss.item())
+            for name, term in self.step.terms.items():
                 self.terms[name] += float(term.detach())
+            self.step.terms = {}
             self.terms["steps"] += 1
             self.tokens += int(inputs["attention_mask"].sum())
             self.examples += len(inputs["labels"])
@@ -170,12 +178,42 @@ class CompressionTrainer(Trainer):
             f"train.learning_rate (now {rate:g}) or set train.precision to fp32"
         )
 
+    def whole(self, wanted: bool = True) -> AbstractContextManager[None]:
+        """Inside, the model's parameters are whole, where they are in pieces."""
+        return self.shards.whole() if self.shards and wanted else nullcontext()
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; the model is an ordinary one afterwards."""
+        found = super().train(*args, **kwargs)
+        if self.shards:
+            self.shards.gather()
+            self.shards = None
+        return found
+
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As the Trainer's; with the last batch of a step, gradients become the mean over the processes."""
+        """As the Trainer's."""
         loss = super().training_step(*args, **kwargs)
-        if self.accelerator.sync_gradients:
-            ranks.average_gradients(self.model)  # type: ignore[arg-type]
+        if self.shards and self.accelerator.sync_gradients:
+            self.shards.average_uncut()
         return loss
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        # Every process comes by here, and one writes.
+        super()._save(output_dir, self.shards.weights(self.step.model) if self.shards else state_dict)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.shards is None:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        state = self.shards.moments()
+        if self.args.should_save:
+            torch.save(state, os.path.join(output_dir, OPTIMIZER_NAME))
+            scheduler: Any = self.lr_scheduler
+            torch.save(scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.shards:
+            self.shards.cut_moments()
 
     @phase("saving")
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -189,7 +227,7 @@ class CompressionTrainer(Trainer):
         It draws no random number: a checkpoint of the same step may be written before it.
         """
         trim()
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), self.whole():
             found = {f"eval_{name}": value for name, value in self._evaluated().items()}
         self.log(found)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
@@ -246,6 +284,22 @@ class CompressionTrainer(Trainer):
         """Real tokens trained on so far, by all processes."""
         return int(ranks.total(self.tokens)[0])
 
+    def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
+        """In a run of several processes the whole step is wrapped, not the model alone."""
+        if ranks.count() == 1 or not training:
+            return super()._wrap_model(model, training, dataloader)
+        if ranks.sharded():
+            # What follows the layers' forward pass may read them.
+            keep = any(type(one).loss is not Transform.loss for one in self.transforms)
+            units = [layer.module for layer in anatomy(self.step.model).layers]
+            optimizer: Any = self.optimizer
+            self.shards = Shards(self.step, units, optimizer, keep)
+            return self.step
+        with warnings.catch_warnings():
+            # accelerate's own: torch has another name for it since 2.13.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
+            return self.accelerator.prepare_model(self.step)
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The Trainer's optimiser, with the Transforms' own groups taken out of the common ones."""
         if self.optimizer is None:
@@ -276,23 +330,26 @@ class CompressionTrainer(Trainer):
             return self._mixed_dataloader(features, batch_size)
         if isinstance(features, Stream):
             return self.accelerator.prepare(DataLoader(features, batch_size=batch_size, collate_fn=self.data_collator))
-        # Neighbouring batches are one step's: each process takes one of them.
-        step_size = batch_size * ranks.count()
-        sampler = LengthGroupedSampler(training_lengths(features, self.task), step_size, self.args.seed, features)
+        # Neighbouring batches are one step's: each process takes one of them, and then the next.
+        rows = max(self.rows, batch_size)
+        sampler = LengthGroupedSampler(training_lengths(features, self.task), rows, self.args.seed, features)
         loader = DataLoader(features, batch_size=batch_size, sampler=sampler, collate_fn=self.data_collator)
         return self.accelerator.prepare(loader)
 
     def _mixed_dataloader(self, joined: Joined, batch_size: int) -> DataLoader:
-        """Batches of one feed each."""
+        """Batches of one feed each: what the processes take at once is of the same."""
         tasks = [self.task, *(side.task for side in self.sides)]
+        rows = max(self.rows, batch_size)
         lengths = [training_lengths(part, task) for part, task in zip(joined.parts, tasks, strict=True)]
         samplers = [
-            LengthGroupedSampler(length, batch_size, self.args.seed, part)
+            LengthGroupedSampler(length, rows, self.args.seed, part)
             for length, part in zip(lengths, joined.parts, strict=True)
         ]
-        counts = [math.ceil(len(lengths[0]) / batch_size), *(side.batches for side in self.sides)]
+        counts = [math.ceil(len(lengths[0]) / rows), *(side.batches for side in self.sides)]
         collate = collate_by(tasks)
-        batches = MixedBatches(samplers, counts, batch_size, self.args.seed)
+        batches: Any = MixedBatches(samplers, counts, rows, self.args.seed)
+        if rows > batch_size:
+            batches = Dealt(batches, rows // batch_size)
         return self.accelerator.prepare(DataLoader(joined, batch_sampler=batches, collate_fn=collate))
 
 
@@ -344,4 +401,7 @@ def training_arguments(config: TrainConfig, output: Path, device: str, dtype: to
         disable_tqdm=True,
         report_to=[],
         label_names=["labels"],
+        # Gates rest, and heads of other feeds; what buffers hold is agreed on where it is measured.
+        ddp_find_unused_parameters=True,
+        ddp_broadcast_buffers=False,
     )

@@ -1,4 +1,4 @@
-"""The processes of one run (torchrun): which is the first, what all of them agree on, and the mean of their gradients.
+"""The processes of one run (torchrun): which is the first, and what all of them agree on.
 
 Every function does nothing, or answers for itself, where there is one process. All processes call the same ones in
 the same order. Waiting and agreeing go through gloo, which sleeps: the first process may take minutes to measure.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
@@ -16,11 +16,19 @@ from typing import TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
-# Values of gradients that travel at once: 64 MiB of fp32.
-BUCKET = 2**24
+from compressft.errors import UserError
+
 Value = TypeVar("Value")
 PATIENCE = timedelta(hours=24)
+# Variables of accelerate's that ask for other things: the option, and what to do instead.
+OPTIONS = {
+    "ACCELERATE_USE_DEEPSPEED": ("--use_deepspeed", "shard with --use_fsdp --fsdp_version 2"),
+    "ACCELERATE_USE_MEGATRON_LM": ("--use_megatron_lm", "shard with --use_fsdp --fsdp_version 2"),
+    "FSDP_OFFLOAD_PARAMS": ("--fsdp_offload_params", "leave it out"),
+    "FSDP_ACTIVATION_CHECKPOINTING": ("--fsdp_activation_checkpointing", "set train.gradient_checkpointing to true"),
+}
 _group: list[distributed.ProcessGroup] = []
+_sharded = False
 
 
 def count() -> int:
@@ -38,14 +46,48 @@ def first() -> bool:
     return number() == 0
 
 
+def sharded() -> bool:
+    """Whether each holds a piece of the weights (FSDP2), not a copy of them."""
+    return count() > 1 and _sharded
+
+
+def shard(on: bool) -> None:
+    """Whether what is trained from here on is in pieces."""
+    global _sharded
+    _sharded = on
+
+
 def start() -> None:
-    """Join the other processes where torchrun has started several; the first alone goes on to use standard output."""
+    """Join the other processes where torchrun or `accelerate launch` has started several.
+
+    The first alone goes on to use standard output. What accelerate's environment says of FSDP is taken out of it: the
+    step that is sharded here is none of its models.
+
+    Raises:
+        UserError: it asks for what is not done here.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and count() == 1:
+        refuse_environment(os.environ)
+        shard(os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true")
         from accelerate import PartialState
 
         PartialState(cpu=not torch.cuda.is_available())
         if not first():
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
+
+
+def refuse_environment(environment: Mapping[str, str]) -> None:
+    """Refuse what accelerate's environment asks for and nothing here does.
+
+    Raises:
+        UserError: which.
+    """
+    sharded = environment.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if sharded and environment.get("FSDP_VERSION", "1") != "2":
+        raise UserError("accelerate launch --use_fsdp: version 1 is not done here; add --fsdp_version 2")
+    for name, (option, fix) in OPTIONS.items():
+        if (sharded or not name.startswith("FSDP")) and environment.get(name, "false").lower() == "true":
+            raise UserError(f"accelerate launch {option}: is not done here; {fix}")
 
 
 def _waiting() -> distributed.ProcessGroup:
@@ -129,43 +171,15 @@ def differing(model: nn.Module) -> list[str]:
 
 
 @torch.no_grad()
-def average_gradients(model: nn.Module) -> None:
-    """Give every parameter, and every buffer that collects a gradient, the mean of the processes' gradients.
-
-    One that has a gradient in some processes counts as 0 in the others; one that has none anywhere keeps none.
-    DistributedDataParallel does this during the backward pass, for parameters that are fixed when it is made and used
-    in the model's own forward. Here gates rest and wake in the course of training, masks are buffers, and objectives
-    have parameters that only their loss terms read.
-    """
-    if count() == 1:
+def average(tensors: Sequence[Tensor]) -> None:
+    """Make each of these, of one dtype, the mean of the processes' own; in place, in one message."""
+    if count() == 1 or not tensors:
         return
-    learning = [tensor for tensor in _tensors(model) if tensor.requires_grad]
-    if not learning:
-        return
-    present = torch.tensor([float(t.grad is not None) for t in learning], device=learning[0].device)
-    distributed.all_reduce(present)
-    used = [tensor for tensor, some in zip(learning, present.tolist(), strict=True) if some]
-    for tensor in used:
-        if tensor.grad is None:
-            tensor.grad = torch.zeros_like(tensor)
-    for bucket in _buckets([tensor.grad for tensor in used if tensor.grad is not None]):
-        flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
-        distributed.all_reduce(flat)
-        flat /= count()
-        for gradient, mean in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-            gradient.copy_(mean.view_as(gradient))
-
-
-def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Neighbours of one dtype, together at most `BUCKET` values unless a single one has more."""
-    bucket: list[Tensor] = []
-    for tensor in tensors:
-        if bucket and (tensor.dtype != bucket[0].dtype or sum(one.numel() for one in bucket) + tensor.numel() > BUCKET):
-            yield bucket
-            bucket = []
-        bucket.append(tensor)
-    if bucket:
-        yield bucket
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    distributed.all_reduce(flat)
+    flat /= count()
+    for tensor, mean in zip(tensors, flat.split([one.numel() for one in tensors]), strict=True):
+        tensor.copy_(mean.view_as(tensor))
 
 
 @contextmanager
