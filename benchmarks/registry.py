@@ -15,4 +15,5 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "parity": ("benchmarks.parity.run", "logits of converted adapters next to the `adapters` and `peft` packages"),
     "peers": ("benchmarks.peers", "training speed and memory next to the `peft` and `adapters` packages"),
     "portable": ("benchmarks.portable.run", "labels and largest error of files that ship, on emulated processors too"),
+    "start": ("benchmarks.start", "seconds to the first training step and peak memory of every shipped recipe"),
 }
