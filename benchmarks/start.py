@@ -1,7 +1,7 @@
 """Seconds to the first training step and peak memory of every shipped recipe's smoke run, each a process of its own.
 
 Run as a user would (`compressft run NAME --smoke`), so imports, data, model, search, export and report are all in it.
-Recipes whose model or rows are not at hand (a hub that cannot be reached, an extra that is not installed) are named with
+Recipes whose model or rows are not at hand (a hub out of reach, an extra that is not installed) are named with
 the reason. `--source` measures another checkout with the same command: before and after a change.
 """
 
