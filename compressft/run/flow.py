@@ -15,6 +15,7 @@ from compressft.model.saved.delta import base_tensors, save_delta
 from compressft.model.source import load_tokenizer
 from compressft.recipe.recipe import Recipe
 from compressft.run.analyse import analysed
+from compressft.run.extras import refuse_missing
 from compressft.run.feed import FeedRows, load_feeds, model_info
 from compressft.run.folder import open_folder
 from compressft.run.identity import identify, with_threads
@@ -53,6 +54,7 @@ def run(
         Interrupted: stopped by SIGINT or SIGTERM; a checkpoint was published.
     """
     refuse_export(recipe)
+    refuse_missing(recipe)
     ranks.start()
     console = console or PlainConsole(stderr=True)
     if not ranks.first():

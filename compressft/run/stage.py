@@ -49,6 +49,7 @@ def train_stage(run: Run, stage: Stage, model: nn.Module, feeds: Feeds, spent: S
         from transformers import set_seed
 
         from compressft.run.progress import Reporter
+        from compressft.run.track import tracking
         from compressft.run.trainer import CompressionTrainer, Lesson
 
     folder, offset, rows = run.folder, spent.steps, feeds.of(stage)
@@ -91,7 +92,7 @@ def train_stage(run: Run, stage: Stage, model: nn.Module, feeds: Feeds, spent: S
     folder.rewind(manifest["step"], evaluated=not done)
     reporter = Reporter(run, stage, task, offset, manifest["seconds"])
     train, validation = rows.features(stage)
-    lesson = Lesson(task, stage.train, train, validation, sides)
+    lesson = Lesson(task, stage.train, train, validation, sides, tracking(run, stage))
     trainer = CompressionTrainer(model, lesson, context, folder.staging, [reporter])
     reporter.trainer = trainer
     if ranks.first():
