@@ -49,7 +49,7 @@ class Ends(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         if "wandb" in (args.report_to or ()):
-            import_module("wandb").finish(quiet=True)
+            import_module("wandb").finish()
 
 
 def flat(terms: Mapping[str, float], status: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
