@@ -15,6 +15,7 @@ from compressft.model.source import load_tokenizer
 from compressft.recipe.document import refuse_edited
 from compressft.recipe.recipe import Recipe, load_recipe
 from compressft.run.analyse import analysed
+from compressft.run.card import write_cards
 from compressft.run.feed import load_shipped
 from compressft.run.flow import complete, refuse_export
 from compressft.run.folder import held
@@ -65,7 +66,9 @@ def _export(recipe: Recipe, folder: Path, console: Console) -> dict[str, Any]:
         clock.add({name: value for name, value in kept(folder / SECONDS).items() if name not in AGAIN})
         splits = load_shipped(recipe, load_tokenizer(str(folder / "model"))).splits
         report = complete(export(recipe, folder, splits, console), recipe, stages) | analysed(recipe, folder)
-        return write_report(report, load_metrics(folder / "metrics.jsonl"), folder / "report", seconds)
+        report = write_report(report, load_metrics(folder / "metrics.jsonl"), folder / "report", seconds)
+        write_cards(recipe, folder, report)
+        return report
 
 
 def report_again(root: str | Path) -> dict[str, Any]:

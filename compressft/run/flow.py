@@ -15,6 +15,7 @@ from compressft.model.saved.delta import base_tensors, save_delta
 from compressft.model.source import load_tokenizer
 from compressft.recipe.recipe import Recipe
 from compressft.run.analyse import analysed
+from compressft.run.card import write_cards
 from compressft.run.extras import refuse_missing
 from compressft.run.feed import FeedRows, load_feeds, model_info
 from compressft.run.folder import open_folder
@@ -132,6 +133,7 @@ def ship(run: Run, rows: FeedRows, trained: Trained) -> dict[str, Any]:
     report |= analysed(recipe, folder.root)
     keep(folder.root / SECONDS)
     report = write_report(report, load_metrics(folder.metrics), folder.root / "report", seconds)
+    write_cards(recipe, folder.root, report)
     # The teachers' answers, hundreds of megabytes, that only a resumed training would read.
     shutil.rmtree(folder.root / "cache", ignore_errors=True)
     return report
