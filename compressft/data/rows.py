@@ -14,6 +14,7 @@ from typing import Any
 
 from compressft.errors import UserError, nearest
 from compressft.utils.foreign import foreign
+from compressft.utils.hub import pinned
 from compressft.utils.texts import parse_json, read_text
 
 Row = dict[str, Any]
@@ -216,7 +217,8 @@ def _load_hub(dataset: str, subset: str | None) -> Any:
     import datasets
 
     with foreign(f"data.dataset: {dataset!r} could not be loaded"):
-        return datasets.load_dataset(dataset, subset)
+        name, revision = pinned(dataset)
+        return datasets.load_dataset(name, subset, revision=revision)
 
 
 def hub_hash(dataset: str, subset: str | None = None) -> str:

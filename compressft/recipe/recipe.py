@@ -64,6 +64,9 @@ class Feed:
 class Recipe(Strict):
     """A whole run. Its `name` is also a folder's, below `runs/`: letters, digits and `. _ -` or blanks between them.
 
+    `model` is a shipped name, a folder or a hub id; "owner/name@v1.0" is a branch, tag or commit of it. So are the
+    teachers and data sets that come from the hub.
+
     `data` is one source of rows, or several by name, of which every stage names one. `task` is every stage's own where
     it does not say another. What ships is the last stage's.
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressft.data.source import DataConfig
-from compressft.model.hub import hub_id, pinned
 from compressft.recipe.recipe import Recipe
 from compressft.run.report.markdown import onnx_usage, render_markdown
+from compressft.utils.hub import hub_id, pinned
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard

@@ -119,7 +119,8 @@ class AnswerCache:
             spans = [(start, end) if per_token else (row, row + 1) for _, row, start, end in places]
             # Opened files and rows side by side: what is read is put into its place once.
             parts = [file.get_slice(name)[start:end] for file, (start, end) in zip(files, spans, strict=True)]
-            values = torch.cat(parts).float()
+            # Before they meet: autocast on a CPU refuses to join fp16.
+            values = torch.cat([part.float() for part in parts])
             if per_token:
                 whole = torch.zeros(*masks.shape, values.shape[1])
                 whole[masks] = values

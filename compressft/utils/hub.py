@@ -20,7 +20,7 @@ def pinned(name: str) -> tuple[str, str | None]:
     if not sign or name.startswith((".", "/", "~")) or Path(name).is_dir():
         return name, None
     if not found or not revision:
-        raise UserError(f"model: {name!r} pins nothing; write owner/name@revision, or leave the @ out")
+        raise UserError(f"{name!r}: names no revision of a repository; write owner/name@revision, or leave the @ out")
     return found, revision
 
 
