@@ -10,6 +10,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
         "accuracy, bytes and milliseconds of pruned, quantised, distilled models",
     ),
     "edge": ("benchmarks.edge", "bytes, milliseconds and accuracy of the files that the edge recipes ship"),
+    "install": ("benchmarks.install", "wheel and sdist in a clean environment: what pip pulls, and a smoke run"),
     "methods": ("benchmarks.methods", "score, trained parameters, bytes, time and memory of every method on real data"),
     "ops": ("benchmarks.ops", "correctness, time and memory of the kernels' operators next to every peer there is"),
     "parity": ("benchmarks.parity.run", "logits of converted adapters next to the `adapters` and `peft` packages"),
