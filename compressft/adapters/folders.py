@@ -10,6 +10,7 @@ from compressft.adapters import our_format, peft_format
 from compressft.adapters.adapterhub.names import FUSION_CONFIG
 from compressft.adapters.adapterhub.read import read as read_adapterhub
 from compressft.adapters.adapterhub.read import read_fusion
+from compressft.adapters.card import adapter_card
 from compressft.adapters.detect import Kind, detect
 from compressft.adapters.files import CONFIG
 from compressft.adapters.settled import Settled
@@ -48,10 +49,9 @@ def named(folder: Path) -> dict[str, Path]:
 
 
 def save(settled: Settled, folder: Path) -> Kind:
-    """Write `adapter_config.json` and `adapter_model.safetensors`; says in whose format."""
+    """Write `adapter_config.json`, `adapter_model.safetensors` and a model card; says in whose format."""
     folder.mkdir(parents=True, exist_ok=True)
-    if peft_format.refusal(settled) is None:
-        peft_format.write(settled, folder)
-        return "peft"
-    our_format.write(settled, folder)
-    return "compressft"
+    kind: Kind = "peft" if peft_format.refusal(settled) is None else "compressft"
+    (peft_format if kind == "peft" else our_format).write(settled, folder)
+    adapter_card(settled, kind).save(folder / "README.md")
+    return kind

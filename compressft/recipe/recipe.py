@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import (
     Field,
@@ -64,10 +64,14 @@ class Feed:
 class Recipe(Strict):
     """A whole run. Its `name` is also a folder's, below `runs/`: letters, digits and `. _ -` or blanks between them.
 
+    `model` is a shipped name, a folder or a hub id; "owner/name@v1.0" is a branch, tag or commit of it. So are the
+    teachers and data sets that come from the hub.
+
     `data` is one source of rows, or several by name, of which every stage names one. `task` is every stage's own where
     it does not say another. What ships is the last stage's.
 
     `delta/` holds what differs from `model`, or from the model of an earlier stage where `delta_from` names one.
+    `report_to` are trackers that follow the training, each with a package of its own (extra `track`).
     """
 
     name: str = Field(pattern=r"^\w([\w. -]{0,98}\w)?$")
@@ -78,6 +82,7 @@ class Recipe(Strict):
     stages: tuple[Stage, ...] = Field(min_length=1)
     export: ExportConfig = Field(default_factory=ExportConfig)
     analyses: tuple[SerializeAsAny[Analysis], ...] = ()
+    report_to: tuple[Literal["wandb", "tensorboard", "mlflow", "trackio"], ...] = ()
     delta_from: str | None = None
     smoke: bool = False
 
@@ -97,6 +102,11 @@ class Recipe(Strict):
         # A union would report what is wrong of both forms.
         return TypeAdapter(Sources if is_named(value) else DataConfig).validate_python(value)
 
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _trackers(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
     @field_validator("analyses", mode="before")
     @classmethod
     def _analyses(cls, value: Any) -> tuple[Analysis, ...]:
@@ -104,8 +114,8 @@ class Recipe(Strict):
 
     @model_serializer(mode="wrap")
     def _without_none(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Without analyses a recipe is written, and hashed, as before there were any.
-        return {name: value for name, value in whole(self).items() if value or name != "analyses"}
+        # Without these a recipe is written, and hashed, as before there were any.
+        return {name: value for name, value in whole(self).items() if value or name not in ("analyses", "report_to")}
 
     @field_serializer("data")
     def _written(self, data: DataConfig | Sources) -> dict[str, Any]:

@@ -15,10 +15,11 @@ from compressft.model.source import load_tokenizer
 from compressft.recipe.document import refuse_edited
 from compressft.recipe.recipe import Recipe, load_recipe
 from compressft.run.analyse import analysed
+from compressft.run.card import write_cards
 from compressft.run.feed import load_shipped
 from compressft.run.flow import complete, refuse_export
 from compressft.run.folder import held
-from compressft.run.identity import UNKNOWN, read, refuse_changed
+from compressft.run.identity import UNKNOWN, model_revision, read, refuse_changed
 from compressft.run.report import load_metrics, write_report
 from compressft.utils.entries import refuse_links
 from compressft.utils.phases import AGAIN, SECONDS, Clock, kept, seconds, watched
@@ -64,8 +65,11 @@ def _export(recipe: Recipe, folder: Path, console: Console) -> dict[str, Any]:
     with watched(console, Clock()) as clock:
         clock.add({name: value for name, value in kept(folder / SECONDS).items() if name not in AGAIN})
         splits = load_shipped(recipe, load_tokenizer(str(folder / "model"))).splits
-        report = complete(export(recipe, folder, splits, console), recipe, stages) | analysed(recipe, folder)
-        return write_report(report, load_metrics(folder / "metrics.jsonl"), folder / "report", seconds)
+        exported = export(recipe, folder, splits, console)
+        report = complete(exported, recipe, stages, model_revision(folder)) | analysed(recipe, folder)
+        report = write_report(report, load_metrics(folder / "metrics.jsonl"), folder / "report", seconds)
+        write_cards(recipe, folder, report)
+        return report
 
 
 def report_again(root: str | Path) -> dict[str, Any]:

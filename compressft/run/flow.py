@@ -15,9 +15,11 @@ from compressft.model.saved.delta import base_tensors, save_delta
 from compressft.model.source import load_tokenizer
 from compressft.recipe.recipe import Recipe
 from compressft.run.analyse import analysed
+from compressft.run.card import write_cards
+from compressft.run.extras import refuse_missing
 from compressft.run.feed import FeedRows, load_feeds, model_info
 from compressft.run.folder import open_folder
-from compressft.run.identity import identify, with_threads
+from compressft.run.identity import identify, model_revision, with_threads
 from compressft.run.program import train_stages
 from compressft.run.records import Run, Trained
 from compressft.run.report import load_metrics, write_report
@@ -55,6 +57,7 @@ def run(
         Interrupted: stopped by SIGINT or SIGTERM; a checkpoint was published.
     """
     refuse_export(recipe)
+    refuse_missing(recipe)
     ranks.start()
     console = console or PlainConsole(stderr=True)
     if not ranks.first():
@@ -130,18 +133,24 @@ def ship(run: Run, rows: FeedRows, trained: Trained) -> dict[str, Any]:
     save_delta(model, task.tokenizer, base_tensors(base, type(model).__name__), folder.root / "delta", info)
     # Export reads what was saved.
     release(model)
-    report = complete(export(recipe, folder.root, rows.splits, run.console), recipe, trained.stages)
+    exported = export(recipe, folder.root, rows.splits, run.console)
+    report = complete(exported, recipe, trained.stages, model_revision(folder.root))
     report |= analysed(recipe, folder.root)
     keep(folder.root / SECONDS)
     report = write_report(report, load_metrics(folder.metrics), folder.root / "report", seconds)
+    write_cards(recipe, folder.root, report)
     # The teachers' answers, hundreds of megabytes, that only a resumed training would read.
     shutil.rmtree(folder.root / "cache", ignore_errors=True)
     return report
 
 
-def complete(exported: dict[str, Any], recipe: Recipe, stages: list[dict[str, Any]]) -> dict[str, Any]:
-    """The whole report: what export measured, what training recorded, which recipe it was."""
+def complete(
+    exported: dict[str, Any], recipe: Recipe, stages: list[dict[str, Any]], revision: str | None
+) -> dict[str, Any]:
+    """The whole report: what export measured, what training recorded, which recipe and commit of its model it was."""
     head = {"name": recipe.name, "model": recipe.model, "task": recipe.shipped.task.type}
+    if revision is not None:
+        head["model_revision"] = revision
     tail = {
         "stages": stages,
         "training": training_figures(stages),

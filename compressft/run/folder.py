@@ -12,6 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from filelock import BaseFileLock, FileLock, Timeout
+
 from compressft.errors import UserError, trouble
 from compressft.model.saved.folders import MANIFEST, read_manifest, verify_files, write_manifest
 from compressft.recipe.document import recorded_hash
@@ -42,22 +44,21 @@ class RunFolder:
     def __init__(self, root: str | Path, recipe: Recipe, resume: bool) -> None:
         self.root = Path(root).expanduser()
         self.recipe = recipe
-        self._lock: Any = None
+        self._lock = _lock(self.root)
         self._made = not self.root.exists()
         self._claimed = False
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             refuse_links(self.root)
             self._refuse_others()
-            self._lock = (self.root / ".lock").open("a")
         except OSError as error:
             raise UserError(f"--output {str(self.root)!r}: cannot be written to: {error.strerror or error}") from None
+        _hold(self._lock, f"--output {str(self.root)!r}")
         try:
-            _hold(self._lock, f"--output {str(self.root)!r}")
             self._claim(resume)
             sweep(self.root)
         except BaseException:
-            self._lock.close()
+            self._lock.release()
             raise
 
     def __enter__(self) -> RunFolder:
@@ -69,7 +70,7 @@ class RunFolder:
         said = trouble(error) if isinstance(error, Exception) and not isinstance(error, UserError) else None
         if self._claimed and error is not None:
             self._give_up()
-        self._lock.close()
+        self._lock.release()
         if said is not None:
             raise UserError(
                 f"--output {str(self.root)!r}: {said}; then go on with the same command and --resume"
@@ -310,23 +311,24 @@ def held(root: Path) -> Iterator[None]:
     Raises:
         UserError: another process writes there, or it is not writable.
     """
+    lock = _lock(root)
+    _hold(lock, repr(str(root)))
     try:
-        lock = (root / ".lock").open("a")
-    except OSError as error:
-        raise UserError(f"{str(root)!r}: cannot be written to: {error.strerror or error}") from None
-    with lock:
-        _hold(lock, repr(str(root)))
         sweep(root)
         yield
+    finally:
+        lock.release()
 
 
-def _hold(lock: Any, where: str) -> None:
+def _lock(root: Path) -> BaseFileLock:
+    # Whichever thread holds it: a run may be closed by another one.
+    return FileLock(root / ".lock", timeout=0, thread_local=False)
+
+
+def _hold(lock: BaseFileLock, where: str) -> None:
     try:
-        import fcntl
-    except ImportError:
-        # Windows: no advisory locks; a claim still refuses a directory that holds a run.
-        return
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        lock.acquire()
+    except Timeout:
         raise UserError(f"{where}: another run is writing there; wait for it or choose another") from None
+    except OSError as error:
+        raise UserError(f"{where}: cannot be written to: {error.strerror or error}") from None

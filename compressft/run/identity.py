@@ -28,6 +28,7 @@ from compressft.recipe.document import recorded_hash
 from compressft.recipe.recipe import Recipe
 from compressft.utils import ranks
 from compressft.utils.files import file_hash, file_state
+from compressft.utils.hub import pinned
 from compressft.utils.machine import hardware, usable_cores, versions
 from compressft.utils.texts import read_object
 
@@ -194,10 +195,18 @@ def _cached(name: str, file: str) -> Path | None:
     from transformers.utils.hub import cached_file
 
     try:
-        found = cached_file(name, file)
+        where, revision = pinned(name)
+        found = cached_file(where, file, revision=revision)
     except (OSError, ValueError):
         return None
     return None if found is None else Path(found)
+
+
+def model_revision(root: Path) -> str | None:
+    """The commit of a run's model on the hub; None where it came from elsewhere."""
+    begun = read(root)
+    digest = "" if begun is None else begun.inputs.get("model", "")
+    return digest.removeprefix(REVISION) if digest.startswith(REVISION) else None
 
 
 def identify(root: Path, recipe: Recipe, console: Console) -> Identity:

@@ -77,19 +77,16 @@ class Reporter(TrainerCallback):
             # The epoch is not over: it was saved at its step, and an evaluation would only delay the stop.
             control.should_save = control.should_evaluate = False
 
-    def on_log(self, args, state, control, logs=None, model=None, **kwargs):
+    def on_log(self, args, state, control, logs=None, **kwargs):
         if not logs or "loss" not in logs:
             return
-        progress = state.global_step / state.max_steps
-        with self.trainer.whole():
-            status = {t.type: t.status(model, progress) for t in self.trainer.transforms}
-        status = {name: value for name, value in status.items() if value}
+        status = self.trainer.status()
         row = {
             "kind": "train",
             "stage": self.stage,
             "step": self.offset + state.global_step,
             "epoch": logs.get("epoch"),
-            "progress": progress,
+            "progress": state.global_step / state.max_steps,
             "loss": logs["loss"],
             "learning_rate": logs.get("learning_rate"),
             "grad_norm": logs.get("grad_norm"),

@@ -51,6 +51,7 @@ def train_stage(run: Run, stage: Stage, model: nn.Module, feeds: Feeds, spent: S
         from transformers import set_seed
 
         from compressft.run.progress import Reporter
+        from compressft.run.track import tracking
         from compressft.run.trainer import CompressionTrainer, Lesson
 
     folder, offset, rows = run.folder, spent.steps, feeds.of(stage)
@@ -92,7 +93,7 @@ def train_stage(run: Run, stage: Stage, model: nn.Module, feeds: Feeds, spent: S
     train, validation = rows.features(stage)
     if rows.splits.stream is not None:
         train = Stream(rows.splits.stream, task, max(rows_of_step, config.batch_size), config.seed)
-    lesson = Lesson(task, config, train, validation, sides, rows_of_step)
+    lesson = Lesson(task, config, train, validation, sides, rows_of_step, tracking(run, stage))
     trainer = CompressionTrainer(model, lesson, context, folder.staging, [reporter])
     reporter.trainer = trainer
     if ranks.first():

@@ -8,7 +8,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,6 +29,7 @@ from compressft.run.mixed import Dealt, Joined, MixedBatches, Side, collate_by
 from compressft.run.shards import Shards
 from compressft.run.step import Step
 from compressft.run.stream import Stream
+from compressft.run.track import Ends, Tracking, flat
 from compressft.tasks.encode import longest_first
 from compressft.tasks.task import Feature, Task
 from compressft.transform import Context, Transform, ungrouped, without_labels
@@ -88,6 +89,7 @@ class Lesson:
     validation: Sequence[Feature]
     sides: Sequence[Side] = ()
     rows: int = 0
+    tracking: Tracking = field(default_factory=Tracking)
 
 
 class CompressionTrainer(Trainer):
@@ -120,7 +122,7 @@ class CompressionTrainer(Trainer):
         self.rows = lesson.rows or config.batch_size * ranks.count()
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.autocast_dtype = autocast_dtype(config.precision, device)
-        args = training_arguments(config, output, device, self.autocast_dtype)
+        args = training_arguments(config, output, device, self.autocast_dtype, lesson.tracking)
         super().__init__(
             model=model,  # type: ignore[arg-type]
             args=args,
@@ -128,8 +130,9 @@ class CompressionTrainer(Trainer):
             train_dataset=Joined([rows, *(side.rows for side in sides)]) if sides else rows,  # type: ignore[arg-type]
             # Rows of one length together are evaluated with hardly any padding; what does not fit shows at once.
             eval_dataset=longest_first(lesson.validation, task),  # type: ignore[arg-type]
-            callbacks=[Hooks(self), Trims(), *callbacks],
+            callbacks=[Hooks(self), Trims(), Ends(), *callbacks],
         )
+        lesson.tracking.settle(self.callback_handler.callbacks)
         self.remove_callback(PrinterCallback)
         self.step = Step(model, task, sides, context)
         self.shards: Shards | None = None
@@ -268,11 +271,28 @@ class CompressionTrainer(Trainer):
             transform.after_step(self.model, 1.0)  # type: ignore[arg-type]
         self.evaluate()
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As the Trainer's; trackers are told the loss's terms too, and how far the Transforms are."""
+        if "loss" in logs and self.args.report_to:
+            logs = {**logs, **flat(self.mean_terms(), self.status())}
+        super().log(logs, start_time)
+
+    def status(self) -> dict[str, Any]:
+        """What the Transforms have reached and head for, by type: {"int8": {"bits": {"now": 8, "target": 8}}}."""
+        progress = self.state.global_step / self.state.max_steps
+        with self.whole():
+            found = {one.type: one.status(self.model, progress) for one in self.transforms}  # type: ignore[arg-type]
+        return {name: values for name, values in found.items() if values}
+
+    def mean_terms(self) -> dict[str, float]:
+        """Mean of each loss term since `drain_terms`, over all processes."""
+        sums = {name: value for name, value in self.terms.items() if name != "steps"}
+        steps = self.terms.get("steps", 0) * ranks.count()
+        return {name: value / steps for name, value in zip(sums, ranks.total(*sums.values()), strict=True)}
+
     def drain_terms(self) -> dict[str, float]:
-        """Mean of each loss term since the last call, over all processes."""
-        steps = self.terms.pop("steps", 0)
-        sums = ranks.total(*self.terms.values())
-        means = {name: value / (steps * ranks.count()) for name, value in zip(self.terms, sums, strict=True)}
+        """`mean_terms`, which begin anew."""
+        means = self.mean_terms()
         self.terms.clear()
         return means
 
@@ -371,7 +391,9 @@ def _python_files() -> Iterator[None]:
         torch.save = save
 
 
-def training_arguments(config: TrainConfig, output: Path, device: str, dtype: torch.dtype | None) -> TrainingArguments:
+def training_arguments(
+    config: TrainConfig, output: Path, device: str, dtype: torch.dtype | None, tracking: Tracking
+) -> TrainingArguments:
     """Translate a recipe's train part; checkpoints go below `output`, everything is logged through our callbacks."""
     every = config.save if isinstance(config.save, int) else 500
     return TrainingArguments(
@@ -399,7 +421,9 @@ def training_arguments(config: TrainConfig, output: Path, device: str, dtype: to
         dataloader_pin_memory=device == "cuda",
         remove_unused_columns=False,
         disable_tqdm=True,
-        report_to=[],
+        report_to=list(tracking.report_to),
+        project=tracking.project,
+        run_name=tracking.name,
         label_names=["labels"],
         # Gates rest, and heads of other feeds; what buffers hold is agreed on where it is measured.
         ddp_find_unused_parameters=True,

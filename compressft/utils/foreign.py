@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compressft.errors import UserError, reason, trouble
+from compressft.utils.hub import pinned
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,6 +41,7 @@ def load_config(source: str | Path, what: str = "model", **changes: object) -> P
     """A transformers configuration.
 
     Args:
+        source: a folder, or a hub id with or without a revision ("owner/name@v1.0").
         what: begins the message, such as the recipe's field.
         changes: fields to set (`num_labels`, ...).
 
@@ -49,7 +51,10 @@ def load_config(source: str | Path, what: str = "model", **changes: object) -> P
     import transformers
 
     with foreign(f"{what}: no configuration could be loaded from {str(source)!r}"):
-        found = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False, **changes)
+        name, revision = pinned(str(source))
+        found = transformers.AutoConfig.from_pretrained(
+            name, revision=revision or "main", trust_remote_code=False, **changes
+        )
     claimed = getattr(found, "num_hidden_layers", None)
     if isinstance(claimed, int) and claimed > MOST_LAYERS:
         raise UserError(f"{what}: {str(source)!r} claims {claimed:,} layers; at most {MOST_LAYERS:,} are built")

@@ -19,7 +19,6 @@ PACKAGES = (
     "transformers",
     "accelerate",
     "bitsandbytes",
-    "optimum",
     "onnx",
     "onnxscript",
     "onnxruntime",

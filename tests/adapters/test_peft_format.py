@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -58,7 +59,10 @@ def test_peft_loads_our_tuners(bases, tmp_path, family, name):
     folder = bases(family, architecture_of(family))
     adapted = adapted_on(folder, {"type": "peft", "config": dict(TUNERS[name])}, family)
     assert adapted.save_pretrained(tmp_path) == {"default": "peft"}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    written = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == written
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.library_name == "peft" and "peft.PeftModel.from_pretrained" in card.text
     same(theirs(folder, tmp_path), adapted, family, 1e-5)
     # And we what they loaded.
     with warnings.catch_warnings():

@@ -63,6 +63,17 @@ def objective_dtype(precision):
     return torch.float16 if precision == "fp16" else torch.float32
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_answers_are_read_inside_autocast(tmp_path, precision):
+    """As training does where the processor multiplies bf16: autocast on a CPU refuses to join fp16."""
+    student, teacher, batch = tiny(), tiny(seed=1), labelled(4)
+    objective = KEPT.model_copy(update={"cache_precision": precision})
+    context = prepared(objective, student, teacher, folder=tmp_path)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        first, second = losses(objective, student, context, [batch, batch])
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
 def test_other_batches_of_the_same_examples(tmp_path):
     """Shuffled, with other paddings: equal to an uncached loss up to rounding, and still no question."""
     student, teacher, batch = tiny(), tiny(seed=1), labelled(8, length=17)

@@ -23,6 +23,7 @@ from compressft.modules.attention import register
 from compressft.modules.structure import describe
 from compressft.utils.files import write_atomically
 from compressft.utils.foreign import foreign, load_tensors
+from compressft.utils.hub import pinned
 from compressft.utils.phases import doing, phase
 
 if TYPE_CHECKING:
@@ -147,8 +148,13 @@ def base_tensors(name: str, architecture: str = "AutoModel") -> dict[str, Tensor
     whole = architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     kind = getattr(transformers, architecture) if whole else transformers.AutoModel
     with foreign(f"model: {name!r} could not be loaded"):
+        where, revision = pinned(source)
         model, loading = kind.from_pretrained(
-            source, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+            where,
+            revision=revision or "main",
+            dtype=torch.float32,
+            output_loading_info=True,
+            trust_remote_code=False,
         )
     missing = set(loading["missing_keys"])
     prefix = "" if whole else f"{model.base_model_prefix}."

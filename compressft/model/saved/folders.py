@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from compressft.errors import UserError
-from compressft.model.saved.manifest import FORMAT, Manifest, check_manifest, compare_labels, require, sealed
+from compressft.model.saved.manifest import FORMAT, SEAL, Manifest, check_manifest, compare_labels, require, sealed
 from compressft.utils.files import file_hash
 from compressft.utils.phases import steps
 from compressft.utils.texts import read_json
@@ -38,6 +38,16 @@ def verify_files(folder: Path, hashes: Mapping[str, str]) -> None:
             raise UserError(
                 f"{path}: its hash is not the recorded one: truncated or changed; restore or delete the folder"
             )
+
+
+def manifest_seal(folder: Path) -> str | None:
+    """The hash of a folder's manifest, and so of all its files; None in folders of before there was one.
+
+    Raises:
+        UserError: as `read_manifest`, whose files are not compared.
+    """
+    entry: Mapping[str, object] = {**read_manifest(folder, files=False)}
+    return str(entry[SEAL]) if SEAL in entry else None
 
 
 def write_manifest(folder: Path, kind: str, entry: Mapping[str, object]) -> None:

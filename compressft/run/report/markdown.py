@@ -21,7 +21,8 @@ _READING = {
 }
 
 
-def render_markdown(report: dict) -> str:
+def render_markdown(report: dict, usage: str | None = None) -> str:
+    """The report as Markdown; `usage` says how the model is loaded (default: its ONNX file, from the run directory)."""
     summary = summarise(report)
     sections = [
         f"# {_inline(report.get('name') or 'Report')}",
@@ -35,7 +36,7 @@ def render_markdown(report: dict) -> str:
         sections.append("## Shape of each layer\n\n" + _table(header, rows))
     for title, said, columns, found in analysis_tables(report):
         sections.append(f"## {_inline(title)}\n\n{_inline(said)}\n\n{_table(columns, found)}")
-    sections.append("## Use\n\n" + _use(report, summary))
+    sections.append("## Use\n\n" + (usage or onnx_usage(report, "onnx")))
     if report.get("seconds"):
         sections.append("## Time\n\n" + _time(report))
     if report.get("notes"):
@@ -104,8 +105,9 @@ def _verification(report: dict, summary: Summary) -> str:
     return _table(header, rows, text_columns=2) + (f"\n\n{_inline(said)}" if said else "")
 
 
-def _use(report: dict, summary: Summary) -> str:
-    if not summary.exported:
+def onnx_usage(report: dict, folder: str) -> str:
+    """How the exported file is loaded from a folder, as a block of Python."""
+    if not summarise(report).exported:
         return "No ONNX file was measured in this run."
     reading = _READING.get(str(report.get("task")), "print(logits.shape)")
     return f"""\
@@ -113,8 +115,8 @@ def _use(report: dict, summary: Summary) -> str:
 import onnxruntime
 from transformers import AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("onnx")
-session = onnxruntime.InferenceSession("onnx/model.onnx", providers=["CPUExecutionProvider"])
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+session = onnxruntime.InferenceSession("{folder}/model.onnx", providers=["CPUExecutionProvider"])
 inputs = {{entry.name for entry in session.get_inputs()}}
 batch = tokenizer(["Your text here."], padding=True, truncation=True, return_tensors="np")
 logits = session.run(None, {{name: array for name, array in batch.items() if name in inputs}})[0]
