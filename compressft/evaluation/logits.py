@@ -95,28 +95,25 @@ def batches_by_length(lengths: Sequence[int], batch: int) -> list[list[int]]:
 
 def model_run(model: nn.Module, task: Task) -> Run:
     """A torch model, put into eval mode, as a `Run`."""
-    model.eval()
-    device = next(model.parameters()).device
-
-    @torch.no_grad()
-    def run(rows: Sequence[Feature]) -> np.ndarray:
-        batch = {name: value.to(device) for name, value in task.inputs(rows).items()}
-        return task.by_row(model(**batch).logits.float(), len(rows)).cpu().numpy()
-
-    return run
+    return _torch_run(model, task, lambda batch, rows: task.by_row(model(**batch).logits.float(), rows))
 
 
 def scoring_run(model: nn.Module, task: Task) -> Run:
     """What a torch model is scored by, as a `Run`: what it writes where the task `generates`, else its outputs."""
     if not task.generates:
         return model_run(model, task)
+    return _torch_run(model, task, lambda batch, _: task.generate(model, batch))
+
+
+def _torch_run(model: nn.Module, task: Task, outputs: Callable[[dict[str, Tensor], int], Tensor]) -> Run:
+    """`outputs` takes a batch on the model's device, and its number of rows."""
     model.eval()
     device = next(model.parameters()).device
 
     @torch.no_grad()
     def run(rows: Sequence[Feature]) -> np.ndarray:
         batch = {name: value.to(device) for name, value in task.inputs(rows).items()}
-        return task.generate(model, batch).cpu().numpy()
+        return outputs(batch, len(rows)).cpu().numpy()
 
     return run
 

@@ -84,17 +84,17 @@ class Stage(Strict):
     @field_validator("method", mode="before")
     @classmethod
     def _method(cls, value: Any) -> Transform:
-        return parse_transform(value, METHODS, "method")
+        return parse_member(value, METHODS, "method")
 
     @field_validator("objectives", mode="before")
     @classmethod
     def _objectives(cls, value: Any) -> tuple[Transform, ...]:
-        return tuple(parse_transform(item, OBJECTIVES, "objective") for item in listed(value))
+        return tuple(parse_member(item, OBJECTIVES, "objective") for item in listed(value))
 
     @field_validator("passes", mode="before")
     @classmethod
     def _passes(cls, value: Any) -> tuple[Transform, ...]:
-        return tuple(parse_transform(item, PASSES, "pass") for item in listed(value))
+        return tuple(parse_member(item, PASSES, "pass") for item in listed(value))
 
     @model_serializer(mode="wrap")
     def _written(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -141,11 +141,6 @@ def listed(value: Any) -> Sequence[Any]:
 def parse_task(value: Any) -> TaskSettings:
     """A task from its name, or from {"type": name, field: value}; ValueError where that is none."""
     return parse_member(value, {name: task.settings_class for name, task in TASKS.items()}, "task")
-
-
-def parse_transform(value: Any, registry: Mapping[str, type[Transform]], kind: str) -> Transform:
-    """A Transform from its name, or from {"type": name, field: value}; ValueError where that is none."""
-    return parse_member(value, registry, kind)
 
 
 def parse_member(value: Any, registry: Mapping[str, type[Member]], kind: str) -> Member:
