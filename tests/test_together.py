@@ -53,8 +53,8 @@ def stage_of(method, passes, objectives=()):
     )
 
 
-def trained(stage, rows, model=None, steps=4):
-    """Prepare, train a few steps, settle; logits of the validation rows before and after settling."""
+def trained(stage, rows, model=None, steps=4, dtype=None):
+    """Prepare, train a few steps, under autocast to `dtype`, settle; validation logits before and after settling."""
     task, splits = rows
     model = model or tiny(vocab_size=len(task.tokenizer), num_labels=2)
     data = FeedRows(Feed(task.settings, "", DataConfig(train="none")), task, splits)
@@ -64,7 +64,8 @@ def trained(stage, rows, model=None, steps=4):
     for transform in stage.transforms:
         transform.prepare(model, context)
     batches = context.data.batches(24, 8, 0)
-    fit(model, stage.transforms, batches, steps, 1e-3, context)
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        fit(model, stage.transforms, batches, steps, 1e-3, context)
     before = model_logits(model, data.task, data.validation)
     for transform in stage.transforms:
         transform.finalize(model)

@@ -257,7 +257,8 @@ def test_learns_sixteen_examples(saved):
     model, batch, method = headed(), labelled(), Fusion(adapters=saved())
     method.prepare(model, Context())
     freeze_head(model)
-    fit(model, [method], [batch], steps=160, learning_rate=1e-2)
+    # At 1e-2 it oscillates around the end, and where it stops is the processor's rounding.
+    fit(model, [method], [batch], steps=240, learning_rate=3e-3)
     assert accuracy(model, batch) == 1.0
 
 

@@ -118,8 +118,9 @@ class AnswerCache:
             per_token = name != "logits"
             spans = [(start, end) if per_token else (row, row + 1) for _, row, start, end in places]
             # Opened files and rows side by side: what is read is put into its place once.
-            parts = [file.get_slice(name)[start:end] for file, (start, end) in zip(files, spans, strict=True)]
-            values = torch.cat(parts).float()
+            # In fp32 before they are joined: autocast to bf16 refuses to join fp16 on a CPU.
+            parts = [file.get_slice(name)[start:end].float() for file, (start, end) in zip(files, spans, strict=True)]
+            values = torch.cat(parts)
             if per_token:
                 whole = torch.zeros(*masks.shape, values.shape[1])
                 whole[masks] = values
