@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,11 +17,14 @@ from compressft.utils.foreign import foreign
 from compressft.utils.machine import default_threads
 from compressft.utils.phases import steps
 
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
 # Rows to the outputs of their padded batch, (rows, ...) fp32: logits (B, C) or (B, T, C), or what the task gives.
 Run = Callable[[Sequence[Feature]], np.ndarray]
 
 
-def open_session(model: str | Path | bytes, threads: int | None = None, exact: bool = False) -> Any:
+def open_session(model: str | Path | bytes, threads: int | None = None, exact: bool = False) -> InferenceSession:
     """An `onnxruntime.InferenceSession` on the CPU.
 
     Args:
@@ -45,7 +48,7 @@ def open_session(model: str | Path | bytes, threads: int | None = None, exact: b
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
-def session_run(session: Any, task: Task) -> Run:
+def session_run(session: InferenceSession, task: Task) -> Run:
     """The model of a session as a `Run`."""
     assert task.ships is not None
 
@@ -56,7 +59,7 @@ def session_run(session: Any, task: Task) -> Run:
     return run
 
 
-def session_logits(session: Any, task: Task, features: Sequence[Feature], batch: int) -> list[np.ndarray]:
+def session_logits(session: InferenceSession, task: Task, features: Sequence[Feature], batch: int) -> list[np.ndarray]:
     """Logits per row of an onnxruntime session; see `by_row`."""
     return by_row(session_run(session, task), task, features, batch)
 
@@ -66,14 +69,14 @@ def by_row(run: Run, task: Task, features: Sequence[Feature], batch: int) -> lis
 
     Batches take neighbours in length, as a server that sorts its queue would. All logits are held at once: for samples.
     """
-    rows: list[Any] = [None] * len(features)
+    rows: dict[int, np.ndarray] = {}
     for indices in batches_by_length([task.length(row) for row in features], batch):
         for i, value in zip(indices, run([features[i] for i in indices]), strict=True):
             rows[i] = task.own(value, features[i])
-    return rows
+    return [rows[i] for i in range(len(features))]
 
 
-def feed(session: Any, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+def feed(session: InferenceSession, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     """What a session is given for a collated batch: where it has a cache, an empty one and the tokens' places."""
     inputs = session.get_inputs()
     values = {name: tensor.numpy() for name, tensor in batch.items()}
