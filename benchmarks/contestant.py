@@ -36,11 +36,11 @@ def compressft(model: str, method: Mapping[str, Any]) -> Built:
     from compressft.methods import METHODS
     from compressft.model.load import load_model
     from compressft.model.source import load_tokenizer
-    from compressft.recipe.program import parse_transform
+    from compressft.recipe.program import parse_member
     from compressft.transform import Context, TrainingData
 
     loaded = load_model(model, "AutoModelForSequenceClassification", num_labels=LABELS)
-    transform = parse_transform(method, METHODS, "method")
+    transform = parse_member(method, METHODS, "method")
     features = [{"input_ids": row, "attention_mask": [1] * LENGTH, "labels": 0} for row in tokens().tolist()]
 
     def collate(rows: Any) -> dict[str, Tensor]:

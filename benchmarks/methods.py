@@ -42,7 +42,7 @@ from compressft.errors import UserError
 from compressft.methods import METHODS
 from compressft.model.load import load_empty
 from compressft.model.source import resolve
-from compressft.recipe.program import parse_transform
+from compressft.recipe.program import parse_member
 from compressft.transform import Context
 from compressft.utils.machine import usable_cores
 
@@ -183,6 +183,6 @@ def write(path: Path) -> None:
 def masked_weights(method: str) -> int:
     """How many weights of MiniLM a kind of mask decides on."""
     model = load_empty("minilm", "AutoModelForSequenceClassification", num_labels=2)
-    transform = parse_transform(SETTINGS[method].method, METHODS, "method")
+    transform = parse_member(SETTINGS[method].method, METHODS, "method")
     transform.prepare(model, Context((transform,)))
     return sum(p.numel() for name, p in model.named_parameters() if name.endswith(".scores"))

@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.table import Table
@@ -242,7 +242,7 @@ def ops(
         raise typer.Exit(1)
 
 
-def _rows(rows: Sequence[Mapping[str, Any]], json_file: Path | None) -> None:
+def _rows(rows: Sequence[Mapping[str, object]], json_file: Path | None) -> None:
     table = Table(*rows[0], box=None)
     for row in rows:
         table.add_row(*(f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values()))

@@ -201,7 +201,7 @@ class Transform(Strict):
     def prepare(self, model: nn.Module, context: Context) -> None:
         """Rewrite the model before training. Raises UserError where the model lacks what this needs."""
 
-    def param_groups(self, model: nn.Module, context: Context) -> list[dict[str, Any]]:
+    def param_groups(self, model: nn.Module, context: Context) -> list[dict[str, object]]:
         """Optimiser groups (`params`, `lr`, ...) for parameters that must not take the stage's settings."""
         return []
 

@@ -1,9 +1,10 @@
-"""For every test: no model hub, one torch thread, the share of cases that runs, and its CPU seconds."""
+"""For every test: no model hub, one torch thread, the same random numbers, its share of cases, and its CPU seconds."""
 
 import atexit
 import copy
 import gc
 import os
+import random
 import shutil
 import tempfile
 
@@ -11,6 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # A cache of this process's own and of those that it starts: what another run of the tests has left proves nothing.
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="compressft-tests-")
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
@@ -22,6 +24,8 @@ from tests.share import Share
 
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 torch.set_num_threads(1)
+# Not 0, which many a test seeds its models with.
+SEED = 1729
 # The same inputs every time: a found one stays found, and a busy machine fails nothing.
 settings.register_profile("tests", derandomize=True, deadline=None, database=None)
 settings.load_profile("tests")
@@ -36,6 +40,25 @@ def pytest_xdist_make_scheduler(config, log):
     from tests.workers import ByCost
 
     return ByCost(config, log) if config.getoption("dist") == "loadfile" else None
+
+
+def seed_all() -> None:
+    """What draws without a generator of its own draws the same whatever ran before."""
+    random.seed(SEED)
+    np.random.seed(SEED)
+    torch.manual_seed(SEED)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    # Before the fixtures of a whole module, which are made with the first test that asks for them.
+    seed_all()
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    """Whether a test made such a fixture, or found it, does not matter to what it draws."""
+    seed_all()
 
 
 @pytest.fixture(scope="session", autouse=True)

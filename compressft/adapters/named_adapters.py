@@ -380,9 +380,9 @@ def as_method(value: Transform | Mapping[str, object] | str) -> Transform:
     Raises:
         UserError: an unknown method or field.
     """
-    from compressft.recipe.program import parse_transform
+    from compressft.recipe.program import parse_member
 
     try:
-        return parse_transform(value, METHODS, "method")
+        return parse_member(value, METHODS, "method")
     except ValueError as error:
         raise UserError(str(error)) from None

@@ -7,14 +7,15 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from compressft.adapters.files import CONFIG, KEY, TENSORS, read_json, read_tensors, write_json, write_tensors
+from compressft.adapters.files import CONFIG, KEY, TENSORS, read_tensors, write_json, write_tensors
 from compressft.adapters.settled import Settled, of_backbone, origin, own_head, put, shared_copy
-from compressft.errors import UserError, nearest
+from compressft.errors import UserError
 from compressft.methods import METHODS
 from compressft.model.anatomy import anatomy
+from compressft.model.saved.adapters import ADAPTER_FORMAT, adapter_entry
 from compressft.model.saved.delta import DELTA
-from compressft.model.saved.folders import MANIFEST, read_manifest, verify_files
-from compressft.model.saved.manifest import AdapterContents, Contents, Manifest, as_adapter, check_types
+from compressft.model.saved.folders import MANIFEST, read_manifest
+from compressft.model.saved.manifest import AdapterContents, Contents, Manifest
 from compressft.model.saved.sparse import VALUES, pack, unpack
 from compressft.model.saved.state import layers_hash, plain_state
 from compressft.model.shrink import resize, shapes
@@ -23,27 +24,12 @@ from compressft.modules.lsh import Lsh, without_cache
 from compressft.modules.pretrained import pretrained
 from compressft.modules.structure import describe
 from compressft.recipe.document import refuse_edited
-from compressft.recipe.program import parse_transform
+from compressft.recipe.program import parse_member
 from compressft.recipe.recipe import parse_recipe
 from compressft.transform import Transform
 from compressft.utils.files import file_hash
 from compressft.utils.strict_yaml import read_yaml
 from compressft.utils.texts import JSON, read_text
-
-FORMAT = 1
-FIELDS = {
-    "format",
-    "kind",
-    "method",
-    "base",
-    "architecture",
-    "labels",
-    "layers_hash",
-    "origin_hash",
-    "shapes",
-    "modules",
-    "files",
-}
 
 
 def refusal(settled: Settled) -> str | None:
@@ -69,7 +55,7 @@ def write(settled: Settled, folder: Path) -> None:
     labels = model.config.id2label
     assert labels is not None
     entry = {
-        "format": FORMAT,
+        "format": ADAPTER_FORMAT,
         "kind": "adapter",
         "method": settled.method.model_dump(mode="json"),
         "base": origin(settled.plain),
@@ -99,25 +85,11 @@ def manifest(folder: Path) -> AdapterContents:
     """What `adapter_config.json` says under our key, its files compared with their hashes.
 
     Raises:
-        UserError: a file is missing or changed, or a field is missing, unknown or of another type.
+        UserError: as `adapter_entry`; it is another package's.
     """
-    path = folder / CONFIG
-    entry = read_json(path).get(KEY)
-    if not isinstance(entry, dict):
-        raise UserError(f"{path}: has no {KEY!r}; give an adapter folder that compressft wrote")
-    for name in entry:
-        if name not in FIELDS:
-            raise UserError(f"{path}: unknown field {KEY}.{name}{nearest(name, FIELDS)}; a newer compressft wrote it")
-    missing = sorted(FIELDS - set(entry))
-    if missing:
-        raise UserError(f"{path}: field {KEY}.{missing[0]} is missing; save the adapter again")
-    if entry["format"] != FORMAT:
-        raise UserError(f"{path}: format {entry['format']!r}; this compressft reads {FORMAT}")
-    check_types(entry, "adapter", path, f"{KEY}.")
-    entry = as_adapter(entry)
-    if TENSORS not in entry["files"]:
-        raise UserError(f"{path}: field {KEY}.files does not name {TENSORS}; restore the file")
-    verify_files(folder, entry["files"])
+    entry = adapter_entry(folder)
+    if entry is None:
+        raise UserError(f"{folder / CONFIG}: has no {KEY!r}; give an adapter folder that compressft wrote")
     return entry
 
 
@@ -147,7 +119,7 @@ def parse_method(fields: Mapping[str, JSON], folder: Path) -> Transform:
         UserError: an unknown method or field.
     """
     try:
-        return parse_transform(fields, METHODS, "method")
+        return parse_member(fields, METHODS, "method")
     except ValueError as error:
         raise UserError(f"{folder / CONFIG}: {error}") from None
 

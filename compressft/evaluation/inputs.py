@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from onnxruntime.capi.onnxruntime_pybind11_state import NodeArg
 
 
-def sample_inputs(names: Sequence[str], batch: int, length: int, pieces: int = 400) -> dict[str, Any]:
+def sample_inputs(names: Sequence[str], batch: int, length: int, pieces: int = 400) -> dict[str, np.ndarray]:
     """Made-up rows.
 
     Args:
@@ -20,7 +24,7 @@ def sample_inputs(names: Sequence[str], batch: int, length: int, pieces: int = 4
     return {name: values[name] for name in names if name in values}
 
 
-def empty_past(inputs: Sequence[Any], batch: int) -> dict[str, Any]:
+def empty_past(inputs: Sequence[NodeArg], batch: int) -> dict[str, np.ndarray]:
     """No earlier tokens, for those of a session's inputs that are a language model's cache: (batch, heads, 0, size)."""
     import numpy as np
 

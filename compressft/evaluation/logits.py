@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,11 +19,14 @@ from compressft.utils.foreign import foreign
 from compressft.utils.machine import default_threads
 from compressft.utils.phases import steps
 
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
 # Rows to the outputs of their padded batch, (rows, ...) fp32: logits (B, C) or (B, T, C), or what the task gives.
 Run = Callable[[Sequence[Feature]], np.ndarray]
 
 
-def open_session(model: str | Path | bytes, threads: int | None = None, exact: bool = False) -> Any:
+def open_session(model: str | Path | bytes, threads: int | None = None, exact: bool = False) -> InferenceSession:
     """An `onnxruntime.InferenceSession` on the CPU.
 
     Args:
@@ -47,7 +50,7 @@ def open_session(model: str | Path | bytes, threads: int | None = None, exact: b
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
-def session_run(session: Any, task: Task) -> Run:
+def session_run(session: InferenceSession, task: Task) -> Run:
     """The model of a session as a `Run`."""
     assert task.ships is not None
 
@@ -58,7 +61,7 @@ def session_run(session: Any, task: Task) -> Run:
     return run
 
 
-def session_logits(session: Any, task: Task, features: Sequence[Feature], batch: int) -> list[np.ndarray]:
+def session_logits(session: InferenceSession, task: Task, features: Sequence[Feature], batch: int) -> list[np.ndarray]:
     """Logits per row of an onnxruntime session; see `by_row`."""
     return by_row(session_run(session, task), task, features, batch)
 
@@ -68,15 +71,15 @@ def by_row(run: Run, task: Task, features: Sequence[Feature], batch: int) -> lis
 
     Batches take neighbours in length, as a server that sorts its queue would. All logits are held at once: for samples.
     """
-    rows: list[Any] = [None] * len(features)
+    rows: dict[int, np.ndarray] = {}
     for indices in batches_by_length(lengths_of(features, task), batch):
         some = taken(features, indices)
         for i, row, value in zip(indices, some, run(some), strict=True):
             rows[i] = task.own(value, row)
-    return rows
+    return [rows[i] for i in range(len(features))]
 
 
-def feed(session: Any, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+def feed(session: InferenceSession, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     """What a session is given for a collated batch: where it has a cache, an empty one and the tokens' places."""
     inputs = session.get_inputs()
     values = {name: tensor.numpy() for name, tensor in batch.items()}
@@ -98,28 +101,25 @@ def batches_by_length(lengths: Sequence[int] | np.ndarray, batch: int) -> list[l
 
 def model_run(model: nn.Module, task: Task) -> Run:
     """A torch model, put into eval mode, as a `Run`."""
-    model.eval()
-    device = next(model.parameters()).device
-
-    @torch.no_grad()
-    def run(rows: Sequence[Feature]) -> np.ndarray:
-        batch = {name: value.to(device) for name, value in task.inputs(rows).items()}
-        return task.by_row(model(**batch).logits.float(), len(rows)).cpu().numpy()
-
-    return run
+    return _torch_run(model, task, lambda batch, rows: task.by_row(model(**batch).logits.float(), rows))
 
 
 def scoring_run(model: nn.Module, task: Task) -> Run:
     """What a torch model is scored by, as a `Run`: what it writes where the task `generates`, else its outputs."""
     if not task.generates:
         return model_run(model, task)
+    return _torch_run(model, task, lambda batch, _: task.generate(model, batch))
+
+
+def _torch_run(model: nn.Module, task: Task, outputs: Callable[[dict[str, Tensor], int], Tensor]) -> Run:
+    """`outputs` takes a batch on the model's device, and its number of rows."""
     model.eval()
     device = next(model.parameters()).device
 
     @torch.no_grad()
     def run(rows: Sequence[Feature]) -> np.ndarray:
         batch = {name: value.to(device) for name, value in task.inputs(rows).items()}
-        return task.generate(model, batch).cpu().numpy()
+        return outputs(batch, len(rows)).cpu().numpy()
 
     return run
 

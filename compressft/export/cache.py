@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from compressft.export.nodes import name_of, shape_of
 from compressft.recipe.recipe import Recipe
 from compressft.tasks import TASKS
 
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+# Axis of a tensor -> what may vary there, as torch.export takes it.
+Axes: TypeAlias = "Mapping[int, object]"
 PAST, PRESENT = "past_key_values", "present"
 # Tokens in the past that is traced with: as with the batch and the length, 0 or 1 would be taken for constants.
 TRACED_PAST = 3
@@ -25,7 +31,7 @@ def has_cache(recipe: Recipe) -> bool:
 
 
 @torch.no_grad()
-def with_cache(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+def with_cache(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, object]:
     """A sample batch (B, T) with the places of its tokens and a cache of `TRACED_PAST` earlier ones.
 
     Args:
@@ -52,15 +58,18 @@ def with_cache(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def dynamic_axes(value: Any) -> Any:
+def dynamic_axes(value: object) -> Axes | Sequence[Axes]:
     """Which axes of a sample input may have any size: batch and length, and a cache's batch and past."""
+    from transformers import DynamicCache
+
     free = torch.export.Dim.AUTO
     if isinstance(value, Tensor):
-        return dict.fromkeys((0, 1), free)
-    return [dict.fromkeys((0, 2), free) for _ in range(2 * len(value.layers))]
+        return {0: free, 1: free}
+    assert isinstance(value, DynamicCache)
+    return [{0: free, 2: free} for _ in range(2 * len(value.layers))]
 
 
-def name_cache(graph: Any) -> None:
+def name_cache(model: ir.Model) -> None:
     """Name a graph's cache as optimum, transformers.js and onnxruntime-genai do, and the axes of all inputs.
 
     `past_key_values.N.key` and `.value` (batch, heads, past, size) go in, `present.N.key` and `.value` come out.
@@ -68,15 +77,15 @@ def name_cache(graph: Any) -> None:
     import onnx_ir
 
     for values, stem, length in (
-        (graph.graph.inputs, PAST, "past_sequence_length"),
-        (graph.graph.outputs, PRESENT, "total_sequence_length"),
+        (model.graph.inputs, PAST, "past_sequence_length"),
+        (model.graph.outputs, PRESENT, "total_sequence_length"),
     ):
         for value in values:
-            found = _TENSOR.fullmatch(value.name)
+            found = _TENSOR.fullmatch(name_of(value))
             if found is not None:
                 value.name = f"{stem}.{found[2]}.{found[3]}"
-                value.shape = onnx_ir.Shape(["batch_size", value.shape[1], length, value.shape[3]])
+                value.shape = onnx_ir.Shape(["batch_size", shape_of(value)[1], length, shape_of(value)[3]])
             elif value.name == "attention_mask":
                 value.shape = onnx_ir.Shape(["batch_size", "total_sequence_length"])
             else:
-                value.shape = onnx_ir.Shape(["batch_size", "sequence_length", *value.shape[2:]])
+                value.shape = onnx_ir.Shape(["batch_size", "sequence_length", *shape_of(value)[2:]])

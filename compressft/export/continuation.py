@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,9 +16,13 @@ from compressft.evaluation.inputs import empty_past
 from compressft.evaluation.logits import open_session, places
 from compressft.export.cache import PAST, PRESENT
 from compressft.export.verify import KERNELS
+from compressft.modules.pretrained import pretrained
 from compressft.modules.quantizer import Int8Quantizer
-from compressft.tasks.task import Task
+from compressft.tasks.task import Feature, Task
 from compressft.utils.phases import phase, steps
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
 
 # Rows that are continued, and tokens of each that are given one by one.
 ROWS, SINGLE = 8, 16
@@ -37,7 +41,7 @@ class Continued:
     max_abs_error: float
     token_agreement: float
 
-    def row(self) -> dict[str, Any]:
+    def row(self) -> dict[str, object]:
         """As it stands in report.json."""
         return asdict(self)
 
@@ -64,7 +68,7 @@ class Chunk:
 
 
 @phase("verification")
-def continue_rows(file: Path, model: nn.Module, task: Task, features: Sequence[Mapping[str, Any]]) -> list[Continued]:
+def continue_rows(file: Path, model: nn.Module, task: Task, features: Sequence[Feature]) -> list[Continued]:
     """Compare logits at every token of some rows, read as a prompt, `SINGLE` single tokens and a rest.
 
     Two rows by themselves and all padded on the left (but for dynamic ranges), with exact and with default kernels.
@@ -112,8 +116,7 @@ def model_chunks(model: nn.Module, parts: Sequence[Chunk]) -> np.ndarray:
     """Logits (B, T, V) of all chunks in a row, with a cache of transformers'."""
     from transformers import DynamicCache
 
-    whole: Any = model
-    cache, found = DynamicCache(config=whole.config), []
+    cache, found = DynamicCache(config=pretrained(model).config), []
     for part in parts:
         ids, mask, where = (torch.from_numpy(x) for x in (part.ids, part.mask, part.places))
         out = model.eval()(
@@ -123,7 +126,7 @@ def model_chunks(model: nn.Module, parts: Sequence[Chunk]) -> np.ndarray:
     return np.concatenate(found, axis=1)
 
 
-def session_chunks(session: Any, parts: Sequence[Chunk]) -> np.ndarray:
+def session_chunks(session: InferenceSession, parts: Sequence[Chunk]) -> np.ndarray:
     """The same of an exported file."""
     past, found = empty_past(session.get_inputs(), len(parts[0].ids)), []
     names = [value.name for value in session.get_outputs()]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -47,6 +47,9 @@ from compressft.utils.machine import hardware, versions
 from compressft.utils.memory import give_back, release
 from compressft.utils.phases import doing, phase
 
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
 # Dead rows and columns are removed; this share of zeros is from single weights.
 NOTEWORTHY_ZEROS = 0.1
 # Below this share of its bytes in the last stage, a delta is mostly an earlier one's.
@@ -64,8 +67,8 @@ class Shipped:
     recipe: Recipe
     root: Path
     task: Task
-    encoded: Mapping[str, Sequence[dict[str, Any]]]
-    manifest: Mapping[str, Any]
+    encoded: Mapping[str, Sequence[Feature]]
+    manifest: Mapping[str, object]
 
 
 @phase("export")
@@ -164,7 +167,7 @@ def score(model: nn.Module, task: Task, features: Sequence[Feature], recipe: Rec
     return scored(scoring_run(model, task), task, features, recipe.evaluation_batch)[task.metric]
 
 
-def _badness(task: Task) -> Any:
+def _badness(task: Task) -> Callable[[float], float]:
     return (lambda value: value) if task.greater_is_better else (lambda value: -value)
 
 
@@ -273,9 +276,8 @@ def stage_record(root: Path, name: str) -> dict[str, Any]:
 def write_onnx(shipped: Shipped, model: nn.Module, target: Path) -> None:
     """Write `model.onnx`, tokenizer, configuration and manifest into a folder."""
     recipe, task, manifest = shipped.recipe, shipped.task, shipped.manifest
-    inputs: Mapping[str, Any] = sample_batch(task, shipped.encoded)
-    if has_cache(recipe):
-        inputs = with_cache(model, inputs)
+    sample = sample_batch(task, shipped.encoded)
+    inputs = with_cache(model, sample) if has_cache(recipe) else sample
     graph = to_graph(fold(model), inputs)
     if recipe.export.attention == "qattention":
         fuse_qattention(graph)
@@ -293,7 +295,7 @@ def write_onnx(shipped: Shipped, model: nn.Module, target: Path) -> None:
     write_manifest(target, "onnx", info)
 
 
-def name_answer(graph: Any, task: Task) -> None:
+def name_answer(graph: ir.Model, task: Task) -> None:
     """Name the output that answers as readers of the task's files expect it."""
     for value in graph.graph.outputs:
         if value.name == "logits":
@@ -301,7 +303,7 @@ def name_answer(graph: Any, task: Task) -> None:
             value.name = task.ships
 
 
-def sample_batch(task: Task, encoded: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, torch.Tensor]:
+def sample_batch(task: Task, encoded: Mapping[str, Sequence[Feature]]) -> dict[str, torch.Tensor]:
     """Two padded rows to trace with."""
     rows = list(next(iter(encoded.values()))[:2])
     rows = rows if len(rows) > 1 else rows * 2

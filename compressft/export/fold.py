@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -32,14 +31,14 @@ class WithAdapter(nn.Module):
 class TableLinear(nn.Module):
     """An output layer that multiplies by the embedding table as it ships, which is in the file once."""
 
-    def __init__(self, table: Any, bias: Tensor | None) -> None:
+    def __init__(self, table: Int4Embedding | Int8Embedding, bias: Tensor | None) -> None:
         super().__init__()
         # In a tuple: its tensors are the embedding's.
         self.table = (table,)
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.table[0].product(x, self.bias)
+        return self.table[0].product(x, self.bias if isinstance(self.bias, Tensor) else None)
 
 
 def fold(model: nn.Module) -> nn.Module:
@@ -98,7 +97,9 @@ def deployed_linear(linear: CompressedLinear, tables: Mapping[Tensor, nn.Module]
     elif isinstance(quantizer, Int8Quantizer):
         new = QdqLinear(linear) if quantizer.format == "qdq" else Int8Linear(linear)
     elif isinstance(quantizer, TableQuantizer):
-        new = TableLinear((tables or {})[linear.weight], linear.bias)
+        table = (tables or {})[linear.weight]
+        assert isinstance(table, Int4Embedding | Int8Embedding)
+        new = TableLinear(table, linear.bias)
     else:
         raise ValueError(f"fold: no deployed form of {type(quantizer).__name__}")
     return new if adapter is None else WithAdapter(new, adapter)

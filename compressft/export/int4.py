@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,10 @@ from compressft.modules.embedding import CompressedEmbedding
 from compressft.modules.int4 import ZERO, grid_of, pack, quantise
 from compressft.modules.linear import CompressedLinear
 from compressft.modules.quantizer import Int4Quantizer
+
+# Of an operator that torch does not have.
+Attribute = int | float | str | bool | Sequence[int] | Sequence[float] | Sequence[str] | Sequence[bool]
+Attributes = dict[str, Attribute]
 
 
 class Int4Linear(nn.Module):
@@ -40,10 +44,11 @@ class Int4Linear(nn.Module):
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        attributes: dict[str, Any] = {"K": self.columns, "N": self.rows, "bits": 4, "block_size": self.block}
+        attributes: Attributes = {"K": self.columns, "N": self.rows, "bits": 4, "block_size": self.block}
         if self.accuracy_level:
             attributes["accuracy_level"] = self.accuracy_level
-        inputs: list[Any] = [x, self.weight, self.scale, self.zero_point, None, self.bias]
+        zero_point, bias = (one if isinstance(one, Tensor) else None for one in (self.zero_point, self.bias))
+        inputs: list[Tensor | None] = [x, self.weight, self.scale, zero_point, None, bias]
         while inputs[-1] is None:
             inputs.pop()
         shape = [*x.shape[:-1], self.rows]
@@ -73,10 +78,10 @@ class Int4Embedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         if self.portable:
             return self._rows(F.embedding(ids, self.weight), F.embedding(ids, self.scale))
-        attributes: dict[str, Any] = {"gather_axis": 0, "quantize_axis": 1, "block_size": self.block, "bits": 4}
+        attributes: Attributes = {"gather_axis": 0, "quantize_axis": 1, "block_size": self.block, "bits": 4}
         shape = [*ids.shape, 2 * self.weight.shape[1]]
         name = "com.microsoft::GatherBlockQuantized"
-        inputs: list[Any] = [self.weight, ids, self.scale]
+        inputs: list[Tensor | None] = [self.weight, ids, self.scale]
         rows = torch.onnx.ops.symbolic(name, inputs, attributes, dtype=torch.float32, shape=shape, version=1)
         return rows if shape[-1] == self.dim else rows[..., : self.dim]
 
@@ -86,8 +91,8 @@ class Int4Embedding(nn.Module):
             return F.linear(x, self._rows(self.weight, self.scale), bias)
         rows, blocks = self.scale.shape
         packed = self.weight.view(rows, blocks, self.block // 2)
-        inputs: list[Any] = [x, packed, self.scale, *([] if bias is None else [None, None, bias])]
-        attributes: dict[str, Any] = {"K": self.dim, "N": rows, "bits": 4, "block_size": self.block}
+        inputs: list[Tensor | None] = [x, packed, self.scale, *([] if bias is None else [None, None, bias])]
+        attributes: Attributes = {"K": self.dim, "N": rows, "bits": 4, "block_size": self.block}
         name, shape = "com.microsoft::MatMulNBits", [*x.shape[:-1], rows]
         return torch.onnx.ops.symbolic(name, inputs, attributes, dtype=torch.float32, shape=shape, version=1)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +14,15 @@ from compressft.modules.int8 import activation_scale, quantise_weight, weight_sc
 from compressft.modules.linear import CompressedLinear
 from compressft.modules.quantizer import Int8Quantizer
 
+# Of an operator that torch does not have; None: an optional one that is not there.
+Inputs = Sequence[Tensor | None]
 
-class Int8Linear(nn.Module):
-    """QuantizeLinear + `com.microsoft::MatMulIntegerToFloat` (fixed ranges), or `DynamicQuantizeMatMul`.
+
+class Rounded(nn.Module, ABC):
+    """A layer's rounded values, as training used them. Never run in torch.
 
     Holds the (in, out) int8 weight, its per-column fp32 scales, the bias, and for fixed ranges the input's scale and
-    u8 zero point: the values that training used. Never run in torch.
+    u8 zero point.
     """
 
     weight: Tensor
@@ -39,26 +43,33 @@ class Int8Linear(nn.Module):
         self.register_buffer("x_scale", x_scale)
         self.register_buffer("x_zero_point", zero_point.to(torch.uint8))
 
+    def quantised(self, x: Tensor) -> Tensor:
+        """x as u8."""
+        inputs: Inputs = [x, self.x_scale, self.x_zero_point]
+        return torch.onnx.ops.symbolic("QuantizeLinear", inputs, dtype=torch.uint8, shape=x.shape)
+
+    @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
+        """The layer's product as operators of a graph, (..., in) -> (..., out)."""
+
+
+class Int8Linear(Rounded):
+    """QuantizeLinear + `com.microsoft::MatMulIntegerToFloat` (fixed ranges), or `DynamicQuantizeMatMul`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = [self.bias] if isinstance(self.bias, Tensor) else []
         if self.dynamic:
             name = "DynamicQuantizeMatMul"
-            inputs: list[Any] = [x, self.weight, self.weight_scale, None, self.bias]
+            inputs: Inputs = [x, self.weight, self.weight_scale, None, *bias]
         else:
             name = "MatMulIntegerToFloat"
             scales = [self.x_scale, self.weight_scale, self.x_zero_point]
-            inputs = [self.quantised(x), self.weight, *scales, None, self.bias]
-        if inputs[-1] is None:
-            inputs.pop()
+            inputs = [self.quantised(x), self.weight, *scales, None, *bias]
         shape = [*x.shape[:-1], self.weight.shape[1]]
         return torch.onnx.ops.symbolic(f"com.microsoft::{name}", inputs, dtype=torch.float32, shape=shape, version=1)
 
-    def quantised(self, x: Tensor) -> Tensor:
-        """x as u8."""
-        inputs: list[Any] = [x, self.x_scale, self.x_zero_point]
-        return torch.onnx.ops.symbolic("QuantizeLinear", inputs, dtype=torch.uint8, shape=x.shape)
 
-
-class QdqLinear(Int8Linear):
+class QdqLinear(Rounded):
     """The same values in standard operators: QuantizeLinear, two DequantizeLinear (per column for the weight), MatMul.
 
     Without a runtime's fusions this computes in fp32 what training computed in integers.
@@ -69,8 +80,8 @@ class QdqLinear(Int8Linear):
         self.register_buffer("weight_zero_point", torch.zeros(self.weight.shape[1], dtype=torch.int8))
 
     def forward(self, x: Tensor) -> Tensor:
-        rounded: list[Any] = [self.quantised(x), self.x_scale, self.x_zero_point]
-        weight: list[Any] = [self.weight, self.weight_scale, self.weight_zero_point]
+        rounded: Inputs = [self.quantised(x), self.x_scale, self.x_zero_point]
+        weight: Inputs = [self.weight, self.weight_scale, self.get_buffer("weight_zero_point")]
         shape = self.weight.shape
         left = torch.onnx.ops.symbolic("DequantizeLinear", rounded, dtype=torch.float32, shape=x.shape)
         right = torch.onnx.ops.symbolic("DequantizeLinear", weight, {"axis": 1}, dtype=torch.float32, shape=shape)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +12,9 @@ from torch import Tensor, nn
 from compressft.evaluation.logits import feed, open_session
 from compressft.export.onnx import module_of
 from compressft.model.anatomy import anatomy
+
+# Sees a layer's output.
+Hook = Callable[[nn.Module, object, Tensor | tuple[Tensor, ...]], None]
 
 
 def diverging_layer(
@@ -51,8 +53,10 @@ def diverging_layer(
     return f"all {len(layers)} layers agree within {limit} of their standard deviation; the head after them differs"
 
 
-def _keeper(store: dict[str, np.ndarray], name: str) -> Any:
-    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+def _keeper(
+    store: dict[str, np.ndarray], name: str
+) -> Callable[[nn.Module, object, Tensor | tuple[Tensor, ...]], None]:
+    def hook(module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
         store[name] = (output[0] if isinstance(output, tuple) else output).float().cpu().numpy()
 
     return hook
@@ -71,5 +75,5 @@ def _layer_outputs(path: Path, names: list[str], batch: Mapping[str, Tensor], ex
     for output in last.values():
         model.graph.output.append(onnx.helper.make_empty_tensor_value_info(output))
     session = open_session(model.SerializeToString(), exact=exact)
-    results: Any = session.run(list(last.values()), feed(session, batch))
-    return dict(zip(last, results, strict=True))
+    results = session.run(list(last.values()), feed(session, batch))
+    return {name: np.asarray(value) for name, value in zip(last, results, strict=True)}

@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from subprocess import PIPE
+from typing import TypedDict
 
 from compressft.evaluation.inputs import empty_past, sample_inputs
 from compressft.utils.collector import end_quickly, importing
@@ -20,11 +21,27 @@ from compressft.utils.machine import default_threads
 from compressft.utils.waiting import as_found
 
 Shape = tuple[int, int]
+# Asks a process for its samples: (shape, milliseconds of single calls) of each shape.
+Turn = Callable[[], list[tuple[Shape, list[float]]]]
+
+
+class Latency(TypedDict):
+    """A row of report.json's `latency_ms`; milliseconds of one call."""
+
+    runtime: str
+    model: str
+    batch: int
+    length: int
+    p50: float
+    p90: float
+    threads: int
+
+
 # A call that takes this long has nothing to warm up that a second one would need.
 WARM = 0.25
 
 
-def timed(call: Callable[[], Any], warmup: int = 5, least: int = 10, budget: float = 1.0) -> list[float]:
+def timed(call: Callable[[], object], warmup: int = 5, least: int = 10, budget: float = 1.0) -> list[float]:
     """Milliseconds of single calls: at least `least` and up to `budget` seconds.
 
     Args:
@@ -54,7 +71,7 @@ def quantiles(samples: Sequence[float]) -> dict[str, float]:
 
 def latencies(
     models: Mapping[tuple[str, str], Path], shapes: Sequence[Shape], threads: int | None = None, rounds: int = 3
-) -> list[dict[str, Any]]:
+) -> list[Latency]:
     """Latency rows of report.json.
 
     Args:
@@ -74,12 +91,12 @@ def latencies(
     quietest: dict[tuple[str, str, Shape], dict[str, float]] = {}
     with ExitStack() as stack:
         # Each waits, asleep, while the others have their turn: starting one takes longer than its turns.
-        running: dict[tuple[str, str], Callable[[], Any]] = {}
+        running: dict[tuple[str, str], Turn] = {}
         for (runtime, name), path in steps(list(models.items()) * rounds, "measuring latency"):
             if (runtime, name) not in running:
                 running[runtime, name] = stack.enter_context(_measured(runtime, path, threads, shapes))
             for shape, samples in running[runtime, name]():
-                key, found = (runtime, name, tuple(shape)), quantiles(samples)
+                key, found = (runtime, name, shape), quantiles(samples)
                 if key not in quietest or found["p50"] < quietest[key]["p50"]:
                     quietest[key] = found
     return [
@@ -88,7 +105,8 @@ def latencies(
             "model": name,
             "batch": shape[0],
             "length": shape[1],
-            **found,
+            "p50": found["p50"],
+            "p90": found["p90"],
             "threads": threads,
         }
         for (runtime, name, shape), found in quietest.items()
@@ -96,19 +114,20 @@ def latencies(
 
 
 @contextmanager
-def _measured(runtime: str, path: Path, threads: int, shapes: Sequence[Shape]) -> Iterator[Callable[[], Any]]:
+def _measured(runtime: str, path: Path, threads: int, shapes: Sequence[Shape]) -> Iterator[Turn]:
     """A process that times one model whenever it is asked to: calls give [shape, milliseconds of single calls] each.
 
     A call raises RuntimeError where the process has failed.
     """
     command = [sys.executable, "-m", "compressft.export.measure", runtime, str(path), str(threads), json.dumps(shapes)]
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
     with (
         tempfile.TemporaryFile("w+") as said,
-        subprocess.Popen(command, stderr=said, env=child_environment(), **pipes) as process,
+        subprocess.Popen(
+            command, stdin=PIPE, stdout=PIPE, stderr=said, env=child_environment(), text=True, bufsize=1
+        ) as process,
     ):
 
-        def turn() -> Any:
+        def turn() -> list[tuple[Shape, list[float]]]:
             assert process.stdin is not None and process.stdout is not None
             with suppress(BrokenPipeError):
                 process.stdin.write("\n")
@@ -117,7 +136,7 @@ def _measured(runtime: str, path: Path, threads: int, shapes: Sequence[Shape]) -
                 process.wait()
                 said.seek(0)
                 raise RuntimeError(f"measuring {path} failed:\n{said.read()[-2000:]}")
-            return json.loads(answer)
+            return [((batch, length), samples) for (batch, length), samples in json.loads(answer)]
 
         try:
             yield turn
@@ -150,7 +169,7 @@ def table_rows(path: str | Path) -> int:
     return min(found, default=400)
 
 
-def _onnx_calls(path: str, threads: int) -> Callable[[int, int], Callable[[], Any]]:
+def _onnx_calls(path: str, threads: int) -> Callable[[int, int], Callable[[], object]]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -159,14 +178,14 @@ def _onnx_calls(path: str, threads: int) -> Callable[[int, int], Callable[[], An
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     inputs, pieces = session.get_inputs(), table_rows(path)
 
-    def build(batch: int, length: int) -> Callable[[], Any]:
+    def build(batch: int, length: int) -> Callable[[], object]:
         feed = sample_inputs([value.name for value in inputs], batch, length, pieces) | empty_past(inputs, batch)
         return lambda: session.run(None, feed)
 
     return build
 
 
-def _torch_calls(path: str, threads: int) -> Callable[[int, int], Callable[[], Any]]:
+def _torch_calls(path: str, threads: int) -> Callable[[int, int], Callable[[], object]]:
     with importing():
         import torch
 
@@ -176,13 +195,13 @@ def _torch_calls(path: str, threads: int) -> Callable[[int, int], Callable[[], A
     model = load_compressed(path)
     pieces = model.get_input_embeddings().num_embeddings
 
-    def build(batch: int, length: int) -> Callable[[], Any]:
+    def build(batch: int, length: int) -> Callable[[], object]:
         feed = {
             k: torch.from_numpy(v)
             for k, v in sample_inputs(["input_ids", "attention_mask"], batch, length, pieces).items()
         }
 
-        def call() -> Any:
+        def call() -> object:
             with torch.inference_mode():
                 return model(**feed)
 

@@ -11,21 +11,26 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from compressft.errors import UserError
 from compressft.export.cache import PAST, dynamic_axes, name_cache
+from compressft.export.nodes import given, name_of
 from compressft.export.pooled import compute_first_token
 from compressft.export.rotary import without_branches
+from compressft.modules.pretrained import pretrained
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 # Where the exporter notes the modules that a node came from, outermost first.
 SCOPES = "pkg.torch.onnx.name_scopes"
 
 
-def to_graph(model: nn.Module, inputs: Mapping[str, Any], tidy: bool = True) -> Any:
+def to_graph(model: nn.Module, inputs: Mapping[str, object], tidy: bool = True) -> ir.Model:
     """Export with dynamic batch and length to an `onnx_ir.Model`.
 
     Args:
@@ -50,11 +55,11 @@ def to_graph(model: nn.Module, inputs: Mapping[str, Any], tidy: bool = True) -> 
     config = OnnxConfig(dynamic_shapes={name: dynamic_axes(value) for name, value in inputs.items()})
     with warnings.catch_warnings(), torch.no_grad(), redirect_stdout(io.StringIO()), _quiet("torch.onnx"):
         warnings.simplefilter("ignore")
-        copied: Any = without_branches(copy.deepcopy(model))
+        copied = pretrained(without_branches(copy.deepcopy(model)))
         # Without an input for them nobody could use the keys and values that decoders also give.
         given = {**inputs, "use_cache": PAST in inputs}
         exported = OnnxExporter().export(copied, given, config=config)
-    graph: Any = exported.program
+    graph = exported.program
     if not tidy:
         return graph
     drop_round_trips(graph)
@@ -71,7 +76,7 @@ def to_graph(model: nn.Module, inputs: Mapping[str, Any], tidy: bool = True) -> 
     return graph
 
 
-def strip(model: Any) -> None:
+def strip(model: ir.Model) -> None:
     """Name every node after its module, "bert.encoder.layer.0.output/Add_12", and drop what the exporter noted.
 
     Its notes are source lines and paths of the machine that exported: up to two thirds of a small file's bytes. The
@@ -101,9 +106,9 @@ def module_of(name: str) -> str:
     return name.rpartition("/")[0]
 
 
-def merge_scalars(model: Any) -> None:
+def merge_scalars(model: ir.Model) -> None:
     """Let equal one-element initialisers be one value, so that equal nodes are recognised as equal."""
-    first: dict[tuple[Any, ...], Any] = {}
+    first: dict[tuple[object, ...], ir.Value] = {}
     for value in list(model.graph.initializers.values()):
         tensor = value.const_value
         if tensor is None or tensor.size > 1 or value.is_graph_output():
@@ -111,12 +116,12 @@ def merge_scalars(model: Any) -> None:
         key = (tensor.dtype, tuple(tensor.shape), tensor.tobytes())
         if key in first:
             value.replace_all_uses_with(first[key])
-            del model.graph.initializers[value.name]
+            del model.graph.initializers[name_of(value)]
         else:
             first[key] = value
 
 
-def own_zero_points(model: Any) -> None:
+def own_zero_points(model: ir.Model) -> None:
     """Give each weight's DequantizeLinear a zero point of its own, of which the exporter has made equal ones one.
 
     Where exact kernels are asked for, onnxruntime turns s8 weights and their zero points into u8, and fails at the
@@ -127,7 +132,7 @@ def own_zero_points(model: Any) -> None:
     for node in model.graph:
         if node.op_type != "DequantizeLinear" or len(node.inputs) < 3:
             continue
-        weight, point = node.inputs[0], node.inputs[2]
+        weight, point = given(node, 0), node.inputs[2]
         name = f"{weight.name}_zero_point"
         if weight.const_value is None or point is None or point.const_value is None:
             continue
@@ -151,20 +156,20 @@ def _quiet(name: str) -> Iterator[None]:
         logger.setLevel(level)
 
 
-def drop_round_trips(model: Any) -> None:
+def drop_round_trips(model: ir.Model) -> None:
     """Remove Reshape pairs that end in the shape they began with (attention's split into heads and back)."""
     for node in model.graph:
         if node.op_type != "Reshape":
             continue
-        inner = node.inputs[0].producer()
+        inner = given(node, 0).producer()
         if inner is None or inner.op_type != "Reshape":
             continue
-        source, result = inner.inputs[0], node.outputs[0]
+        source, result = given(inner, 0), node.outputs[0]
         if source.shape is not None and source.shape == result.shape and not result.is_graph_output():
             result.replace_all_uses_with(source)
 
 
-def keep_norms_unfused(model: Any) -> None:
+def keep_norms_unfused(model: ir.Model) -> None:
     """Write residual Adds before a LayerNormalization as Sum, which onnxruntime does not fuse.
 
     Its SkipLayerNormalization is slower than Add + LayerNormalization: a pruned int8 MiniLM took 2.7 ms at 1x128
@@ -175,7 +180,7 @@ def keep_norms_unfused(model: Any) -> None:
     for node in list(model.graph):
         if node.op_type != "LayerNormalization":
             continue
-        add = node.inputs[0].producer()
+        add = given(node, 0).producer()
         if add is not None and add.op_type == "Add" and add.domain == "":
             new = onnx_ir.Node("", "Sum", list(add.inputs), num_outputs=1, name=add.name)
             new.metadata_props.update(add.metadata_props)
@@ -186,7 +191,7 @@ def keep_norms_unfused(model: Any) -> None:
             model.graph.remove(add, safe=True)
 
 
-def save(model: Any, path: Path) -> None:
+def save(model: ir.Model, path: Path) -> None:
     """One self-contained file, or `model.onnx.data` next to it where the weights pass protobuf's 2 GB."""
     import onnx_ir
 
@@ -194,12 +199,12 @@ def save(model: Any, path: Path) -> None:
     onnx_ir.save(model, str(path), external_data=f"{path.name}.data" if total > 1_900_000_000 else None)
 
 
-def drop_weights(model: Any) -> None:
+def drop_weights(model: ir.Model) -> None:
     """Let go of a saved graph's weights: the exporter's rewrite rules keep the last graph that they saw for good."""
     for value in model.graph.initializers.values():
         value.const_value = None
 
 
-def operators(model: Any) -> Counter[str]:
+def operators(model: ir.Model) -> Counter[str]:
     """How often each operator occurs."""
     return Counter(node.op_type for node in model.graph)

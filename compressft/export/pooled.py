@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
+
+from compressft.export.nodes import given, shape_of
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 # Operators whose output at a token depends on their inputs at that token alone, by the inputs that carry tokens.
 # Dynamic quantisation is none of them: its range is taken over all tokens.
@@ -20,7 +25,7 @@ RANK, TOKENS = 3, 1
 CONSTANT = "first_token"
 
 
-def compute_first_token(model: Any) -> int:
+def compute_first_token(model: ir.Model) -> int:
     """Where only the first token of hidden states (B, T, H) is read, compute only that one.
 
     The read moves up through everything that treats tokens by themselves: the last layer's FFN, norms, output
@@ -33,9 +38,9 @@ def compute_first_token(model: Any) -> int:
     Returns:
         how many nodes compute one token now.
     """
-    narrow: set[Any] = set()
+    narrow: set[ir.Node] = set()
     # What reads nothing but the first token: (node, position of the input).
-    uses: set[tuple[Any, int]] = set()
+    uses: set[tuple[ir.Node, int]] = set()
     for node in reversed(list(model.graph)):
         if _reads_first(node):
             uses.add((node, 0))
@@ -48,8 +53,13 @@ def compute_first_token(model: Any) -> int:
         return 0
     for node in narrow:
         for value in node.outputs:
-            value.shape = _one_token(value.shape)
-    read = [value for node in model.graph for place, value in enumerate(node.inputs) if (node, place) in uses]
+            value.shape = _one_token(shape_of(value))
+    read = [
+        value
+        for node in model.graph
+        for place, value in enumerate(node.inputs)
+        if value is not None and (node, place) in uses
+    ]
     for value in dict.fromkeys(read):
         # Gather reads the first of one as well as of many.
         readers = [use for use in value.uses() if (use.node, use.idx) in uses and use.node in narrow]
@@ -60,49 +70,49 @@ def compute_first_token(model: Any) -> int:
     return len(narrow)
 
 
-def computes_first_token(model: Any) -> bool:
+def computes_first_token(model: ir.Model) -> bool:
     """Whether `compute_first_token` found something to do in this graph."""
     return f"{CONSTANT}.start" in model.graph.initializers
 
 
-def _reads_first(node: Any) -> bool:
-    if node.op_type != "Gather" or node.attributes.get_int("axis", 0) != TOKENS or not _has_tokens(node.inputs[0]):
+def _reads_first(node: ir.Node) -> bool:
+    if node.op_type != "Gather" or node.attributes.get_int("axis", 0) != TOKENS or not _has_tokens(given(node, 0)):
         return False
-    index = node.inputs[1].const_value
+    index = given(node, 1).const_value
     return index is not None and index.size == 1 and index.numpy().item() == 0
 
 
-def _has_tokens(value: Any) -> bool:
+def _has_tokens(value: ir.Value) -> bool:
     """Whether its second axis has the inputs' length, which is known only when it runs."""
     shape = value.shape
     return shape is not None and len(shape) == RANK and not isinstance(shape[TOKENS], int)
 
 
-def _unread(value: Any, uses: set[tuple[Any, int]]) -> bool:
+def _unread(value: ir.Value, uses: set[tuple[ir.Node, int]]) -> bool:
     """Whether nothing reads more of it than its first token."""
     found = value.uses()
     return bool(found) and not value.is_graph_output() and all((use.node, use.idx) in uses for use in found)
 
 
-def _carriers(node: Any) -> list[int]:
+def _carriers(node: ir.Node) -> list[int]:
     """Positions of the inputs that carry tokens; none where tokens depend on each other, or that is not known."""
     if len(node.outputs) != 1 or not _has_tokens(node.outputs[0]):
         return []
     if node.op_type in FIRST_INPUT:
-        return [0] if _has_tokens(node.inputs[0]) and _by_token(node) else []
-    given = [(position, value) for position, value in enumerate(node.inputs) if value is not None]
-    carried = [position for position, value in given if _has_tokens(value)]
-    others = [value for position, value in given if position not in carried]
+        return [0] if _has_tokens(given(node, 0)) and _by_token(node) else []
+    present = [(position, value) for position, value in enumerate(node.inputs) if value is not None]
+    carried = [position for position, value in present if _has_tokens(value)]
+    others = [value for position, value in present if position not in carried]
     return carried if node.op_type in EVERY_INPUT and all(map(_same_for_all, others)) else []
 
 
-def _same_for_all(value: Any) -> bool:
+def _same_for_all(value: ir.Value) -> bool:
     """Whether it is broadcast over the tokens."""
     shape = value.shape
     return shape is not None and (len(shape) < 2 or shape[-2] == 1) and len(shape) <= RANK
 
 
-def _by_token(node: Any) -> bool:
+def _by_token(node: ir.Node) -> bool:
     if node.op_type in NORMS:
         return node.attributes.get_int("axis", -1) in (-1, RANK - 1)
     if node.op_type in QUANTISERS:
@@ -114,20 +124,20 @@ def _by_token(node: Any) -> bool:
     return True
 
 
-def _one_token(shape: Any) -> Any:
+def _one_token(shape: ir.Shape) -> ir.Shape:
     import onnx_ir
 
     return onnx_ir.Shape([1 if axis == TOKENS else size for axis, size in enumerate(shape)])
 
 
-def _first_of(model: Any, value: Any) -> Any:
+def _first_of(model: ir.Model, value: ir.Value) -> ir.Value:
     """A slice of it, (B, 1, H)."""
     import onnx_ir
 
     bounds = [_constant(model, f"{CONSTANT}.{name}", at) for name, at in (("start", 0), ("end", 1), ("axis", TOKENS))]
     node = onnx_ir.Node("", "Slice", [value, *bounds], num_outputs=1)
     out, producer = node.outputs[0], value.producer()
-    out.name, out.type, out.shape = f"{value.name}.{CONSTANT}", value.type, _one_token(value.shape)
+    out.name, out.type, out.shape = f"{value.name}.{CONSTANT}", value.type, _one_token(shape_of(value))
     if producer is None:
         model.graph.insert_before(model.graph[0], node)
     else:
@@ -135,7 +145,7 @@ def _first_of(model: Any, value: Any) -> Any:
     return out
 
 
-def _constant(model: Any, name: str, number: int) -> Any:
+def _constant(model: ir.Model, name: str, number: int) -> ir.Value:
     import numpy as np
     import onnx_ir
 

@@ -5,10 +5,10 @@ And no layer leaves its arithmetic to the runtime: what onnxruntime makes of acc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from torch import nn
 from compressft.modules.int8 import quantise_weight
 from compressft.modules.linear import CompressedLinear
 from compressft.modules.quantizer import Int4Quantizer, Int8Quantizer
+
+if TYPE_CHECKING:
+    from onnx import NodeProto
 
 # vpmaddubsw adds the products of inputs 2k and 2k + 1 into a signed 16-bit integer, saturating.
 LIMIT = 2**15 - 1
@@ -78,7 +81,7 @@ class Portability:
         """Those that can saturate, the worst first."""
         return sorted((one for one in self.sums if not one.fits), key=lambda one: -(one.largest or 2**31))
 
-    def rows(self) -> dict[str, Any]:
+    def rows(self) -> dict[str, object]:
         """As it stands in report.json: `portable`, and the `pair_sums` that say why."""
         known = [one.largest for one in self.sums if one.largest is not None]
         beyond = {one.layer: one.largest for one in self.beyond}
@@ -156,7 +159,9 @@ def largest_pair_sum(weight: np.ndarray) -> int:
     return ACTIVATION * int(max(highest.max(), -lowest.min()))
 
 
-def _weights(node: Any, producers: Mapping[str, Any], array: Any) -> Iterator[tuple[str, np.ndarray | None]]:
+def _weights(
+    node: NodeProto, producers: Mapping[str, NodeProto], array: Callable[[str], np.ndarray | None]
+) -> Iterator[tuple[str, np.ndarray | None]]:
     """(name, integers or None) of the weight of one integer product, if the node is one."""
     if node.op_type in PRODUCTS:
         name = node.input[PRODUCTS[node.op_type]]
@@ -173,11 +178,11 @@ def _weights(node: Any, producers: Mapping[str, Any], array: Any) -> Iterator[tu
                 yield _layer(node, name), weight.T if _attribute(node, "transB") else weight
 
 
-def _attribute(node: Any, name: str) -> int:
+def _attribute(node: NodeProto, name: str) -> int:
     return next((one.i for one in node.attribute if one.name == name), 0)
 
 
-def _layer(node: Any, weight: str) -> str:
+def _layer(node: NodeProto, weight: str) -> str:
     """The module that a weight came from, as its name says, else the node's."""
     stem = weight
     for ending in (".qkv_weight", ".weight"):

@@ -39,7 +39,7 @@ class Reached:
             return (1 - self.asked) / max(1 - self.reached, 1e-9)
         return self.asked / self.reached if self.target in LEAST else self.reached / self.asked
 
-    def row(self) -> dict[str, Any]:
+    def row(self) -> dict[str, object]:
         """As it stands in report.json."""
         return asdict(self)
 

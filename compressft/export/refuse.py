@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from compressft.export.rotary import BY_LENGTH, mixed_lengths
 from compressft.model.anatomy import anatomy, family_of
 from compressft.modules.attention import Attended, Recorder, recording
 from compressft.modules.dense_attention import Call
+from compressft.modules.pretrained import pretrained
 from compressft.recipe.recipe import Recipe
 
 WITHOUT = "set export.cache to false for a file that scores texts, or export.enabled to false to ship model/ alone"
@@ -41,7 +41,7 @@ def refuse_lengths(recipe: Recipe, model: nn.Module, lengths: Callable[[], Seque
     Raises:
         UserError: there are such rows.
     """
-    config: Any = model.config
+    config = pretrained(model).config
     if recipe.export.enabled and (getattr(config, "rope_parameters", None) or {}).get("rope_type") in BY_LENGTH:
         reason = mixed_lengths(config, lengths())
         if reason is not None:
@@ -114,7 +114,7 @@ def _other_mask(call: Attended, padding: Tensor, window: int | None) -> str | No
 
 def no_cache(model: nn.Module) -> str | None:
     """Why a language model's file cannot have a key/value cache; None where it can."""
-    config: Any = model.config
+    config = pretrained(model).config
     family = family_of(model)
     if not family.causal or family.decoder is not None:
         return f"{config.model_type} counts places its own way, as an encoder does, and its file goes without a cache"

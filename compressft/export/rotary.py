@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from compressft.model.surgery import replace
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 # Kinds whose frequencies depend on the length; linear, yarn and llama3 fix theirs beforehand.
 BY_LENGTH = ("dynamic", "longrope")
+
+
+class RotaryEmbedding(Protocol):
+    """What is read of transformers' modules for rotary positions."""
+
+    config: PretrainedConfig
+    attention_scaling: float
 
 
 class DynamicRotary(nn.Module):
@@ -22,7 +32,7 @@ class DynamicRotary(nn.Module):
     have the plain frequencies, and while a text grows.
     """
 
-    def __init__(self, rotary: Any) -> None:
+    def __init__(self, rotary: RotaryEmbedding) -> None:
         super().__init__()
         self.config, self.scaling = rotary.config, rotary.attention_scaling
 
@@ -40,18 +50,18 @@ def without_branches(model: nn.Module) -> nn.Module:
     """The same model, its dynamic rotary positions in the form that a graph can hold."""
     for path, module in list(model.named_modules()):
         if getattr(module, "rope_type", None) == "dynamic":
-            replace(model, path, DynamicRotary(module))
+            replace(model, path, DynamicRotary(cast("RotaryEmbedding", module)))
     return model
 
 
-def mixed_lengths(config: Any, lengths: Sequence[int]) -> str | None:
+def mixed_lengths(config: PretrainedConfig, lengths: Sequence[int]) -> str | None:
     """Why rows of these lengths have another result in another batch; None where they have not.
 
     transformers takes one set of frequencies for a whole batch, by the longest row in it.
     """
     rope = getattr(config, "rope_parameters", None) or {}
     kind, longest = rope.get("rope_type"), max(lengths, default=0)
-    limit: Any = config.max_position_embeddings
+    limit = config.max_position_embeddings
     if kind == "longrope":
         limit = rope["original_max_position_embeddings"]
     beyond = longest > limit and (kind == "dynamic" or (kind == "longrope" and min(lengths) <= limit))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from compressft.model.anatomy import Anatomy, anatomy, positions
 from compressft.model.costs import CostTable, LayerCosts, monotone
 from compressft.model.shrink import keep_vocabulary, resize
 from compressft.modules.attention import TRAINING, register
+from compressft.modules.pretrained import pretrained
 from compressft.modules.quantizer import Int8Quantizer
 from compressft.passes.int8 import Int8
 from compressft.passes.shared.quantised import PARTS
@@ -33,6 +34,10 @@ from compressft.passes.shared.target import Target
 from compressft.transform import Context
 from compressft.utils.machine import default_threads, hardware
 from compressft.utils.phases import doing, steps
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from transformers import PretrainedConfig, PreTrainedModel
 
 # Shapes per part, and so layers of the measured model. Exporting takes about a second per layer.
 POINTS = 12
@@ -58,8 +63,8 @@ class Deployment:
         cache: whether its file takes and gives keys and values.
     """
 
-    architecture: type[nn.Module]
-    config: Any
+    architecture: type[PreTrainedModel]
+    config: PretrainedConfig
     inputs: Mapping[str, Tensor]
     int8: Int8 | None = field(default_factory=Int8)
     attention: str = "qattention"
@@ -236,7 +241,7 @@ def sample_model(deployment: Deployment, shapes: Sequence[Mapping[str, int]]) ->
     config = copy.deepcopy(deployment.config)
     model = _random(deployment.architecture, with_depth(config, len(shapes)))
     resize(model, shapes)
-    owner: Any = model
+    owner = pretrained(model)
     pad = config.pad_token_id or 0
     if owner.get_output_embeddings() is None and max(pad, VOCABULARY) < config.vocab_size and pad < VOCABULARY:
         # Looking up a row costs the same in a small table.
@@ -254,7 +259,7 @@ def sample_model(deployment: Deployment, shapes: Sequence[Mapping[str, int]]) ->
     return model.eval()
 
 
-def with_depth(config: Any, depth: int) -> Any:
+def with_depth(config: PretrainedConfig, depth: int) -> PretrainedConfig:
     """A copy of a configuration with this many layers."""
     values = config.to_dict()
     for name in ("layer_types", "mlp_layer_types"):
@@ -265,11 +270,11 @@ def with_depth(config: Any, depth: int) -> Any:
     return type(config).from_dict({**values, name: depth})
 
 
-def _random(architecture: Any, config: Any) -> nn.Module:
+def _random(architecture: type[PreTrainedModel], config: PretrainedConfig) -> nn.Module:
     return architecture._from_config(config, attn_implementation=TRAINING, dtype=torch.float32).eval()
 
 
-def label_nodes(graph: Any, parts: Anatomy) -> None:
+def label_nodes(graph: ir.Model, parts: Anatomy) -> None:
     """Name every node "LABEL|...": "3.attention", "3.ffn" or "3.layer" by the module that it came from, else "rest"."""
     family = parts.family
     kinds = {path.split(".")[0]: "attention" for path in (family.attention, family.o)}
@@ -277,7 +282,7 @@ def label_nodes(graph: Any, parts: Anatomy) -> None:
     roots = {layer.name: layer.index for layer in parts.layers}
     for number, node in enumerate(graph.graph):
         label = REST
-        module = module_of(node.name)
+        module = module_of(node.name or "")
         root = next((name for name in roots if f"{module}.".startswith(f"{name}.")), None)
         if root is not None:
             first = module[len(root) + 1 :].split(".")[0]
@@ -285,7 +290,7 @@ def label_nodes(graph: Any, parts: Anatomy) -> None:
         node.name = f"{label}|{number}"
 
 
-def build_table(samples: Samples, sample: Timing, short: Timing, between: float, about: dict[str, Any]) -> CostTable:
+def build_table(samples: Samples, sample: Timing, short: Timing, between: float, about: dict[str, object]) -> CostTable:
     """The table of the timed models; `between` milliseconds (or less than 0) per node."""
     costs = [_without_tracing(timing, between) for timing in (sample, short)]
     layers = list(enumerate(samples.sample))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from compressft.evaluation.logits import (
     session_run,
 )
 from compressft.evaluation.scores import Scores
+from compressft.recipe.parts import ExportConfig
 from compressft.tasks.encode import lengths_of
 from compressft.tasks.task import Feature, Task
 from compressft.utils.phases import phase, steps
@@ -44,7 +44,7 @@ class Check:
     onnx: float
     failure: str | None
 
-    def row(self) -> dict[str, Any]:
+    def row(self) -> dict[str, object]:
         """As it stands in report.json."""
         return {name: value for name, value in vars(self).items() if name != "failure"}
 
@@ -92,7 +92,7 @@ class Comparison:
     def _read(self, logits: np.ndarray) -> Tensor:
         return self.task.predictions(torch.from_numpy(logits)[None])
 
-    def check(self, limits: Any) -> Check:
+    def check(self, limits: ExportConfig) -> Check:
         """The outcome against a recipe's `export`."""
         agreement = None if not self.task.answers else self.same / self.places
         torch_score, onnx_score = (scores.metrics()[self.task.metric] for scores in (self.trained, self.exported))
@@ -114,7 +114,7 @@ class Comparison:
 
 @phase("verification")
 def verify(
-    file: Path, model: nn.Module, task: Task, splits: Mapping[str, Sequence[Feature]], limits: Any
+    file: Path, model: nn.Module, task: Task, splits: Mapping[str, Sequence[Feature]], limits: ExportConfig
 ) -> list[Check]:
     """Every split, with exact and with default kernels, at batch 1 and in padded batches.
 

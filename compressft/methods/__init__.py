@@ -13,7 +13,7 @@ from compressft.methods.prefix import PrefixTuning
 from compressft.methods.probe import Probe
 from compressft.methods.scalar_mix import ScalarMix
 from compressft.methods.side import Side
-from compressft.methods.task_vector import TaskVector
+from compressft.methods.task_vector import CodedTaskVector
 from compressft.transform import Transform
 
 METHODS: dict[str, type[Transform]] = {
@@ -28,7 +28,7 @@ METHODS: dict[str, type[Transform]] = {
     "peft": Peft,
     "mask": Mask,
     "diff": Diff,
-    "task_vector": TaskVector,
+    "task_vector": CodedTaskVector,
     "head_gates": HeadGates,
     "lsh_attention": LshAttention,
 }

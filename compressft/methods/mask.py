@@ -23,7 +23,7 @@ THRESHOLD = 1e-2
 LOWEST = 2e-2
 
 Init = Literal["uniform", "magnitude"]
-PRESETS: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, dict[str, object]] = {
     "masking": {"parts": ("q", "k", "v", "o", "up", "down", "pooler"), "init": "uniform", "initial_sparsity": 0.05},
     "supermask": {"parts": ("q", "k", "v", "o"), "init": "magnitude", "initial_sparsity": 0.3, "first_layer": 0},
 }

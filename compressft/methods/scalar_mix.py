@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from compressft.errors import UserError
 from compressft.methods.layers import Layers
 from compressft.model.anatomy import anatomy, refuse_pairs
-from compressft.modules.scalar_mix import Normalise
-from compressft.modules.scalar_mix import ScalarMix as Mix
+from compressft.modules.scalar_mix import LayerMix, Normalise
 from compressft.transform import Context, Resource, Transform, Want
 
 NAME = "scalar_mix"
@@ -57,7 +56,7 @@ class ScalarMix(Transform):
         return EVERY_LAYER
 
 
-def add_mix(model: nn.Module, embeddings: bool, normalise: Normalise) -> Mix:
+def add_mix(model: nn.Module, embeddings: bool, normalise: Normalise) -> LayerMix:
     """Put a scalar mix into the model's backbone; one of an earlier stage that is like it goes on.
 
     Raises:
@@ -67,7 +66,7 @@ def add_mix(model: nn.Module, embeddings: bool, normalise: Normalise) -> Mix:
     parts = anatomy(model)
     if normalise != "none" and parts.family.causal:
         raise UserError(f"method scalar_mix.normalise: {normalise!r} lets tokens see later ones; set it to 'none'")
-    new = Mix(len(parts.layers) + int(embeddings), embeddings, normalise)
+    new = LayerMix(len(parts.layers) + int(embeddings), embeddings, normalise)
     old = getattr(parts.backbone, NAME, None)
     if old is not None:
         if old.describe() != new.describe():
@@ -78,6 +77,6 @@ def add_mix(model: nn.Module, embeddings: bool, normalise: Normalise) -> Mix:
     return new
 
 
-def mix_of(model: nn.Module) -> Mix:
+def mix_of(model: nn.Module) -> LayerMix:
     """The model's scalar mix."""
     return getattr(anatomy(model).backbone, NAME)

@@ -20,7 +20,7 @@ from compressft.transform import Claim, Context, Transform, trainable
 ORIGIN = "task_vector_origin"
 
 
-class TaskVector(Transform):
+class CodedTaskVector(Transform):
     """Train like `full`; the last step ends with theta = theta0 + scaling * decode(encode(theta - theta0)).
 
     Pretrained matrices are coded by `encoding` (`saved.codes.Code`: "exact", "magnitude" with `density`,
@@ -40,7 +40,7 @@ class TaskVector(Transform):
     scaling: float = Field(default=1.0, gt=0)
 
     @model_validator(mode="after")
-    def _one_code(self) -> TaskVector:
+    def _one_code(self) -> CodedTaskVector:
         self.code  # noqa: B018
         return self
 

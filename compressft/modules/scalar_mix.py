@@ -1,4 +1,4 @@
-"""ScalarMix: the softmax-weighted sum of all layers' outputs in place of the last one's."""
+"""LayerMix: the softmax-weighted sum of all layers' outputs in place of the last one's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EPS = 1e-13
 
 
 @known
-class ScalarMix(Tap):
+class LayerMix(Tap):
     """gamma * sum_j softmax(w)_j h_j over layer outputs h_j, (B, T, d) (Peters et al. 2018, equation 1).
 
     Parameters: `weights` (number,) from 0, the plain mean; `gamma` () from 1. In pre-norm families the sum is what the

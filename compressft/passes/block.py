@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from compressft.errors import UserError
 from compressft.model.anatomy import Layer, anatomy
 from compressft.model.shrink import shrink
-from compressft.model.surgery import compress_linear
 from compressft.modules.gate import ScoreGate
-from compressft.modules.linear import CompressedLinear, gate_of
+from compressft.modules.linear import CompressedLinear, gate_of, gates_of
 from compressft.passes.shared.scored import Scored
-from compressft.passes.shared.select import check_exclude, layer_linears
+from compressft.passes.shared.unstructured import add_gate, chosen, nothing_left, removed
 from compressft.transform import PARTS, Claim, Context, Resource, Want
 
 
@@ -41,20 +40,20 @@ class Block(Scored):
     scope: Literal["global", "layer"] = "global"
 
     def prepare(self, model: nn.Module, context: Context) -> None:
-        check_exclude(model, "pass block.exclude", self.exclude)
-        chosen = set(layer_linears(model, self.exclude))
+        paths = set(chosen(model, self))
+        gated = False
         for layer in anatomy(model).layers:
             # A neuron's rows in the up projections go with its column in the down projection.
             skipped = layer.family.up if self.ffn == "neurons" else ()
             for part in layer.linears:
                 path = f"{layer.name}.{part}"
-                if path in chosen and part not in skipped:
-                    linear = compress_linear(model, path)
-                    linear.gates[self.type] = self._gate(layer, part, linear).to(linear.weight.device)
-        if not self.gated(model):
-            raise UserError(f"pass block.exclude: {list(self.exclude)} leaves nothing to prune; exclude less")
+                if path in paths and part not in skipped:
+                    add_gate(model, self.type, path, partial(self._gate, layer, part))
+                    gated = True
+        if not gated:
+            raise nothing_left(self)
 
-    def _gate(self, layer: Layer, part: str, linear: CompressedLinear) -> ScoreGate:
+    def _gate(self, layer: Layer, part: str, path: str, linear: CompressedLinear) -> ScoreGate:
         shape, tile = (linear.out_features, linear.in_features), (self.tile, self.tile)
         if part == layer.family.down:
             return ScoreGate(*shape, (shape[0], 1) if self.ffn == "neurons" else tile, unit=1)
@@ -75,13 +74,12 @@ class Block(Scored):
         return {name: gates for name, gates in kinds.items() if gates}
 
     def pools(self, model: nn.Module) -> list[list[ScoreGate]]:
-        return list(self._kinds(model).values()) if self.scope == "global" else super().pools(model)
+        if self.scope == "global":
+            return list(self._kinds(model).values())
+        return [[gate] for _, gate in gates_of(model, self.type, ScoreGate)]
 
     def shares(self, model: nn.Module) -> dict[str, float]:
-        return {
-            name: 1.0 - sum(int(g.mask.sum()) for g in gates) / sum(g.mask.numel() for g in gates)
-            for name, gates in self._kinds(model).items()
-        }
+        return {name: removed(gates) for name, gates in self._kinds(model).items()}
 
     def finalize(self, model: nn.Module) -> None:
         super().finalize(model)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Literal
 
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from compressft.modules.rank import keep_largest
-from compressft.passes.shared.unstructured import Masked
+from compressft.passes.shared.masked import Masked
 
 
 class Magnitude(Masked):
@@ -32,6 +32,6 @@ class Magnitude(Masked):
             masks += keep_largest([w.abs() for w in pool], round(kept * sum(w.numel() for w in pool)))
         return masks
 
-    def status(self, model: nn.Module, progress: float) -> dict[str, dict[str, float]]:
-        now, planned = self.sparsity_now(model), self.sparsity * self.planned(progress)
-        return {"sparsity": {"now": now, "planned": planned, "target": self.sparsity}}
+    @property
+    def target(self) -> float:
+        return self.sparsity

@@ -7,10 +7,10 @@ from typing import Literal
 import torch
 from torch import nn
 
-from compressft.modules.gate import Gate, ScoreGate
+from compressft.modules.gate import ScoreGate
 from compressft.modules.linear import CompressedLinear, gates_of
 from compressft.passes.shared.scored import Scored
-from compressft.passes.shared.unstructured import present
+from compressft.passes.shared.unstructured import gate_all, present, sparsity_now
 from compressft.transform import Context
 
 
@@ -36,12 +36,12 @@ class Movement(Scored):
     initial: Literal["zero", "magnitude"] | None = None
     scope: Literal["global", "layer"] | None = None
 
-    def gate(self, path: str, linear: CompressedLinear) -> Gate:
-        return ScoreGate(linear.out_features, linear.in_features)
-
     @torch.no_grad()
     def prepare(self, model: nn.Module, context: Context) -> None:
-        super().prepare(model, context)
+        def gate(path: str, linear: CompressedLinear) -> ScoreGate:
+            return ScoreGate(linear.out_features, linear.in_features)
+
+        gate_all(model, self, gate)
         if (self.initial or ("magnitude" if self.variant == "hard" else "zero")) == "zero":
             return
         sizes = {gate: present(linear).abs().float() for linear, gate in gates_of(model, self.type, ScoreGate)}
@@ -52,9 +52,12 @@ class Movement(Scored):
                 gate.scores.copy_((sizes[gate] - together.mean()) / scale)
 
     def pools(self, model: nn.Module) -> list[list[ScoreGate]]:
-        pools = super().pools(model)
+        gates = [gate for _, gate in gates_of(model, self.type, ScoreGate)]
         scope = self.scope or ("global" if self.variant == "hard" else "layer")
-        return [[gate for gates in pools for gate in gates]] if scope == "global" else pools
+        return [gates] if scope == "global" else [[gate] for gate in gates]
+
+    def shares(self, model: nn.Module) -> dict[str, float]:
+        return {"sparsity": sparsity_now(model, self.type)}
 
     def check(self) -> str | None:
         if self.scope == "global" and self.variant == "soft":

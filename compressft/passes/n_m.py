@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from compressft.errors import UserError
 from compressft.modules.gate import Gate
 from compressft.modules.linear import CompressedLinear
 from compressft.modules.rank import keep_largest, keep_pattern
-from compressft.passes.shared.unstructured import Masked
+from compressft.passes.shared.masked import Masked
 from compressft.transform import Resource, Want
 
 # What an N:M pattern wants.
@@ -50,10 +50,9 @@ class NM(Masked):
         (dense,) = keep_largest([lost], lost.numel() - round(extent * lost.numel()))
         return mask | dense.repeat_interleave(self.m, 1)
 
-    def status(self, model: nn.Module, progress: float) -> dict[str, dict[str, float]]:
-        target = 1.0 - self.n / self.m
-        now, planned = self.sparsity_now(model), target * self.planned(progress)
-        return {"sparsity": {"now": now, "planned": planned, "target": target}}
+    @property
+    def target(self) -> float:
+        return 1.0 - self.n / self.m
 
     def wants(self) -> Sequence[Want]:
         return (GROUPS,)

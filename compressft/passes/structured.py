@@ -19,6 +19,7 @@ from compressft.modules.lagrange import Lagrange
 from compressft.modules.linear import CompressedLinear
 from compressft.modules.part_gate import LayerGate
 from compressft.passes.shared.choice import Floors, choose_by_importance
+from compressft.passes.shared.gradual import End, Schedule, Start, check_span
 from compressft.passes.shared.hidden import check_narrow, gate_stream, gate_tables, ungate_stream
 from compressft.passes.shared.parts import STATE, Budget, Parts
 from compressft.passes.shared.select_parts import aligned, keep_equally, keep_globally, keep_hidden, keep_layers, top
@@ -70,9 +71,9 @@ class Structured(Transform):
     ffn: float = Field(default=0.0, ge=0, lt=1)
     layers: float = Field(default=0.0, ge=0, lt=1)
     hidden: float = Field(default=0.0, ge=0, lt=1)
-    start: float = Field(default=0.05, ge=0, lt=1)
-    end: float = Field(default=0.6, gt=0, le=1)
-    schedule: Literal["cubic", "linear", "cosine", "constant"] = "cubic"
+    start: Start = 0.05
+    end: End = 0.6
+    schedule: Schedule = "cubic"
     align: int = Field(default=32, ge=1)
     align_hidden: int = Field(default=32, ge=1)
     floor_heads: int = Field(default=1, ge=1)
@@ -291,8 +292,8 @@ class Structured(Transform):
 
     def check(self) -> str | None:
         fractions = [kind for kind in KINDS if getattr(self, kind) > 0]
-        if self.end <= self.start:
-            return f"pass structured.end: {self.end} is not after structured.start {self.start}"
+        if (late := check_span(self)) is not None:
+            return late
         if self.decide == "learned":
             if self.target is not None:
                 return "pass structured.target: is for decide importance; learned gates take sparsity"

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from compressft.data.source import SOURCES, is_named
 from compressft.errors import UserError, nearest
 from compressft.utils.files import document_hash
 from compressft.utils.strict_yaml import read_yaml
-from compressft.utils.texts import read_text
+from compressft.utils.texts import JSON, read_text
 
 # Fields of `data` that another source's rows do not inherit.
 OF_THE_SOURCE = (*SOURCES, "subset", "validation", "test", "unlabelled", "per_class", "limit")
@@ -23,7 +22,7 @@ def shipped_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"), key=lambda path: path.stem)}
 
 
-def read_document(source: str | Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read_document(source: str | Path, seen: tuple[Path, ...] = ()) -> dict[str, JSON]:
     """A recipe's fields as plain data, by shipped name or YAML path, those it extends merged in.
 
     Raises:
@@ -46,7 +45,9 @@ def read_document(source: str | Path, seen: tuple[Path, ...] = ()) -> dict[str, 
         return document
     beside = path.parent / str(base_name)
     base = read_document(beside if beside.is_file() else str(base_name), (*seen, path.resolve()))
-    return _merge(base, document)
+    merged = _merge(base, document)
+    assert isinstance(merged, dict)
+    return merged
 
 
 def recorded_hash(path: Path) -> str:
@@ -74,25 +75,25 @@ def refuse_edited(path: Path, trained: str | None) -> None:
         )
 
 
-def _merge(base: Any, new: Any) -> Any:
+def _merge(base: JSON, new: JSON) -> JSON:
     """Mappings merge; stages merge by name; anything else is replaced, and so is a transform by one of another type."""
     if isinstance(base, dict) and isinstance(new, dict) and new.get("type") in (None, base.get("type")):
         merged = dict(base)
         for key, value in new.items():
             if key == "stages" and key in base:
                 merged[key] = _merge_stages(base[key], value)
-            elif key == "data" and isinstance(value, dict) and isinstance(base.get(key), dict):
-                if is_named(value) != is_named(base[key]):
+            elif key == "data" and isinstance(value, dict) and isinstance(data := base.get(key), dict):
+                if is_named(value) != is_named(data):
                     merged[key] = value
                     continue
-                merged[key] = _merge(_without_source(base[key], value), value)
+                merged[key] = _merge(_without_source(data, value), value)
             else:
                 merged[key] = _merge(base[key], value) if key in base else value
         return merged
     return new
 
 
-def _without_source(data: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+def _without_source(data: dict[str, JSON], new: dict[str, JSON]) -> dict[str, JSON]:
     """A new source of rows replaces the base's: its files, sample or hub id do not mix with it, nor what they left out.
 
     How many rows are taken was said of the other rows; a mapping of columns that does not fit is noticed.
@@ -102,22 +103,33 @@ def _without_source(data: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]
     return data
 
 
-def _merge_stages(base: Any, new: Any) -> Any:
-    if not isinstance(base, list) or not isinstance(new, list) or not all(isinstance(s, dict) for s in [*base, *new]):
+def _merge_stages(base: JSON, new: JSON) -> JSON:
+    before, after = _mappings(base), _mappings(new)
+    if before is None or after is None:
         return new
-    by_name: dict[str, Any] = {}
-    for stage in new:
+    by_name: dict[str, dict[str, JSON]] = {}
+    for stage in after:
         name = stage.get("name")
         if not isinstance(name, str):
             raise UserError(f"stages: a stage's name must be text; got {name!r}")
         if name in by_name:
             raise UserError(f"stages: {name!r} is given twice; make one of the two")
         by_name[name] = stage
-    merged = [_merge(stage, by_name.pop(stage.get("name"), {})) for stage in base]
-    return merged + [stage for stage in new if stage["name"] in by_name]
+    merged = [
+        _merge(stage, by_name.pop(name, {}) if isinstance(name := stage.get("name"), str) else {}) for stage in before
+    ]
+    return merged + [stage for stage in after if stage["name"] in by_name]
 
 
-def override_all(document: dict[str, Any], overrides: Sequence[str]) -> None:
+def _mappings(value: JSON) -> list[dict[str, JSON]] | None:
+    """A list of mappings; None where it is anything else."""
+    if not isinstance(value, list):
+        return None
+    found = [item for item in value if isinstance(item, dict)]
+    return found if len(found) == len(value) else None
+
+
+def override_all(document: dict[str, JSON], overrides: Sequence[str]) -> None:
     """Apply `a.b=c` to a document, in place.
 
     Raises:
@@ -128,12 +140,12 @@ def override_all(document: dict[str, Any], overrides: Sequence[str]) -> None:
         _apply(document, override)
 
 
-def _apply(document: dict[str, Any], override: str) -> None:
+def _apply(document: dict[str, JSON], override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise UserError(f"--set {override!r}: wants PATH=VALUE, such as stages.student.train.epochs=2")
     value = read_yaml(text, f"--set {override!r}")
-    node: Any = document
+    node: dict[str, JSON] | list[JSON] = document
     steps = path.split(".")
     for i, step in enumerate(steps[:-1]):
         node = _child(node, step, override, ".".join(steps[: i + 1]))
@@ -146,18 +158,25 @@ def _apply(document: dict[str, Any], override: str) -> None:
         node[last] = value
 
 
-def _child(node: Any, step: str, override: str, path: str) -> Any:
-    key: Any = _position(node, step, override) if isinstance(node, list) else step
-    child = node[key] if isinstance(node, list) else node.setdefault(key, {})
-    if isinstance(child, str) and (isinstance(node, list) or step == "method"):
-        # A transform given by its name alone.
-        child = node[key] = {"type": child}
+def _child(node: dict[str, JSON] | list[JSON], step: str, override: str, path: str) -> dict[str, JSON] | list[JSON]:
+    if isinstance(node, list):
+        place = _position(node, step, override)
+        child = node[place] = _detailed(node[place])
+    else:
+        child = node.setdefault(step, {})
+        if step == "method":
+            child = node[step] = _detailed(child)
     if not isinstance(child, dict | list):
         raise UserError(f"--set {override!r}: {path} is {child!r}, which has no fields")
     return child
 
 
-def _position(items: list[Any], step: str, override: str) -> int:
+def _detailed(value: JSON) -> JSON:
+    """A transform given by its name alone, as one with fields."""
+    return {"type": value} if isinstance(value, str) else value
+
+
+def _position(items: list[JSON], step: str, override: str) -> int:
     if step.lstrip("-").isdigit() and -len(items) <= int(step) < len(items):
         return int(step)
     names = [str(i.get("name", i.get("type"))) if isinstance(i, dict) else str(i) for i in items]

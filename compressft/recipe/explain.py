@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from compressft.errors import nearest
 
@@ -24,7 +24,7 @@ def explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
         return f"{at}: unknown field; allowed: {', '.join(allowed)}{nearest(name, allowed)}{more}"
     message = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "literal_error":
-        more = nearest(str(first["input"]), first["ctx"]["expected"].split("'")[1::2]) + more
+        more = nearest(str(first["input"]), first.get("ctx", {})["expected"].split("'")[1::2]) + more
     if first["type"] == "value_error":
         return f"{at}: {message}{more}" if at else f"{message}{more}"
     return (
@@ -34,11 +34,11 @@ def explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
     )
 
 
-def _problems(error: ValidationError) -> list[Any]:
+def _problems(error: ValidationError) -> list[ErrorDetails]:
     """All problems but one that follows from another: a list lacks the item that is wrong, and is called too short."""
-    problems: list[Any] = list(error.errors(include_url=False))
+    problems: list[ErrorDetails] = list(error.errors(include_url=False))
 
-    def follows(problem: Any) -> bool:
+    def follows(problem: ErrorDetails) -> bool:
         at = problem["loc"]
         inside = any(len(other["loc"]) > len(at) and other["loc"][: len(at)] == at for other in problems)
         return problem["type"] == "too_short" and inside
@@ -47,7 +47,7 @@ def _problems(error: ValidationError) -> list[Any]:
 
 
 def _fields_at(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
-    current: Any = model
+    current = model
     for step in location:
         if isinstance(step, int) or step not in current.model_fields:
             # A place in a list, or a name that the user gave.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, PositiveInt, field_validator
 
@@ -35,7 +35,7 @@ class TrainConfig(Strict):
 
     @field_validator("save", mode="before")
     @classmethod
-    def _save(cls, value: Any) -> Any:
+    def _save(cls, value: object) -> object:
         if value in ("epoch", "no") or (type(value) is int and value >= 1):
             return value
         raise ValueError(f"wants 'epoch', 'no' or a number of steps, at least 1; got {value!r}")

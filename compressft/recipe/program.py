@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import (
     Field,
@@ -44,7 +44,7 @@ class FeedConfig(Strict):
 
     @field_validator("task", mode="before")
     @classmethod
-    def _task(cls, value: Any) -> TaskSettings | None:
+    def _task(cls, value: object) -> TaskSettings | None:
         return None if value is None else parse_task(value)
 
 
@@ -78,26 +78,26 @@ class Stage(Strict):
 
     @field_validator("task", mode="before")
     @classmethod
-    def _task(cls, value: Any) -> TaskSettings | None:
+    def _task(cls, value: object) -> TaskSettings | None:
         return None if value is None else parse_task(value)
 
     @field_validator("method", mode="before")
     @classmethod
-    def _method(cls, value: Any) -> Transform:
-        return parse_transform(value, METHODS, "method")
+    def _method(cls, value: object) -> Transform:
+        return parse_member(value, METHODS, "method")
 
     @field_validator("objectives", mode="before")
     @classmethod
-    def _objectives(cls, value: Any) -> tuple[Transform, ...]:
-        return tuple(parse_transform(item, OBJECTIVES, "objective") for item in listed(value))
+    def _objectives(cls, value: object) -> tuple[Transform, ...]:
+        return tuple(parse_member(item, OBJECTIVES, "objective") for item in listed(value))
 
     @field_validator("passes", mode="before")
     @classmethod
-    def _passes(cls, value: Any) -> tuple[Transform, ...]:
-        return tuple(parse_transform(item, PASSES, "pass") for item in listed(value))
+    def _passes(cls, value: object) -> tuple[Transform, ...]:
+        return tuple(parse_member(item, PASSES, "pass") for item in listed(value))
 
     @model_serializer(mode="wrap")
-    def _written(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _written(self, whole: SerializerFunctionWrapHandler) -> dict[str, object]:
         # A recipe of one task is written, and hashed, as before stages could have their own.
         return {
             name: value
@@ -129,7 +129,7 @@ class Stage(Strict):
         return self
 
 
-def listed(value: Any) -> Sequence[Any]:
+def listed(value: object) -> Sequence[object]:
     """A list of a recipe; nothing is an empty one. ValueError where it is something else."""
     if value is None:
         return ()
@@ -138,31 +138,26 @@ def listed(value: Any) -> Sequence[Any]:
     return value
 
 
-def parse_task(value: Any) -> TaskSettings:
+def parse_task(value: object) -> TaskSettings:
     """A task from its name, or from {"type": name, field: value}; ValueError where that is none."""
     return parse_member(value, {name: task.settings_class for name, task in TASKS.items()}, "task")
 
 
-def parse_transform(value: Any, registry: Mapping[str, type[Transform]], kind: str) -> Transform:
-    """A Transform from its name, or from {"type": name, field: value}; ValueError where that is none."""
-    return parse_member(value, registry, kind)
-
-
-def parse_member(value: Any, registry: Mapping[str, type[Member]], kind: str) -> Member:
+def parse_member(value: object, registry: Mapping[str, type[Member]], kind: str) -> Member:
     """One of a registry's from its name, or from {"type": name, field: value}; ValueError where that is none."""
     if isinstance(value, Strict):
         return value  # type: ignore[return-value]
     name = _type_of(value, registry, kind)
     try:
-        return registry[name].model_validate({"type": name} if isinstance(value, str) else dict(value))
+        return registry[name].model_validate(dict(value) if isinstance(value, Mapping) else {"type": name})
     except ValidationError as error:
         raise ValueError(explain(error, registry[name], f"{kind} {name}")) from None
 
 
-def _type_of(value: Any, registry: Mapping[str, Any], kind: str) -> str:
+def _type_of(value: object, registry: Mapping[str, object], kind: str) -> str:
     if not isinstance(value, str | Mapping):
         raise ValueError(f"{kind} wants a name or a mapping with `type`; got {value!r}")
-    name: Any = value if isinstance(value, str) else value.get("type")
+    name = value if isinstance(value, str) else value.get("type")
     if not isinstance(name, str) or name not in registry:
         allowed = ", ".join(sorted(registry))
         raise ValueError(f"{kind} {name!r} is not known; allowed: {allowed}{nearest(str(name), registry)}")

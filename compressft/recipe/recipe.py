@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import (
     Field,
@@ -88,37 +88,37 @@ class Recipe(Strict):
 
     @field_validator("task", mode="before")
     @classmethod
-    def _task(cls, value: Any) -> TaskSettings:
+    def _task(cls, value: object) -> TaskSettings:
         return parse_task(value)
 
     @field_validator("stages", mode="before")
     @classmethod
-    def _flat(cls, value: Any) -> Any:
+    def _flat(cls, value: object) -> object:
         return unrolled(value)
 
     @field_validator("data", mode="plain", json_schema_input_type=DataConfig | Sources)
     @classmethod
-    def _data(cls, value: Any) -> DataConfig | Sources:
+    def _data(cls, value: object) -> DataConfig | Sources:
         # A union would report what is wrong of both forms.
         return TypeAdapter(Sources if is_named(value) else DataConfig).validate_python(value)
 
     @field_validator("report_to", mode="before")
     @classmethod
-    def _trackers(cls, value: Any) -> Any:
+    def _trackers(cls, value: object) -> object:
         return (value,) if isinstance(value, str) else value
 
     @field_validator("analyses", mode="before")
     @classmethod
-    def _analyses(cls, value: Any) -> tuple[Analysis, ...]:
+    def _analyses(cls, value: object) -> tuple[Analysis, ...]:
         return tuple(parse_member(item, ANALYSES, "analysis") for item in listed(value))
 
     @model_serializer(mode="wrap")
-    def _without_none(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_none(self, whole: SerializerFunctionWrapHandler) -> dict[str, object]:
         # Without these a recipe is written, and hashed, as before there were any.
         return {name: value for name, value in whole(self).items() if value or name not in ("analyses", "report_to")}
 
     @field_serializer("data")
-    def _written(self, data: DataConfig | Sources) -> dict[str, Any]:
+    def _written(self, data: DataConfig | Sources) -> dict[str, object]:
         # A union's serialiser would warn about whichever form it is not.
         if isinstance(data, DataConfig):
             return data.model_dump(mode="json")
@@ -284,7 +284,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return parse_recipe(document, str(source))
 
 
-def parse_recipe(document: Mapping[str, Any], where: str = "recipe") -> Recipe:
+def parse_recipe(document: Mapping[str, object], where: str = "recipe") -> Recipe:
     """Validate a recipe given as plain data."""
     try:
         return Recipe.model_validate(document)

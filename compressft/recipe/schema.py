@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from pydantic import BaseModel
 
@@ -15,6 +15,8 @@ from compressft.recipe.recipe import Recipe
 from compressft.recipe.steps import MOST
 from compressft.tasks import TASKS
 
+# As pydantic gives it.
+Schema: TypeAlias = dict[str, Any]
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 REFERENCE = "#/$defs/{model}"
 # What a recipe file may say besides a recipe's fields.
@@ -35,13 +37,13 @@ def members() -> dict[str, dict[str, type[BaseModel]]]:
     }
 
 
-def recipe_schema() -> dict[str, Any]:
+def recipe_schema() -> Schema:
     """The schema of a recipe file (JSON Schema 2020-12).
 
     A task, method, objective, pass or analysis is a name, or an object whose `type` says which fields it may have.
     """
     whole = Recipe.model_json_schema(ref_template=REFERENCE)
-    definitions: dict[str, Any] = whole.pop("$defs")
+    definitions: Schema = whole.pop("$defs")
     forms = {kind: _forms(kind, registry, definitions) for kind, registry in members().items()}
     stage = definitions["Stage"]["properties"]
     _put(whole["properties"], "task", forms["task"])
@@ -60,7 +62,7 @@ def recipe_schema() -> dict[str, Any]:
     return {"$schema": DIALECT, **whole, "$defs": dict(sorted(definitions.items()))}
 
 
-def _put_steps(properties: dict[str, Any], definitions: dict[str, Any]) -> None:
+def _put_steps(properties: Schema, definitions: Schema) -> None:
     """Between its stages a recipe may have selections and repeats, which are unrolled when it is read."""
     select = definitions["Select"]
     fields = select["properties"]
@@ -92,13 +94,13 @@ def _put_steps(properties: dict[str, Any], definitions: dict[str, Any]) -> None:
     properties["stages"]["items"] = {"anyOf": steps}
 
 
-def _put(properties: dict[str, Any], name: str, form: Mapping[str, Any]) -> None:
+def _put(properties: Schema, name: str, form: Mapping[str, object]) -> None:
     """Take another form for a field, which keeps what is said of it."""
     kept = {key: value for key, value in properties[name].items() if key in ("default", "description", "title")}
     properties[name] = {**form, **kept}
 
 
-def _forms(kind: str, registry: Mapping[str, type[BaseModel]], definitions: dict[str, Any]) -> dict[str, Any]:
+def _forms(kind: str, registry: Mapping[str, type[BaseModel]], definitions: Schema) -> Schema:
     """What may stand where a member of a registry is named; its models are added to the definitions."""
     mapping = {}
     for name, model in registry.items():

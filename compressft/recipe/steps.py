@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
@@ -35,7 +35,7 @@ class Select(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _names(cls, value: Any) -> Any:
+    def _names(cls, value: object) -> object:
         # `from` is a word of Python's own.
         if not isinstance(value, Mapping):
             return value
@@ -45,7 +45,7 @@ class Select(Strict):
         return found
 
     @model_serializer(mode="wrap")
-    def _written(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _written(self, whole: SerializerFunctionWrapHandler) -> dict[str, object]:
         return {"from" if name == "pool" else name: item for name, item in whole(self).items()}
 
     @model_validator(mode="after")
@@ -59,7 +59,7 @@ class Select(Strict):
         return self
 
 
-def unrolled(steps: Any) -> Any:
+def unrolled(steps: object) -> object:
     """The stages of a recipe as a flat list: repeats as copies, selections as the `select` of the stage that follows.
 
     A copy of a stage is called NAME-2, NAME-3, ... What a copy names (`by`, `from`, `start`, `teacher`) is the last
@@ -71,14 +71,14 @@ def unrolled(steps: Any) -> Any:
     if not isinstance(steps, list | tuple):
         return steps
     flat = _flat(steps)
-    waiting: list[Any] = []
-    stages = []
+    waiting: list[dict[str, object]] = []
+    stages: list[object] = []
     for step in flat:
         if isinstance(step, Mapping) and _is_selection(step):
             if not isinstance(step["select"], Mapping):
                 raise ValueError(f"select: wants a mapping with `type`, `by` and `from`; got {step['select']!r}")
             waiting.append({**step["select"], "name": step.get("name")})
-        elif waiting:
+        elif waiting and isinstance(step, Mapping):
             stages.append({**step, "select": [*waiting, *(step.get("select") or ())]})
             waiting = []
         else:
@@ -88,12 +88,12 @@ def unrolled(steps: Any) -> Any:
     return tuple(stages)
 
 
-def _is_selection(step: Mapping[str, Any]) -> bool:
+def _is_selection(step: Mapping[str, object]) -> bool:
     return "select" in step and not set(step) - {"name", "select"}
 
 
-def _flat(steps: Sequence[Any]) -> list[Any]:
-    flat: list[Any] = []
+def _flat(steps: Sequence[object]) -> list[object]:
+    flat: list[object] = []
     count: dict[str, int] = {}
     for step in steps:
         if not (isinstance(step, Mapping) and "repeat" in step):
@@ -109,13 +109,13 @@ def _flat(steps: Sequence[Any]) -> list[Any]:
         written = [_step_of(one, flat) for one in inside]
         for _ in range(times):
             for one in written:
-                name = one["name"]
+                name = str(one["name"])
                 count[name] = count.get(name, 0) + 1
                 flat.append(_copy(one, count))
     return flat
 
 
-def _step_of(one: Any, before: Sequence[Any]) -> dict[str, Any]:
+def _step_of(one: object, before: Sequence[object]) -> dict[str, object]:
     if isinstance(one, Mapping) and isinstance(one.get("name"), str):
         return dict(one)
     found = {step["name"]: step for step in before if isinstance(step, Mapping) and isinstance(step.get("name"), str)}
@@ -124,9 +124,9 @@ def _step_of(one: Any, before: Sequence[Any]) -> dict[str, Any]:
     return dict(found[one])
 
 
-def _copy(step: Mapping[str, Any], count: Mapping[str, int]) -> dict[str, Any]:
+def _copy(step: Mapping[str, object], count: Mapping[str, int]) -> dict[str, object]:
     new = copy.deepcopy(dict(step))
-    own = new["name"]
+    own = str(new["name"])
     latest = {name: f"{name}-{number}" if number > 1 else name for name, number in count.items()}
     # What a stage names of itself is the copy before.
     latest[own] = f"{own}-{count[own] - 1}" if count[own] > 2 else own
@@ -134,14 +134,17 @@ def _copy(step: Mapping[str, Any], count: Mapping[str, int]) -> dict[str, Any]:
         name: [name, *(f"{name}-{k}" for k in range(2, number + 1))] for name, number in count.items() if number > 1
     }
     new["name"] = f"{own}-{count[own]}" if count[own] > 1 else own
-    for place in (new, new.get("select"), *(new.get("objectives") or ())):
+    objectives = new.get("objectives")
+    for place in (new, new.get("select"), *(objectives if isinstance(objectives, list | tuple) else ())):
         if not isinstance(place, dict):
             continue
         for field in ("by", "start", "teacher"):
-            if isinstance(place.get(field), str):
-                place[field] = latest.get(place[field], place[field])
-            elif isinstance(place.get(field), list | tuple):
-                place[field] = [latest.get(name, name) for name in place[field]]
-    if isinstance(new.get("data"), list | tuple):
-        new["data"] = [name for one in new["data"] for name in all_of.get(one, [one])]
+            named = place.get(field)
+            if isinstance(named, str):
+                place[field] = latest.get(named, named)
+            elif isinstance(named, list | tuple):
+                place[field] = [latest.get(name, name) for name in named]
+    data = new.get("data")
+    if isinstance(data, list | tuple):
+        new["data"] = [name for one in data for name in all_of.get(one, [one])]
     return new

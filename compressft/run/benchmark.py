@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressft.errors import UserError
-from compressft.export.measure import Shape, latencies
+from compressft.export.measure import Latency, Shape, latencies
 from compressft.recipe.recipe import Recipe
 from compressft.utils.machine import peak_memory
 
@@ -30,7 +30,7 @@ def parse_shape(text: str) -> Shape:
     return int(match[1]), int(match[2])
 
 
-def edge(models: Sequence[Path], shapes: Sequence[str], threads: int | None, rounds: int) -> list[dict[str, Any]]:
+def edge(models: Sequence[Path], shapes: Sequence[str], threads: int | None, rounds: int) -> list[Latency]:
     """Latency rows of ONNX files (or folders with one)."""
     files = {}
     for path in models:
@@ -47,7 +47,7 @@ def edge(models: Sequence[Path], shapes: Sequence[str], threads: int | None, rou
         raise UserError(f"benchmark edge: {str(error).strip().splitlines()[-1]}") from error
 
 
-def training(recipe: Recipe, steps: int) -> list[dict[str, Any]]:
+def training(recipe: Recipe, steps: int) -> list[dict[str, object]]:
     """Step time of every stage on its own rows, in the trainer of a run; teachers are the untrained model.
 
     Batches, accumulation, checkpointing, parameter groups and optimiser are the stage's own; nothing is evaluated,
@@ -64,7 +64,7 @@ def training(recipe: Recipe, steps: int) -> list[dict[str, Any]]:
     return [_timed_stage(recipe, stage, feeds, steps) for stage in recipe.stages]
 
 
-def _timed_stage(recipe: Recipe, stage: Stage, feeds: Feeds, steps: int) -> dict[str, Any]:
+def _timed_stage(recipe: Recipe, stage: Stage, feeds: Feeds, steps: int) -> dict[str, object]:
     import torch
     from transformers import TrainerCallback, set_seed
 

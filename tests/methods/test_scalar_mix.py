@@ -7,7 +7,7 @@ from compressft.errors import UserError
 from compressft.methods.scalar_mix import ScalarMix, mix_of
 from compressft.model.anatomy import anatomy
 from compressft.modules.linear import bare
-from compressft.modules.scalar_mix import ScalarMix as Mix
+from compressft.modules.scalar_mix import LayerMix
 from compressft.passes.depth import Depth
 from compressft.passes.structured import Structured
 from compressft.recipe.conflict import conflict
@@ -76,7 +76,7 @@ def test_a_weight_of_50_is_the_last_layer(family):
 
 
 def test_gradient_of_gamma():
-    mix = Mix(3, True, "none")
+    mix = LayerMix(3, True, "none")
     with torch.no_grad():
         mix.gamma.fill_(1.7)
         mix.weights.copy_(torch.tensor([0.3, -1.0, 0.5]))
@@ -94,7 +94,7 @@ def test_gradient_of_gamma():
 @pytest.mark.parametrize("normalise", ["batch", "row"])
 def test_normalisation_by_hand(normalise):
     """AllenNLP's rule: one mean and one variance over all unmasked elements, not per token."""
-    mix = Mix(2, True, normalise)
+    mix = LayerMix(2, True, normalise)
     x, mask = torch.randn(3, 5, 4) * 3 + 1, padded(3, 5)["attention_mask"]
     want = torch.empty_like(x)
     for rows in [range(3)] if normalise == "batch" else [[0], [1], [2]]:

@@ -5,7 +5,7 @@ import torch
 from pydantic import ValidationError
 
 from compressft.methods.full import Full
-from compressft.methods.task_vector import ORIGIN, TaskVector
+from compressft.methods.task_vector import ORIGIN, CodedTaskVector
 from compressft.model.count import count
 from compressft.model.saved.codes import Code, decode, encode
 from compressft.passes.nf4 import Nf4
@@ -18,12 +18,12 @@ from tests.passes.sparse import Run, classifier
 from tests.tiny import TINY, batch_for, labelled, logits, tiny
 
 METHODS = {
-    "exact": TaskVector(),
-    "half of it": TaskVector(scaling=0.5),
-    "magnitude": TaskVector(encoding="magnitude", density=0.1),
-    "low_rank": TaskVector(encoding="low_rank", rank=2),
-    "sign": TaskVector(encoding="sign", scaling=0.7),
-    "int8": TaskVector(encoding="int8"),
+    "exact": CodedTaskVector(),
+    "half of it": CodedTaskVector(scaling=0.5),
+    "magnitude": CodedTaskVector(encoding="magnitude", density=0.1),
+    "low_rank": CodedTaskVector(encoding="low_rank", rank=2),
+    "sign": CodedTaskVector(encoding="sign", scaling=0.7),
+    "int8": CodedTaskVector(encoding="int8"),
 }
 
 
@@ -45,7 +45,7 @@ def test_starts_as_the_base_and_trains_what_full_trains(family):
 
 
 def test_frozen_embeddings_stay():
-    method = TaskVector(freeze_embeddings=True, encoding="sign")
+    method = CodedTaskVector(freeze_embeddings=True, encoding="sign")
     expected = {name for name, _ in tiny().named_parameters() if "embeddings" not in name}
     model = tiny()
     method.prepare(model, Context())
@@ -86,9 +86,9 @@ def test_ships_the_coded_difference(family, name):
 
 def test_nothing_is_held_where_nothing_is_coded():
     model = tiny()
-    TaskVector().prepare(model, Context())
+    CodedTaskVector().prepare(model, Context())
     assert model.state_dict().keys() == tiny().state_dict().keys()
-    run = Run(tiny(), [TaskVector()], 3).train()
+    run = Run(tiny(), [CodedTaskVector()], 3).train()
     full = Run(tiny(), [Full()], 3).train()
     assert all(torch.equal(t, weights(full.model)[name]) for name, t in weights(run.model).items())
 
@@ -147,7 +147,7 @@ def test_refused():
         {"encoding": "sign", "density": 0.1},
     ):
         with pytest.raises(ValidationError):
-            TaskVector(**wrong)
+            CodedTaskVector(**wrong)
     assert "take a method that freezes" in conflict([METHODS["sign"], Nf4()])
     assert conflict([METHODS["sign"]]) is None
 

@@ -10,7 +10,7 @@ from compressft.methods.adapter import Adapter
 from compressft.methods.full import Full
 from compressft.methods.layers import Layers
 from compressft.methods.probe import Probe
-from compressft.methods.task_vector import TaskVector
+from compressft.methods.task_vector import CodedTaskVector
 from compressft.modules.linear import bare, dense, is_bare, is_dense
 from compressft.objectives.distill import Distill
 from compressft.objectives.distillation.teacher import base_modules, base_tensors
@@ -200,7 +200,11 @@ def test_other_numbers_of_classes_are_refused():
             [Full()],
             "distill.teacher: 'base' is the model as it was loaded, and method 'full' trains",
         ),
-        ({"teacher": "base"}, [TaskVector()], "and method 'task_vector' trains the weights; take an earlier stage"),
+        (
+            {"teacher": "base"},
+            [CodedTaskVector()],
+            "and method 'task_vector' trains the weights; take an earlier stage",
+        ),
         (
             {"teacher": "base"},
             [Depth(keep=1)],

@@ -7,7 +7,8 @@ import random
 import torch
 
 from compressft.model.anatomy import anatomy
-from compressft.modules.linear import CompressedLinear
+from compressft.modules.gate import Gate
+from compressft.modules.linear import CompressedLinear, gates_of
 from compressft.transform import Context, TrainingData
 from tests.tiny import TINY, VOCABULARY, labelled, padded, tiny
 
@@ -98,6 +99,11 @@ def linears(model):
     return [(f"{x.name}.{path}", x.part(path)) for x in anatomy(model).layers for path in x.linears]
 
 
+def gated(one, model):
+    """(layer, gate) for every gate of a pass, in the model's order."""
+    return gates_of(model, one.type, Gate)
+
+
 def weight(module):
     """(out, in) as the product uses it."""
     if isinstance(module, CompressedLinear):
@@ -116,4 +122,4 @@ def sparsity(model) -> float:
     return 1.0 - sum(nonzero(model).values()) / total
 
 
-__all__ = ["Run", "classifier", "context", "linears", "nonzero", "padded", "sparsity", "weight"]
+__all__ = ["Run", "classifier", "context", "gated", "linears", "nonzero", "padded", "sparsity", "weight"]

@@ -9,7 +9,7 @@ from compressft.model.count import count
 from compressft.model.shrink import shapes
 from compressft.model.surgery import compress_linear
 from compressft.passes.block import Block
-from tests.passes.sparse import Run, classifier, weight
+from tests.passes.sparse import Run, classifier, gated, weight
 from tests.tiny import labelled, logits, tiny
 
 FAST = {"start": 0.0, "end": 0.5}
@@ -24,7 +24,7 @@ def test_numbers_are_exact_for_tiles_that_do_not_fit(tile, ffn, scope):
     side = -(-32 // tile)
     attention = [side * side] * 8
     wide = [64] * 2 if ffn == "neurons" else [side * -(-64 // tile)] * 4
-    gates = [gate for _, gate in one.gated(model)]
+    gates = [gate for _, gate in gated(one, model)]
     sizes = [gate.scores.numel() for gate in gates]
     assert sorted(sizes) == sorted(attention + wide)
     if scope == "layer":

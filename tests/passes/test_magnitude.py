@@ -6,14 +6,14 @@ from torch import nn
 
 from compressft.passes.magnitude import Magnitude
 from compressft.transform import SHAPES
-from tests.passes.sparse import Run, linears, nonzero, sparsity
+from tests.passes.sparse import Run, gated, linears, nonzero, sparsity
 from tests.tiny import tiny
 
 FAST = {"start": 0.0, "end": 0.5}
 
 
 def masks(one, model):
-    return torch.cat([gate.mask.flatten() for _, gate in one.gated(model)])
+    return torch.cat([gate.mask.flatten() for _, gate in gated(one, model)])
 
 
 @pytest.mark.parametrize("scope", ["global", "layer"])
@@ -25,16 +25,16 @@ def test_numbers_are_exact(scope, ties, share):
     Run(model, [one], 1)
     if ties:
         with torch.no_grad():
-            for linear, _ in one.gated(model):
+            for linear, _ in gated(one, model):
                 linear.weight.copy_(linear.weight.sign() * 0.1)
     for progress in (0.0, 0.2, 0.5, 1.0):
         one.after_step(model, progress)
         kept = 1 - share * min(progress / 0.5, 1.0)
-        sizes = [gate.mask.numel() for _, gate in one.gated(model)]
+        sizes = [gate.mask.numel() for _, gate in gated(one, model)]
         if scope == "global":
             assert int(masks(one, model).sum()) == round(kept * sum(sizes))
         else:
-            assert [int(g.mask.sum()) for _, g in one.gated(model)] == [round(kept * n) for n in sizes]
+            assert [int(g.mask.sum()) for _, g in gated(one, model)] == [round(kept * n) for n in sizes]
 
 
 def test_the_smallest_go_and_scope_says_among_whom():
@@ -43,10 +43,10 @@ def test_the_smallest_go_and_scope_says_among_whom():
         one = Magnitude(sparsity=0.5, scope=scope, start=0.0, end=0.5)
         Run(model, [one], 1)
         with torch.no_grad():
-            one.gated(model)[0][0].weight.mul_(100.0)
+            gated(one, model)[0][0].weight.mul_(100.0)
         one.after_step(model, 0.5)
-        densities = [float(gate.mask.float().mean()) for _, gate in one.gated(model)]
-        pairs = [(linear.weight.abs(), gate.mask) for linear, gate in one.gated(model)]
+        densities = [float(gate.mask.float().mean()) for _, gate in gated(one, model)]
+        pairs = [(linear.weight.abs(), gate.mask) for linear, gate in gated(one, model)]
         if scope == "global":
             assert densities[0] > 0.99 and max(densities[1:]) < 0.6
             assert min(w[m].min() for w, m in pairs) >= max(w[~m].max() for w, m in pairs if not m.all())
@@ -63,7 +63,7 @@ def test_masks_change_at_the_points_of_the_schedule_only(schedule):
     generator, changes, last = torch.Generator().manual_seed(0), [], masks(one, model)
     for step in range(101):
         with torch.no_grad():
-            for linear, _ in one.gated(model):
+            for linear, _ in gated(one, model):
                 linear.weight.copy_(torch.randn(linear.weight.shape, generator=generator))
         one.after_step(model, step / 100)
         if not torch.equal(masks(one, model), last):
@@ -82,17 +82,17 @@ def test_dropped_weights_return_while_the_schedule_runs_if_others_fall_behind():
     one.after_step(model, 0.1)
     first = masks(one, model)
     with torch.no_grad():
-        for linear, gate in one.gated(model):
+        for linear, gate in gated(one, model):
             linear.weight[gate.mask] *= 1e-6
     one.after_step(model, 0.3)
     assert torch.equal(masks(one, model), ~first)
     with torch.no_grad():
-        for linear, gate in one.gated(model):
+        for linear, gate in gated(one, model):
             linear.weight[gate.mask] *= 1e-9
     one.after_step(model, 0.5)
     end = masks(one, model)
     assert torch.equal(end, first)
-    for linear, _ in one.gated(model):
+    for linear, _ in gated(one, model):
         nn.init.normal_(linear.weight)
     for progress in (0.51, 1.0):
         one.after_step(model, progress)
@@ -104,12 +104,12 @@ def test_pruned_weights_are_zero_after_every_step():
     one = Magnitude(sparsity=0.7, start=0.0, end=0.4)
 
     def look(progress):
-        for linear, gate in one.gated(model):
+        for linear, gate in gated(one, model):
             assert (linear.effective_weight()[~gate.mask] == 0).all()
 
     run = Run(model, [one], 10)
     run.train(watch=look)
-    stored = [linear.weight[~gate.mask] for linear, gate in one.gated(model)]
+    stored = [linear.weight[~gate.mask] for linear, gate in gated(one, model)]
     assert any((values != 0).any() for values in stored), "momentum and decay leave the stored values alone or not"
     run.finalize()
     assert sparsity(model) == pytest.approx(0.7, abs=1e-4)
@@ -141,7 +141,7 @@ def test_a_delta_counts_with_the_weight():
     model = tiny()
     one = Magnitude(sparsity=0.5, scope="layer", **FAST)
     Run(model, [one], 1)
-    linear, gate = one.gated(model)[0]
+    linear, gate = gated(one, model)[0]
     want = torch.randn(linear.weight.shape, generator=torch.Generator().manual_seed(0))
     linear.delta = Shift(want - linear.weight.detach())
     one.after_step(model, 0.5)

@@ -12,9 +12,10 @@ from compressft.modules.l0 import L0Gate
 from compressft.passes.l0 import L0
 from compressft.passes.magnitude import Magnitude
 from compressft.passes.movement import Movement
+from compressft.passes.shared.gradual import planned
 from compressft.passes.shared.scored import keep_above
 from compressft.transform import Context
-from tests.passes.sparse import Run, sparsity
+from tests.passes.sparse import Run, gated, sparsity
 from tests.tiny import labelled, tiny
 
 FAST = {"start": 0.0, "end": 0.5}
@@ -38,10 +39,10 @@ def test_hard_keeps_the_exact_number_at_every_step(schedule):
     seen = []
 
     def look(progress):
-        kept = 1 - 0.83 * one.planned(progress)
-        for _, gate in one.gated(model):
+        kept = 1 - 0.83 * planned(one, progress)
+        for _, gate in gated(one, model):
             assert int(gate.mask.sum()) == round(kept * gate.scores.numel())
-        seen.append(torch.cat([gate.mask.flatten() for _, gate in one.gated(model)]))
+        seen.append(torch.cat([gate.mask.flatten() for _, gate in gated(one, model)]))
 
     Run(model, [one], 10).train(watch=look)
     assert seen[0].all() and not torch.equal(seen[5], seen[6])
@@ -53,7 +54,7 @@ def test_global_keeps_the_exact_number_of_all_layers_together():
     model = tiny()
     one = Movement(sparsity=0.83, **FAST)
     Run(model, [one], 6).train()
-    masks = [gate.mask for _, gate in one.gated(model)]
+    masks = [gate.mask for _, gate in gated(one, model)]
     assert sum(int(m.sum()) for m in masks) == round(0.17 * sum(m.numel() for m in masks))
     assert len({round(float(m.float().mean()), 3) for m in masks}) > 1
     refused = Movement(variant="soft", scope="global").check()
@@ -65,7 +66,7 @@ def test_where_scores_start():
         model = tiny()
         one = Movement(**fields, **FAST)
         one.prepare(model, Context((one,)))
-        return [gate.scores.detach() for _, gate in one.gated(model)]
+        return [gate.scores.detach() for _, gate in gated(one, model)]
 
     assert torch.cat([s.flatten() for s in scores(sparsity=0.5)]).std().item() == pytest.approx(1)
     for fields in ({"sparsity": 0.5, "initial": "zero"}, {"variant": "soft"}):
@@ -80,7 +81,7 @@ def test_scores_that_do_not_learn_prune_by_magnitude(scope):
     for one, pruned in ((by_score, model), (by_size, other)):
         one.prepare(pruned, Context((one,)))
         one.after_step(pruned, 1.0 if one is by_size else 0.7)
-    for (_, a), (_, b) in zip(by_score.gated(model), by_size.gated(other), strict=True):
+    for (_, a), (_, b) in zip(gated(by_score, model), gated(by_size, other), strict=True):
         assert torch.equal(a.mask, b.mask)
 
 
@@ -88,7 +89,7 @@ def test_pruned_weights_return():
     model = tiny()
     one = Movement(sparsity=0.5, schedule="constant", learning_rate=0.1, freeze=1.0, start=0.0, end=0.2)
     seen = []
-    Run(model, [one], 10).train(watch=lambda p: seen.append([gate.mask.clone() for _, gate in one.gated(model)]))
+    Run(model, [one], 10).train(watch=lambda p: seen.append([gate.mask.clone() for _, gate in gated(one, model)]))
     returned = sum(int((~a & b).sum()) for a, b in zip(seen[3], seen[-1], strict=True))
     assert returned > 0
 
@@ -100,10 +101,12 @@ def test_scores_learn_also_where_the_weights_are_frozen(frozen):
         model.bert.requires_grad_(False)
     one = Movement(sparsity=0.5, **FAST)
     run = Run(model, [one], 6)
-    before = [linear.weight.detach().clone() for linear, _ in one.gated(model)]
+    before = [linear.weight.detach().clone() for linear, _ in gated(one, model)]
     run.train()
-    assert all(torch.equal(b, linear.weight) == frozen for b, (linear, _) in zip(before, one.gated(model), strict=True))
-    assert all(gate.scores.abs().max() > 0 for _, gate in one.gated(model))
+    assert all(
+        torch.equal(b, linear.weight) == frozen for b, (linear, _) in zip(before, gated(one, model), strict=True)
+    )
+    assert all(gate.scores.abs().max() > 0 for _, gate in gated(one, model))
 
 
 def test_soft_penalty_is_the_mean_over_tensors_of_the_mean():
@@ -113,7 +116,7 @@ def test_soft_penalty_is_the_mean_over_tensors_of_the_mean():
     one.after_step(model, 0.0)
     assert one.loss(model, {}, None, run.context) == {}
     one.after_step(model, 0.25)
-    gates = [gate for _, gate in one.gated(model)]
+    gates = [gate for _, gate in gated(one, model)]
     with torch.no_grad():
         for i, gate in enumerate(gates):
             gate.scores.fill_(0.1 * i)
@@ -158,7 +161,7 @@ def test_l0_penalty_is_the_expected_share_of_open_gates():
     (term,) = one.loss(model, {}, None, run.context).values()
     assert term.item() == pytest.approx(2.0 * 0.978, rel=1e-3)
     term.backward()
-    assert all((gate.scores.grad > 0).all() for _, gate in one.gated(model))
+    assert all((gate.scores.grad > 0).all() for _, gate in gated(one, model))
 
 
 def test_l0_gates_are_noisy_until_they_freeze_and_ship_their_mean_form():
@@ -174,11 +177,11 @@ def test_l0_gates_are_noisy_until_they_freeze_and_ship_their_mean_form():
 
     run.train(watch=look)
     assert noisy == {step / 8: step < 6 for step in range(1, 9)}
-    gates = [gate for _, gate in one.gated(model)]
+    gates = [gate for _, gate in gated(one, model)]
     values = torch.cat([deterministic(gate.scores.detach()).flatten() for gate in gates])
     assert ((values > 0) & (values < 1)).any() and (values == 0).any()
-    want = [(linear.weight * deterministic(gate.scores)).detach() for linear, gate in one.gated(model)]
-    layers = [linear for linear, _ in one.gated(model)]
+    want = [(linear.weight * deterministic(gate.scores)).detach() for linear, gate in gated(one, model)]
+    layers = [linear for linear, _ in gated(one, model)]
     model.train()
     run.finalize()
     assert not any(isinstance(m, L0Gate) for m in model.modules())
@@ -189,7 +192,7 @@ def test_l0_settles_without_noise_wherever_training_ends():
     model = tiny().train()
     one = L0(initial=0.5)
     Run(model, [one], 2)
-    want = [(linear.weight * deterministic(gate.scores)).detach() for linear, gate in one.gated(model)]
-    layers = [linear for linear, _ in one.gated(model)]
+    want = [(linear.weight * deterministic(gate.scores)).detach() for linear, gate in gated(one, model)]
+    layers = [linear for linear, _ in gated(one, model)]
     one.finalize(model)
     assert all(torch.equal(layer.weight, w) for layer, w in zip(layers, want, strict=True))

@@ -5,7 +5,7 @@ import torch
 
 from compressft.passes.n_m import NM
 from compressft.recipe.program import Stage
-from tests.passes.sparse import Run, linears, weight
+from tests.passes.sparse import Run, gated, linears, weight
 from tests.tiny import tiny
 
 
@@ -27,7 +27,7 @@ def test_groups_with_the_least_to_lose_go_first():
     one = NM(start=0.0, end=0.5, schedule="linear")
     Run(model, [one], 1)
     one.after_step(model, 0.2)
-    for linear, gate in one.gated(model):
+    for linear, gate in gated(one, model):
         groups = linear.weight.detach().abs().unflatten(1, (-1, 4))
         pruned = gate.mask.unflatten(1, (-1, 4)).sum(-1) == 2
         assert int(pruned.sum()) == round(0.4 * pruned.numel()) and (gate.mask.unflatten(1, (-1, 4)).sum(-1) >= 2).all()
@@ -41,13 +41,13 @@ def test_constant_prunes_all_at_once_and_looks_again_until_the_end():
     one = NM(start=0.2, end=0.6, schedule="constant")
     Run(model, [one], 1)
     one.after_step(model, 0.2)
-    assert all(gate.mask.all() for _, gate in one.gated(model))
+    assert all(gate.mask.all() for _, gate in gated(one, model))
     seen = []
     for progress in (0.21, 0.5, 0.6, 0.9):
         one.after_step(model, progress)
-        seen.append(torch.cat([gate.mask.flatten() for _, gate in one.gated(model)]))
+        seen.append(torch.cat([gate.mask.flatten() for _, gate in gated(one, model)]))
         assert int(seen[-1].sum()) * 2 == seen[-1].numel()
-        for linear, _ in one.gated(model):
+        for linear, _ in gated(one, model):
             torch.nn.init.normal_(linear.weight)
     assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2]) and torch.equal(seen[2], seen[3])
 

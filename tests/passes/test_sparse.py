@@ -22,18 +22,22 @@ from compressft.passes.magnitude import Magnitude
 from compressft.passes.movement import Movement
 from compressft.passes.n_m import NM
 from compressft.passes.shared.select import LINEARS
-from compressft.passes.shared.unstructured import Unstructured
 from compressft.passes.sparsegpt import SparseGPT
 from compressft.passes.structured import Structured
 from compressft.passes.wanda import Wanda
 from compressft.recipe.conflict import conflict
-from compressft.transform import Context
-from tests.passes.sparse import Run, classifier, linears, nonzero, sparsity, weight
+from compressft.transform import Context, Resource
+from tests.passes.sparse import Run, classifier, gated, linears, nonzero, sparsity, weight
 from tests.settings import FAST, made
 from tests.share import drawn
 from tests.tiny import TINY, labelled, logits, tiny
 
-ROWS = {name: made(name) for name, one in PASSES.items() if issubclass(one, Unstructured)}
+
+def on_single_weights(one):
+    return any(claim.resource is Resource.SINGLE_WEIGHTS for claim in one.takes())
+
+
+ROWS = {name: one for name in PASSES if on_single_weights(one := made(name))}
 VARIANTS = {
     "magnitude-layer": Magnitude(sparsity=0.6, scope="layer", updates=2, **FAST),
     "movement-soft": Movement(variant="soft", penalty=300.0, learning_rate=1.0, threshold=0.3, **FAST),
@@ -153,7 +157,7 @@ def test_int8_and_movement_learn_together():
     one = Movement(sparsity=0.5, start=0.0, end=0.3, freeze=0.9, learning_rate=0.05)
     run = Run(model, [Full(), one, Int8()], 30, batch, learning_rate=1e-2)
     seen = []
-    run.train(watch=lambda progress: seen.append(torch.cat([g.mask.flatten() for _, g in one.gated(model)])))
+    run.train(watch=lambda progress: seen.append(torch.cat([g.mask.flatten() for _, g in gated(one, model)])))
     assert not torch.equal(seen[10], seen[25]), "masks still move between the end of the schedule and the freeze"
     assert torch.equal(seen[27], seen[-1]), "and no more from there on"
     assert all(int(mask.sum()) == len(mask) // 2 for mask in seen[10:])

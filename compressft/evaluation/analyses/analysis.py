@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ class Finding:
     summary: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
-    def row(self, analysis: Analysis) -> dict[str, Any]:
+    def row(self, analysis: Analysis) -> dict[str, object]:
         """As it stands in report.json."""
         return {"type": analysis.type, "models": list(analysis.models), **vars(self)}
 

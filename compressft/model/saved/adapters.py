@@ -10,11 +10,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from compressft.errors import UserError
+from compressft.errors import UserError, nearest
 from compressft.model.anatomy import anatomy
 from compressft.model.saved.delta import DELTA
 from compressft.model.saved.folders import read_manifest, verify_files
-from compressft.model.saved.manifest import AdapterContents, Contents, as_adapter, check_types, require
+from compressft.model.saved.manifest import AdapterContents, Contents, as_adapter, check_types
 from compressft.model.saved.sparse import ROWS, unpack
 from compressft.model.saved.state import layers_hash, plain_state
 from compressft.model.surgery import adapter_in, pfeiffer_path
@@ -28,6 +28,20 @@ Filled = TypeVar("Filled", bound=nn.Module)
 
 # What a saved adapter's folder is made of, in every package's format; our own fields are under the key.
 ADAPTER_CONFIG, ADAPTER_TENSORS, ADAPTER_KEY = "adapter_config.json", "adapter_model.safetensors", "compressft"
+ADAPTER_FORMAT = 1
+ADAPTER_FIELDS = {
+    "format",
+    "kind",
+    "method",
+    "base",
+    "architecture",
+    "labels",
+    "layers_hash",
+    "origin_hash",
+    "shapes",
+    "modules",
+    "files",
+}
 
 
 @dataclass(frozen=True)
@@ -86,19 +100,41 @@ def _manifest(folder: Path, who: str) -> Contents:
 
 def _saved(folder: Path, who: str) -> AdapterContents:
     """What the folder of an adapter that we saved says, which is what a manifest does."""
-    path = folder / ADAPTER_CONFIG
-    entry = read_object(path).get(ADAPTER_KEY)
-    if not isinstance(entry, dict):
+    entry = adapter_entry(folder)
+    if entry is None:
         raise UserError(
             f"{who}: {str(folder)!r} is another package's adapter; make it ours with: compressft convert {folder} DST"
         )
-    require(entry, ("layers_hash", "shapes", "modules", "files"), path)
-    check_types(entry, "adapter", path, f"{ADAPTER_KEY}.")
-    entry = as_adapter(entry)
-    if ADAPTER_TENSORS not in entry["files"]:
-        raise UserError(f"{path}: field {ADAPTER_KEY}.files does not name {ADAPTER_TENSORS}; restore the file")
-    verify_files(folder, entry["files"])
     return entry
+
+
+def adapter_entry(folder: Path) -> AdapterContents | None:
+    """What `adapter_config.json` says under our key, its files compared with their hashes; None: it has no such key.
+
+    Raises:
+        UserError: a file is missing or changed, or a field is missing, unknown or of another type.
+    """
+    path = folder / ADAPTER_CONFIG
+    if not path.is_file():
+        raise UserError(f"{path}: is missing; the folder is incomplete")
+    entry = read_object(path).get(ADAPTER_KEY)
+    if not isinstance(entry, dict):
+        return None
+    for name in entry:
+        if name not in ADAPTER_FIELDS:
+            close = nearest(name, ADAPTER_FIELDS)
+            raise UserError(f"{path}: unknown field {ADAPTER_KEY}.{name}{close}; a newer compressft wrote it")
+    missing = sorted(ADAPTER_FIELDS - set(entry))
+    if missing:
+        raise UserError(f"{path}: field {ADAPTER_KEY}.{missing[0]} is missing; save the adapter again")
+    if entry["format"] != ADAPTER_FORMAT:
+        raise UserError(f"{path}: format {entry['format']!r}; this compressft reads {ADAPTER_FORMAT}")
+    check_types(entry, "adapter", path, f"{ADAPTER_KEY}.")
+    found = as_adapter(entry)
+    if ADAPTER_TENSORS not in found["files"]:
+        raise UserError(f"{path}: field {ADAPTER_KEY}.files does not name {ADAPTER_TENSORS}; restore the file")
+    verify_files(folder, found["files"])
+    return found
 
 
 def _read(model: nn.Module, folder: str, manifest: Contents, who: str) -> SavedAdapter:

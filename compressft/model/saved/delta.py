@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from compressft.utils.hub import pinned
 from compressft.utils.phases import doing, phase
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DELTA = "delta.safetensors"
 
@@ -94,7 +94,7 @@ def base_of(folder: Path, manifest: Manifest) -> str:
     return str(beside)
 
 
-def load_delta(folder: str | Path, base: str | None = None) -> Any:
+def load_delta(folder: str | Path, base: str | None = None) -> PreTrainedModel:
     """Rebuild the task's model from its base and a `delta/` folder.
 
     Args:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -12,20 +13,27 @@ from torch import Tensor, nn
 
 from compressft.modules.gate import ScoreGate, keep_top_each
 from compressft.modules.linear import gates_of
-from compressft.passes.shared.unstructured import LEARNED, Gradual
-from compressft.transform import Claim, Context
+from compressft.passes.shared.gradual import End, Schedule, Start, check_span, planned
+from compressft.passes.shared.unstructured import LEARNED, SINGLE, fold_gates
+from compressft.transform import WEIGHTS, Claim, Context, Transform
 
 # The soft variant never leaves less of a tensor (Sanh, Wolf & Rush's code).
 LEAST_KEPT = 0.005
 
 
-class Scored(Gradual):
+class Scored(Transform):
     """Scores decide: the highest stay (`hard`), or those whose sigmoid is above a rising threshold (`soft`).
 
     Fields: `variant`; `sparsity` for hard; `threshold` (tau's final value) and `penalty` (lambda's) for soft;
-    `learning_rate` of the scores; `freeze`, the progress from which on the masks stay.
+    `learning_rate` of the scores; `freeze`, the progress from which on the masks stay. The others are those of
+    `Excludes` and `Gradual`.
     """
 
+    order: ClassVar[int] = WEIGHTS
+    exclude: tuple[str, ...] = ()
+    start: Start = 0.05
+    end: End = 0.6
+    schedule: Schedule = "cubic"
     variant: Literal["hard", "soft"] = "hard"
     sparsity: float | None = Field(default=None, ge=0, lt=1)
     threshold: float = Field(default=0.1, gt=0, lt=0.5)
@@ -42,14 +50,14 @@ class Scored(Gradual):
         gates = [gate for _, gate in gates_of(model, self.type, ScoreGate)]
         # Masks that rest need no ranking; after a resume the scores are those that were ranked last.
         if gates[0].scores.requires_grad and progress > self.start:
-            self.prune(model, self.planned(progress))
+            self.prune(model, planned(self, progress))
         for gate in gates:
             gate.scores.requires_grad_(learning)
-            gate.weight_of_penalty = self.penalty * self.planned(progress) if self.variant == "soft" else 0.0
+            gate.weight_of_penalty = self.penalty * planned(self, progress) if self.variant == "soft" else 0.0
 
+    @abstractmethod
     def pools(self, model: nn.Module) -> list[list[ScoreGate]]:
-        """Gates whose scores compete with each other in the hard variant; here those of one tensor."""
-        return [[gate] for _, gate in gates_of(model, self.type, ScoreGate)]
+        """Gates whose scores compete with each other in the hard variant."""
 
     def prune(self, model: nn.Module, extent: float) -> None:
         """Set the gates' thresholds for a fraction of the full extent."""
@@ -75,7 +83,7 @@ class Scored(Gradual):
         return {f"{self.type}.penalty": weight * kept}
 
     def status(self, model: nn.Module, progress: float) -> dict[str, dict[str, float]]:
-        extent = self.planned(progress)
+        extent = planned(self, progress)
         found: dict[str, dict[str, float]] = {}
         for name, now in self.shares(model).items():
             # The penalty decides what the soft variant removes: nothing is planned but its threshold.
@@ -86,12 +94,15 @@ class Scored(Gradual):
             found["threshold"] = {"now": tau, "planned": tau, "target": self.threshold}
         return found
 
+    @abstractmethod
     def shares(self, model: nn.Module) -> dict[str, float]:
         """What `status` shows as gone."""
-        return {"sparsity": self.sparsity_now(model)}
+
+    def finalize(self, model: nn.Module) -> None:
+        fold_gates(model, self.type)
 
     def takes(self) -> Sequence[Claim]:
-        return (*super().takes(), LEARNED)
+        return (SINGLE, LEARNED)
 
     def check(self) -> str | None:
         name = f"pass {self.type}"
@@ -101,7 +112,7 @@ class Scored(Gradual):
             return f"{name}.sparsity: variant soft gets its sparsity from {self.type}.penalty; remove it or use hard"
         if self.freeze < self.end:
             return f"{name}.freeze: {self.freeze} is before {self.type}.end {self.end}; the target would be missed"
-        return super().check()
+        return check_span(self)
 
 
 @torch.no_grad()

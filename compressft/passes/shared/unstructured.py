@@ -1,113 +1,94 @@
-"""What the passes share that gate single weights of the transformer layers' linear projections."""
+"""What the passes share that gate single weights of the transformer layers' linear projections.
+
+Embeddings, pooler and head have no gate.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar, Literal
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
-import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from compressft.errors import UserError
 from compressft.model.surgery import compress_linear
-from compressft.modules.gate import Gate, MaskGate
+from compressft.modules.gate import Gate
 from compressft.modules.linear import CompressedLinear, gates_of
 from compressft.passes.shared.select import check_exclude, layer_linears
-from compressft.transform import SHAPES, WEIGHTS, Claim, Context, Resource, Transform, ramp
+from compressft.transform import Claim, Resource
 
-# What passes take besides that learn which weights go.
+# What all of them take: of two, neither would keep its sparsity.
+SINGLE = Claim(Resource.SINGLE_WEIGHTS, "removes single weights", fix="give each a stage of its own")
+# What those take besides that learn which weights go.
 LEARNED = Claim(Resource.SCORES, "learns which weights to leave out", fix="prune in an earlier stage")
 
+# (path, layer) -> a new gate for it, everything alive.
+NewGate = Callable[[str, CompressedLinear], Gate]
 
-class Unstructured(Transform):
-    """A gate on every linear projection of the transformer layers; embeddings, pooler and head have none.
 
-    Field `exclude`: parts that stay dense: "q", "k", "v", "o", "up", "down", or a module's full path; a fused qkv
-    projection stays dense where any of its three does.
+class Excludes(Protocol):
+    """A pass with parts that stay dense.
+
+    Field `exclude`: "q", "k", "v", "o", "up", "down", or a module's full path; a fused qkv projection stays dense
+    where any of its three does.
     """
 
-    order: ClassVar[int] = WEIGHTS
-    exclude: tuple[str, ...] = ()
+    @property
+    def type(self) -> str: ...
 
-    def gate(self, path: str, linear: CompressedLinear) -> Gate:
-        """A new gate, everything alive, for the layer at this path."""
-        raise NotImplementedError
-
-    def prepare(self, model: nn.Module, context: Context) -> None:
-        check_exclude(model, f"pass {self.type}.exclude", self.exclude)
-        paths = layer_linears(model, self.exclude)
-        if not paths:
-            raise UserError(f"pass {self.type}.exclude: {list(self.exclude)} leaves nothing to prune; exclude less")
-        for path in paths:
-            linear = compress_linear(model, path)
-            linear.gates[self.type] = self.gate(path, linear).to(linear.weight.device)
-
-    def gated(self, model: nn.Module) -> list[tuple[CompressedLinear, Gate]]:
-        """(layer, gate) for every gate of this pass, in the model's order."""
-        return gates_of(model, self.type, Gate)
-
-    def finalize(self, model: nn.Module) -> None:
-        for linear, _ in self.gated(model):
-            linear.fold(self.type)
-
-    def sparsity_now(self, model: nn.Module) -> float:
-        """Fraction of the gated weights that is gone."""
-        masks = [gate.mask for _, gate in self.gated(model)]
-        return 1.0 - sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks)
-
-    def takes(self) -> Sequence[Claim]:
-        # Of two, neither would keep its sparsity.
-        return (Claim(Resource.SINGLE_WEIGHTS, "removes single weights", fix="give each a stage of its own"),)
+    @property
+    def exclude(self) -> tuple[str, ...]: ...
 
 
-class Gradual(Unstructured):
-    """More and more goes between two points of training.
+def chosen(model: nn.Module, one: Excludes) -> list[str]:
+    """Paths of the projections that a pass may gate, in execution order.
 
-    Fields: nothing is pruned up to progress `start`; the full extent is reached at `end`, along `schedule`.
+    Raises:
+        UserError: `exclude` names something that is not there, or leaves nothing.
     """
-
-    start: float = Field(default=0.05, ge=0, lt=1)
-    end: float = Field(default=0.6, gt=0, le=1)
-    schedule: Literal["cubic", "linear", "cosine", "constant"] = "cubic"
-
-    def planned(self, progress: float) -> float:
-        """Fraction in [0, 1] of the full extent that the schedule asks for."""
-        return SHAPES[self.schedule](ramp(progress, self.start, self.end))
-
-    def check(self) -> str | None:
-        if self.end <= self.start:
-            return f"pass {self.type}.end: {self.end} is not after {self.type}.start {self.start}"
-        return None
+    check_exclude(model, f"pass {one.type}.exclude", one.exclude)
+    paths = layer_linears(model, one.exclude)
+    if not paths:
+        raise nothing_left(one)
+    return paths
 
 
-class Masked(Gradual):
-    """Masks computed again from the weights at `updates` + 1 evenly spaced points from `start` to `end`, then kept.
+def nothing_left(one: Excludes) -> UserError:
+    """What a pass says that has nothing to prune."""
+    return UserError(f"pass {one.type}.exclude: {list(one.exclude)} leaves nothing to prune; exclude less")
 
-    Between two updates and after the last one the masks stay as they are: training recovers what pruning cost.
+
+def add_gate(model: nn.Module, name: str, path: str, new: NewGate) -> None:
+    """Put a gate of this name on one projection."""
+    linear = compress_linear(model, path)
+    linear.gates[name] = new(path, linear).to(linear.weight.device)
+
+
+def gate_all(model: nn.Module, one: Excludes, new: NewGate) -> None:
+    """Put a pass's gate on every projection that it does not exclude.
+
+    Raises:
+        UserError: as `chosen`.
     """
+    for path in chosen(model, one):
+        add_gate(model, one.type, path, new)
 
-    updates: int = Field(default=100, ge=1)
 
-    def gate(self, path: str, linear: CompressedLinear) -> Gate:
-        return MaskGate(linear.out_features, linear.in_features)
+def fold_gates(model: nn.Module, name: str) -> None:
+    """Settle all gates of this name: what they close is zero from here on."""
+    for linear, _ in gates_of(model, name, Gate):
+        linear.fold(name)
 
-    def choose(self, weights: list[Tensor], extent: float) -> list[Tensor]:
-        """Bool masks (True is kept) for these weights (out, in) at a fraction of the full extent."""
-        raise NotImplementedError
 
-    @torch.no_grad()
-    def after_step(self, model: nn.Module, progress: float) -> None:
-        fraction = ramp(progress, self.start, self.end)
-        # A point that rounding puts just behind its step still counts as reached.
-        due = int(fraction * self.updates + 1e-9) + (fraction > 0)
-        gated = gates_of(model, self.type, MaskGate)
-        # The counter is state: a resumed run has the masks of the last update, whose weights are gone.
-        if due > int(gated[0][1].updates):
-            masks = self.choose([present(linear) for linear, _ in gated], self.planned(progress))
-            for (_, gate), mask in zip(gated, masks, strict=True):
-                gate.keep(mask)
-                gate.updates.fill_(due)
+def sparsity_now(model: nn.Module, name: str) -> float:
+    """Fraction of the weights under gates of this name that is gone."""
+    return removed([gate for _, gate in gates_of(model, name, Gate)])
+
+
+def removed(gates: Sequence[Gate]) -> float:
+    """Fraction of what these gates decide on that is gone."""
+    masks = [gate.mask for gate in gates]
+    return 1.0 - sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks)
 
 
 def present(linear: CompressedLinear) -> Tensor:
