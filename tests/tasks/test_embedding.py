@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -14,11 +16,12 @@ from compressft.errors import UserError
 from compressft.evaluation.logits import model_logits, model_run, scored
 from compressft.evaluation.scores import Scores
 from compressft.model.anatomy import anatomy
-from compressft.model.embedder import POOLING, class_named, embedding_class, pooled
+from compressft.model.embedder import POOLING, class_named, embedding_class, gives_vectors, pooled
 from compressft.model.heads import with_head
 from compressft.model.load import load_empty, load_model
 from compressft.model.saved.compressed import load_compressed, save_compressed
 from compressft.objectives.distill import Distill
+from compressft.passes.structured import Structured
 from compressft.recipe.program import parse_task
 from compressft.tasks import make_task
 from compressft.tasks.embedding import OTHERS, ranking
@@ -301,3 +304,62 @@ def test_correlation_is_that_of_the_cosines(tokenizer):
     scores.add(vectors[12:], wanted[12:])
     cosines = (vectors[:, 0] * vectors[:, 1]).sum(-1)
     assert scores.metrics()["spearman"] == pytest.approx(spearmanr(cosines, wanted)[0])
+
+
+# The folder in sentence-transformers.
+
+
+@pytest.fixture
+def saved(tokenizer, tmp_path):
+    def save(*passes, **changes):
+        model = embedder(vocab_size=len(tokenizer), **changes)
+        for one in passes:
+            one.prepare(model, Context())
+            one.after_step(model, 1.0)
+            one.finalize(model)
+        save_compressed(model, tokenizer, tmp_path / "model", {"max_length": 32})
+        return tmp_path / "model"
+
+    return save
+
+
+@pytest.mark.parametrize(("how", "mode"), [("mean", "mean_tokens"), ("cls", "cls_token"), ("last", "lasttoken")])
+def test_the_folder_says_what_sentence_transformers_reads(saved, how, mode):
+    folder = saved(pooling=how)
+
+    def read(name):
+        return json.loads((folder / name).read_text())
+
+    modules = read("modules.json")
+    assert [one["path"] for one in modules] == ["", "1_Pooling", "2_Normalize"]
+    assert [one["type"].rpartition(".")[2] for one in modules] == ["Transformer", "Pooling", "Normalize"]
+    pooling = read("1_Pooling/config.json")
+    assert pooling.pop("word_embedding_dimension") == 32
+    assert [name for name, on in pooling.items() if on] == [f"pooling_mode_{mode}"]
+    assert read("2_Normalize/config.json") == {}
+    assert read("sentence_bert_config.json")["max_seq_length"] == 32
+    assert read("config_sentence_transformers.json")["similarity_fn_name"] == "cosine"
+    # They are a part of the folder, whose hashes are compared.
+    assert gives_vectors(load_compressed(folder))
+
+
+def test_a_folder_that_only_we_can_open_says_nothing(saved):
+    assert not (saved(Structured(heads=0.5, start=0.0, end=0.5)) / "modules.json").exists()
+
+
+def test_a_smaller_model_of_a_plain_shape_opens_there_too(saved):
+    folder = saved(Structured(ffn=0.5, uniform=True, start=0.0, end=0.5))
+    assert json.loads((folder / "config.json").read_text())["intermediate_size"] == 32
+    assert (folder / "modules.json").is_file()
+
+
+@pytest.mark.parametrize("how", ["mean", "cls", "last"])
+def test_sentence_transformers_gives_the_same_vectors(saved, tokenizer, how):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    folder = saved(pooling=how)
+    batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    batch.pop("token_type_ids", None)
+    with torch.no_grad():
+        wanted = load_compressed(folder)(**batch).logits
+    got = sentence_transformers.SentenceTransformer(str(folder), device="cpu").encode(TEXTS)
+    torch.testing.assert_close(torch.from_numpy(got), wanted, atol=1e-6, rtol=1e-5)

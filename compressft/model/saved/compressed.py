@@ -14,6 +14,7 @@ from compressft.model.anatomy import anatomy
 from compressft.model.saved.folders import MANIFEST, read_manifest, write_manifest
 from compressft.model.saved.manifest import Manifest
 from compressft.model.saved.parts import MOST
+from compressft.model.saved.sentence import opens_elsewhere, write_modules
 from compressft.model.saved.state import _class_of, _fill, plain_state, uniform_config
 from compressft.model.shrink import resize, shapes
 from compressft.model.source import resolve
@@ -54,9 +55,12 @@ def save_compressed(
             save_file(extra, target / EXTRA, metadata={"format": "pt"})
         for name, tensors in (also or {}).items():
             save_file({key: value.contiguous() for key, value in tensors.items()}, target / name)
-        uniform_config(model).save_pretrained(target)
+        config = uniform_config(model)
+        config.save_pretrained(target)
         if tokenizer is not None:
             tokenizer.save_pretrained(target)
+            if opens_elsewhere(model, config, plain | extra):
+                write_modules(target, config, anatomy(model).width, info.get("max_length"))
         manifest = {
             "architecture": type(model).__name__,
             "shapes": shapes(model),

@@ -18,7 +18,7 @@ MANIFEST = "compressft.json"
 def hash_files(folder: Path) -> dict[str, str]:
     """Hash of every file of a folder but the manifest, by relative path."""
     return {
-        str(path.relative_to(folder)): file_hash(path)
+        path.relative_to(folder).as_posix(): file_hash(path)
         for path in steps(sorted(folder.rglob("*")), f"hashing {folder}")
         if path.is_file() and path.name != MANIFEST
     }
