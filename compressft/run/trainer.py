@@ -113,8 +113,8 @@ class CompressionTrainer(Trainer):
         self.task = task
         self.context = context
         self.sides = list(sides)
-        streamed = isinstance(lesson.train, Stream)
-        rows: Any = lesson.train if streamed else training_rows(lesson.train, task, config.seed)
+        train = lesson.train
+        rows: Any = train if isinstance(train, Stream) else training_rows(train, task, config.seed)
         self.transforms = list(context.transforms)
         self.terms: dict[str, float] = defaultdict(float)
         self.tokens = 0

@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -53,13 +54,10 @@ def encoded(rows: Sequence[Row], task: Task, unlabelled: bool = False) -> Sequen
 
 def about(task: Task) -> str:
     """Names what a task makes of a row: another one where it would make something else."""
-    import tokenizers
-    import transformers
-
     config = None if task.config is None else task.config.to_json_string()
     settings = task.settings.model_dump_json()
     own = (task.type, settings, task.max_length, list(task.labels), config, _tokenizer_key(task.tokenizer))
-    return key_of(*own, transformers.__version__, tokenizers.__version__)
+    return key_of(*own, version("transformers"), version("tokenizers"))
 
 
 def _tokenizer_key(tokenizer: Any) -> str:

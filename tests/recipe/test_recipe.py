@@ -541,9 +541,13 @@ def test_hash_changes_with_every_field():
     parts = [DataConfig, TrainConfig, ExportConfig, *METHODS.values(), *OBJECTIVES.values(), *PASSES.values()]
     missed = {(part, name) for part in parts for name in part.model_fields if name != "type"} - seen
     assert {name for part, name in missed if part is not DataConfig} <= TOGETHER
-    assert {name for part, name in missed if part is DataConfig} == {"sample", "dataset"}
+    assert {name for part, name in missed if part is DataConfig} == {"sample", "dataset", "streaming"}
     for source in ("sample", "dataset"):
         assert parse_recipe({**plain, "data": {source: "x"}}).hash not in hashes
+    stage = {"name": "one", "train": {"max_steps": 9}}
+    files = {"train": "x", "validation": "y"}
+    streams = [{**plain, "stages": [stage], "data": {**files, "streaming": on}} for on in (False, True)]
+    assert len({parse_recipe(document).hash for document in streams}) == 2
 
 
 def test_hash_changes_with_the_transforms_themselves(base):
