@@ -15,4 +15,8 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "parity": ("benchmarks.parity.run", "logits of converted adapters next to the `adapters` and `peft` packages"),
     "peers": ("benchmarks.peers", "training speed and memory next to the `peft` and `adapters` packages"),
     "portable": ("benchmarks.portable.run", "labels and largest error of files that ship, on emulated processors too"),
+    "scale": (
+        "benchmarks.scale",
+        "equality and work of 1, 2 and 4 processes, with copies and with pieces of the weights",
+    ),
 }
