@@ -54,7 +54,7 @@ class Hooks(TrainerCallback):
 
     def _follow(self, model: Any, args: Any, state: Any, step: int) -> None:
         transforms = self.trainer.transforms
-        looks = any(one.follows for one in transforms)
+        looks = any(one.looks and type(one).after_step is not Transform.after_step for one in transforms)
         with ranks.same_draws(args.seed * 1_000_003 + step), self.trainer.whole(looks):
             for transform in transforms:
                 transform.after_step(model, step / max(state.max_steps, 1))
