@@ -132,6 +132,8 @@ class CompressionTrainer(Trainer):
         self.shards: Shards | None = None
         if ranks.count() > 1:
             ranks.alike(model)
+            # Autocast alone: what is wrapped around the step comes with training.
+            self.accelerator.prepare_model(model, evaluation_mode=True)
             # Dropout of its own for every process.
             torch.manual_seed(self.args.seed + ranks.number())
         # The loss below is a mean over the batch; the Trainer divides it by the accumulation steps.
@@ -188,7 +190,7 @@ class CompressionTrainer(Trainer):
         return found
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As the Trainer's."""
+        """As the Trainer's; with the last batch of a step, what is in no pieces gets the mean of the gradients too."""
         loss = super().training_step(*args, **kwargs)
         if self.shards and self.accelerator.sync_gradients:
             self.shards.average_uncut()
