@@ -21,4 +21,8 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "peers": ("benchmarks.peers", "training speed and memory next to the `peft` and `adapters` packages"),
     "portable": ("benchmarks.portable.run", "labels and largest error of files that ship, on emulated processors too"),
     "start": ("benchmarks.start", "seconds to the first training step and peak memory of every shipped recipe"),
+    "scale": (
+        "benchmarks.scale",
+        "equality and work of 1, 2 and 4 processes, with copies and with pieces of the weights",
+    ),
 }

@@ -185,6 +185,9 @@ class Transform(Strict):
     needs_hidden_states: ClassVar[bool] = False
     # Whether it says what rows without labels should give.
     answers: ClassVar[bool] = False
+    # Whether `after_step` looks at parameters or their gradients: they are gathered for it where each process holds a
+    # piece of them.
+    looks: ClassVar[bool] = True
     # Whether the model that it leaves behind can be written as an ONNX file.
     exports: ClassVar[bool] = True
     # Transforms are prepared, followed and finalised in ascending order: what removes parts before training, the
@@ -192,11 +195,6 @@ class Transform(Strict):
     order: ClassVar[int] = METHOD
     # Resources that it can tell others of; STARTING_LAYERS by `kept`.
     gives: ClassVar[Sequence[Resource]] = ()
-
-    @property
-    def follows(self) -> bool:
-        """Whether `after_step` looks at parameters, which are gathered for it where each process holds a piece."""
-        return type(self).after_step is not Transform.after_step
 
     def prepare(self, model: nn.Module, context: Context) -> None:
         """Rewrite the model before training. Raises UserError where the model lacks what this needs."""

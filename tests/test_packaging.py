@@ -154,7 +154,8 @@ def imported() -> set[str]:
                     modules |= {alias.name.partition(".")[0] for alias in node.names}
                 elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                     modules.add(node.module.partition(".")[0])
-    modules -= {*sys.stdlib_module_names, "compressft", "compressft_kernels"}
+    # pydantic pins its core by itself.
+    modules -= {*sys.stdlib_module_names, "compressft", "compressft_kernels", "pydantic_core"}
     distributions = packages_distributions()
     assert all(module in distributions for module in modules), modules - set(distributions)
     return {canonical(distributions[module][0]) for module in modules}

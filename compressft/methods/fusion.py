@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -35,6 +35,7 @@ class Fusion(Transform):
     """
 
     type: Literal["fusion"] = "fusion"
+    looks: ClassVar[bool] = False
     adapters: tuple[str, ...] = Field(min_length=1)
     dropout: float | None = Field(default=None, ge=0, lt=1)
     regularisation: float = Field(default=0.01, ge=0)

@@ -11,9 +11,12 @@ from compressft.errors import UserError
 
 
 def broken_weight(model: nn.Module) -> str | None:
-    """Name of the first parameter that holds a NaN or an infinity; None where all are finite."""
+    """Name of the first parameter that holds a NaN or an infinity, here; None where all are finite."""
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not torch.isfinite(parameter.detach()).all():
+        # Others may not be asking: of what is in pieces, this process's own.
+        own = getattr(parameter, "to_local", None)
+        local: Tensor = parameter.detach() if own is None else own().detach()
+        if local.is_floating_point() and not torch.isfinite(local).all():
             return name
     return None
 

@@ -53,6 +53,7 @@ class Distill(Transform):
 
     type: Literal["distill"] = "distill"
     order: ClassVar[int] = OBJECTIVE
+    looks: ClassVar[bool] = False
     teacher: str
     temperature: float = Field(default=2.0, gt=0)
     task: float = Field(default=0.5, ge=0)

@@ -50,6 +50,7 @@ class Int4(Transform):
 
     type: Literal["int4"] = "int4"
     order: ClassVar[int] = QUANTISES
+    looks: ClassVar[bool] = False
     block: Literal[32, 64, 128] = 32
     symmetric: bool = True
     rounding: Literal["nearest", "gptq"] = "nearest"

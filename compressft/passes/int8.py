@@ -55,6 +55,7 @@ class Int8(Transform):
 
     type: Literal["int8"] = "int8"
     order: ClassVar[int] = QUANTISES
+    looks: ClassVar[bool] = False
     ranges: Ranges = "static"
     format: Format = "operators"
     start: float = Field(default=0.0, ge=0, lt=1)

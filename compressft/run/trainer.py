@@ -57,7 +57,7 @@ class Hooks(TrainerCallback):
 
     def _follow(self, model: Any, args: Any, state: Any, step: int) -> None:
         transforms = self.trainer.transforms
-        looks = any(one.follows for one in transforms)
+        looks = any(one.looks and type(one).after_step is not Transform.after_step for one in transforms)
         with ranks.same_draws(args.seed * 1_000_003 + step), self.trainer.whole(looks):
             for transform in transforms:
                 transform.after_step(model, step / max(state.max_steps, 1))
@@ -138,6 +138,8 @@ class CompressionTrainer(Trainer):
         self.shards: Shards | None = None
         if ranks.count() > 1:
             ranks.alike(model)
+            # Autocast alone: what is wrapped around the step comes with training.
+            self.accelerator.prepare_model(model, evaluation_mode=True)
             # Dropout of its own for every process.
             torch.manual_seed(self.args.seed + ranks.number())
         # The loss below is a mean over the batch; the Trainer divides it by the accumulation steps.
@@ -194,7 +196,7 @@ class CompressionTrainer(Trainer):
         return found
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As the Trainer's."""
+        """As the Trainer's; with the last batch of a step, what is in no pieces gets the mean of the gradients too."""
         loss = super().training_step(*args, **kwargs)
         if self.shards and self.accelerator.sync_gradients:
             self.shards.average_uncut()

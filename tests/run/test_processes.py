@@ -282,6 +282,7 @@ def work_in(folder: Path, kind: str, asked: dict[str, Any], found: dict[str, Any
     if "test_killed_and_resumed" in tests:
         with killing(None), suppress(Killed):
             run(load_recipe(recipe_for(folder, 4)), folder / f"killed-{kind}")
+        ranks.wait()
         if ranks.first():
             shutil.copytree(folder / f"killed-{kind}", folder / f"killed-{kind}-alone")
         ranks.wait()
