@@ -263,7 +263,8 @@ class Adapted(nn.Module):
         """Write each adapter as it ships, with its task's head: "default" into the folder, others into one by its name.
 
         A folder holds `adapter_config.json`, `adapter_model.safetensors` and a model card. PEFT's tuners and prefixes
-        are written as PEFT does, where its format can hold them, so that `peft.PeftModel.from_pretrained` gives the same logits.
+        are written as PEFT does, where its format can hold them, so that `peft.PeftModel.from_pretrained` gives the
+        same logits.
 
         Returns:
             the format of each: "peft" or "compressft".
