@@ -22,7 +22,7 @@ BUDGET = {
     "tests/run": 260,
     "tests/export": 190,
     "tests/methods": 150,
-    "tests": 100,
+    "tests": 160,
     "tests/kernels": 100,
     "tests/passes": 105,
     "tests/adapters": 50,
