@@ -205,8 +205,14 @@ def recipe_for(folder: Path, batch_size: int, **changes: Any) -> Path:
         ],
         "export": {"enabled": False},
     }
-    path = folder / f"batch-{batch_size}.yaml"
-    path.write_text(yaml.safe_dump(document | changes))
+    return written(folder / f"batch-{batch_size}.yaml", document | changes)
+
+
+def written(path: Path, document: dict[str, Any]) -> Path:
+    """A recipe's file; both processes write it, and neither reads half of the other's."""
+    staging = path.with_suffix(f".{ranks.number()}")
+    staging.write_text(yaml.safe_dump(document))
+    staging.replace(path)
     return path
 
 
@@ -222,9 +228,7 @@ def feeds_for(folder: Path, batch_size: int) -> Path:
         "stages": [stage],
         "export": {"enabled": False},
     }
-    path = folder / f"feeds-{batch_size}.yaml"
-    path.write_text(yaml.safe_dump(document))
-    return path
+    return written(folder / f"feeds-{batch_size}.yaml", document)
 
 
 @contextmanager
