@@ -158,18 +158,16 @@ def main(arguments: list[str]) -> int:
     starts = []
     with tempfile.TemporaryDirectory(dir=folder) as place:
         ours, plain = Path(place) / "ours", Path(place) / "plain"
-        for number, name in enumerate(("first", "again")):
+        for number, when in enumerate(("first", "again")):
             output = Path(place) / f"run-{number}"
             command = [sys.executable, "-m", "compressft", "run", str(recipe), "--output", str(output)]
-            starts.append(measured(f"compressft, {name}", command, ours))
+            starts.append(measured(f"compressft, {when}", command, ours))
             print(starts[-1], flush=True)
             shutil.rmtree(output)
-        kept = sum(file.stat().st_size for file in ours.rglob("*") if file.is_file())
-        shutil.rmtree(ours)
-        for name in ("first", "again"):
             command = [sys.executable, "-c", PLAIN, str(rows), str(os.cpu_count())]
-            starts.append(measured(f"datasets alone, {name}", command, plain))
+            starts.append(measured(f"datasets alone, {when}", command, plain))
             print(starts[-1], flush=True)
+        kept = sum(file.stat().st_size for file in ours.rglob("*") if file.is_file())
     found = {
         "rows": options.rows,
         "file_bytes": rows.stat().st_size,
