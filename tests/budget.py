@@ -19,12 +19,12 @@ import pytest
 BUDGET = {
     # Importing and collecting, all processes.
     "collection": 57,
-    "tests/run": 260,
+    "tests/run": 300,
     "tests/export": 190,
-    "tests/methods": 150,
-    "tests": 160,
+    "tests/methods": 100,
+    "tests": 110,
     "tests/kernels": 100,
-    "tests/passes": 105,
+    "tests/passes": 95,
     "tests/adapters": 50,
     "tests/run/report": 32,
     "tests/trust": 35,

@@ -28,9 +28,9 @@ from tests.pages import PAGES, ROOT, Block, blocks
 from tests.tiny_folder import write_jsonl
 
 # Blocks that do not run here, by page; a new one is counted here, with its reason above it.
-NOT_RUN = {"README": 2, "CONTRIBUTING": 1}
+NOT_RUN = {"README": 2, "CONTRIBUTING": 1, "train": 2}
 # Programs that blocks may call; all but ours only where the block does not run.
-PROGRAMS = ("compressft", "make", "pip", "python", "torchrun")
+PROGRAMS = ("compressft", "make", "pip", "python", "torchrun", "accelerate")
 LABELS, ROWS = 6, 12
 FOLLOWED = [page for page in PAGES if any(block.language in ("bash", "python") for block in blocks(page))]
 
@@ -130,7 +130,7 @@ def follow(words: list[str], call: Any, base: Path) -> None:
         Path(file).write_text(done.out, encoding="utf-8")
 
 
-@pytest.mark.dear
+@pytest.mark.full
 @pytest.mark.parametrize("page", FOLLOWED, ids=lambda page: page.stem)
 def test_a_page_can_be_followed(page, call, python, base, tmp_path, monkeypatch):
     presume(page, tmp_path)

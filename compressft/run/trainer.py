@@ -398,7 +398,7 @@ def training_arguments(
 ) -> TrainingArguments:
     """Translate a recipe's train part; checkpoints go below `output`, everything is logged through our callbacks."""
     every = config.save if isinstance(config.save, int) else 500
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(output),
         num_train_epochs=config.epochs,
         max_steps=config.max_steps,
@@ -431,3 +431,6 @@ def training_arguments(
         ddp_find_unused_parameters=True,
         ddp_broadcast_buffers=False,
     )
+    # A process has one device: in torch.nn.DataParallel's copies, what buffers learn would be lost.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments

@@ -9,14 +9,15 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from compressft.errors import UserError
 from compressft.methods.adapter import Adapter
 from compressft.objectives.distill import Distill
 from compressft.recipe.parts import TrainConfig
 from compressft.run.feed import LengthGroupedSampler
-from compressft.run.trainer import CompressionTrainer, Lesson
+from compressft.run.track import Tracking
+from compressft.run.trainer import CompressionTrainer, Lesson, training_arguments
 from compressft.tasks import make_task
 from compressft.transform import Context, Transform
 from compressft.utils.precision import autocast_dtype
@@ -353,6 +354,17 @@ def test_fp16_needs_a_gpu():
     with pytest.raises(UserError, match=r"train\.precision: 'fp16' needs a CUDA device"):
         autocast_dtype("fp16", "cpu")
     assert autocast_dtype("fp32", "cpu") is None and autocast_dtype("bf16", "cpu") is torch.bfloat16
+
+
+def test_one_process_has_one_device(tmp_path, monkeypatch):
+    """On a machine with several GPUs, too; others are for other processes."""
+
+    def four(self):
+        self._n_gpu = 4
+        return torch.device("cpu")
+
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", property(four))
+    assert training_arguments(TrainConfig(), tmp_path, "cpu", None, Tracking()).n_gpu == 1
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])

@@ -6,6 +6,7 @@ language models, one command each; the process keeps what it freed inside a part
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -41,14 +42,14 @@ def parameters(model: nn.Module, trainable: bool = False) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
 
 
-def training_bytes(model: nn.Module, stage: Stage, lengths: np.ndarray, device: str) -> dict[str, int]:
+def training_bytes(model: nn.Module, stage: Stage, lengths: Sequence[int] | np.ndarray, device: str) -> dict[str, int]:
     """Peak of a stage by what takes it.
 
     Args:
         model: without data, prepared by the stage's method.
         lengths: tokens of each row, (rows,).
     """
-    longest = int(lengths.max())
+    longest = int(np.max(lengths))
     trainable = parameters(model, trainable=True)
     teachers = sum(1 for o in stage.objectives if getattr(o, "teacher", "self") not in ("self", "base"))
     moments = {"adamw_8bit": 2, "paged_adamw_8bit": 2}.get(stage.train.optimizer, 8)
@@ -62,7 +63,7 @@ def training_bytes(model: nn.Module, stage: Stage, lengths: np.ndarray, device: 
     # Before there are gradients; what is more than those counts.
     calibration = calibration_bytes(model, stage)
     found["calibration"] = max(calibration - sum(found.values()) + found["weights"], 0)
-    share = VARIED_SHARE if device == "cpu" and lengths.min() < longest else ALLOCATOR_SHARE
+    share = VARIED_SHARE if device == "cpu" and np.min(lengths) < longest else ALLOCATOR_SHARE
     found["allocator"] = int(ALLOCATOR_SHARE * sum(found.values()) + (share - ALLOCATOR_SHARE) * found["activations"])
     return {**found, "process": TRAINING_PROCESS}
 
