@@ -43,6 +43,13 @@ def files(tmp_path):
     return {"train": train, "validation": str(write_jsonl(tmp_path / "dev.jsonl", rows_of(6)))}
 
 
+def streamed(**fields):
+    """The splits of a streamed source, and what reads its training rows."""
+    found = load_splits(DataConfig(**fields, streaming=True), FIELDS)
+    assert found.stream is not None
+    return found, found.stream
+
+
 def document(files, model, **changes):
     return {
         "name": "stream",
@@ -86,12 +93,11 @@ def test_killed_and_resumed(files, model, tmp_path):
 
 
 def test_what_is_looked_at_is_the_beginning(files):
-    found = load_splits(DataConfig(**files, streaming=True), FIELDS)
-    assert len(found.train) == 12 and found.stream is not None
-    rows = list(found.stream())
-    assert len(rows) == 40 == len(list(found.stream())) and rows[:12] == list(found.train)
-    limited = load_splits(DataConfig(**files, streaming=True, limit=5), FIELDS)
-    assert list(limited.stream()) == rows[:5] == list(limited.train)
+    found, stream = streamed(**files)
+    rows = list(stream())
+    assert len(rows) == 40 == len(list(stream())) and rows[:12] == list(found.train) and len(found.train) == 12
+    limited, stream = streamed(**files, limit=5)
+    assert list(stream()) == rows[:5] == list(limited.train)
 
 
 def test_a_data_set_of_the_hub(tmp_path):
@@ -100,9 +106,9 @@ def test_a_data_set_of_the_hub(tmp_path):
         rows = [{**row, "label": "ab".index(row["label"])} for row in rows_of(number)]
         table = datasets.Dataset.from_list(rows, features=features)
         table.to_parquet(tmp_path / "hub" / f"{split}.parquet")
-    found = load_splits(DataConfig(dataset=str(tmp_path / "hub"), streaming=True), FIELDS)
-    assert [row["text"] for row in found.stream()] == [row["text"] for row in rows_of(30)]
-    assert {row["label"] for row in found.stream()} == {"a", "b"} and len(found.validation) == 4
+    found, stream = streamed(dataset=str(tmp_path / "hub"))
+    assert [row["text"] for row in stream()] == [row["text"] for row in rows_of(30)]
+    assert {row["label"] for row in stream()} == {"a", "b"} and len(found.validation) == 4
     (tmp_path / "hub" / "validation.parquet").unlink()
     with pytest.raises(UserError, match="no split 'validation'"):
         load_splits(DataConfig(dataset=str(tmp_path / "hub"), streaming=True), FIELDS)
@@ -116,11 +122,11 @@ def test_a_label_that_validation_lacks(files, tmp_path):
 
 def test_its_identity_is_its_size_and_time(files, model, tmp_path):
     recipe = parse_recipe(document(files, model))
-    before = {one.key: one.digest(None) for one in inputs(recipe)}
+    before = {one.key: str(one.digest(None)) for one in inputs(recipe)}
     assert "bytes, changed" in before["data.train.0"] and before["data.validation.0"].startswith("sha256:")
     with (tmp_path / "train-0.jsonl").open("a") as file:
         file.write("\n")
-    after = {one.key: one.digest(None) for one in inputs(recipe)}
+    after = {one.key: str(one.digest(None)) for one in inputs(recipe)}
     assert [key for key in before if before[key] != after[key]] == ["data.train.0"]
 
 
