@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressft.errors import UserError, trouble
+from compressft.utils.version import __version__
 
 if TYPE_CHECKING:
     import pyarrow
     from datasets import Dataset
 
-# Counts versions of what is written: another one is made again.
+# Counts forms of what is written within one version of the package: another one is made again.
 VERSION = 1
 WHOLE = "whole.json"
 # Lists of small numbers.
@@ -27,7 +28,7 @@ Records = list[dict[str, Any]]
 
 def key_of(*parts: object) -> str:
     """A name for what is made of these, the same in every process."""
-    text = json.dumps([VERSION, *parts], sort_keys=True, default=str)
+    text = json.dumps([VERSION, __version__, *parts], sort_keys=True, default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
