@@ -54,9 +54,9 @@ def encoded(rows: Sequence[Row], task: Task, unlabelled: bool = False) -> Sequen
 
 def about(task: Task) -> str:
     """Names what a task makes of a row: another one where it would make something else."""
-    config = None if task.config is None else task.config.to_json_string()
+    # Of a model's configuration features hold nothing, so that what training has encoded, export reads.
     settings = task.settings.model_dump_json()
-    own = (task.type, settings, task.max_length, list(task.labels), config, _tokenizer_key(task.tokenizer))
+    own = (task.type, settings, task.max_length, list(task.labels), _tokenizer_key(task.tokenizer))
     return key_of(*own, version("transformers"), version("tokenizers"))
 
 

@@ -137,6 +137,19 @@ def test_another_task_or_tokenizer_is_another_key(tokenizer):
     assert len(set(keys)) == 5 and about(task) == keys[0]
 
 
+def test_what_training_has_encoded_export_reads(tokenizer, tmp_path):
+    """The tokenizer that was saved, and a trained model's configuration, are no other ones."""
+    from tests.tiny import tiny
+
+    tokenizer.save_pretrained(tmp_path)
+    before = make_task("sequence-classification", tokenizer, 16, ("a", "b"), tiny("bert").config)
+    after = make_task(
+        "sequence-classification", load_tokenizer(str(tmp_path)), 16, ("a", "b"), tiny("bert", seed=1).config
+    )
+    after.config.problem_type = "single_label_classification"
+    assert about(after) == about(before)
+
+
 def test_lists_stay_lists(tokenizer, cache):
     task = task_of("sequence-classification", tokenizer)
     rows = [{**row, ROW_KEY: "x"} for row in ROWS["sequence-classification"][:3]]
