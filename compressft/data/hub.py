@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from compressft.data.rows import AT_ONCE, ROW_KEY, Row
+from compressft.data.rows import ROW_KEY, Row
+from compressft.data.table import AT_ONCE
 from compressft.utils.foreign import foreign
 from compressft.utils.hub import pinned
 

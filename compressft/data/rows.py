@@ -10,14 +10,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import IO, Any
 
+from compressft.data.table import AT_ONCE
 from compressft.errors import UserError, nearest, reason
 from compressft.utils.foreign import foreign
 from compressft.utils.texts import not_utf8, parse_json, read_text
 
 Row = dict[str, Any]
 ROW_KEY = "__row__"
-# Rows of Parquet that are Python objects at a time.
-AT_ONCE = 1000
 
 
 def iterate_rows(path: str | Path) -> Iterator[Row]:

@@ -13,9 +13,9 @@ import numpy as np
 
 from compressft.data.augment import rewritten
 from compressft.data.fields import Fields, is_missing
-from compressft.data.rows import AT_ONCE, ROW_KEY, Row, iterate_rows, sample_files
+from compressft.data.rows import ROW_KEY, Row, iterate_rows, sample_files
 from compressft.data.store import kept, key_of, part, write_part
-from compressft.data.table import Table, chained
+from compressft.data.table import AT_ONCE, Table, chained
 from compressft.errors import UserError, nearest
 from compressft.utils.files import file_hash, file_state
 
